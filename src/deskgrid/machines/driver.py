@@ -1,0 +1,191 @@
+"""The driver protocol: how a worker makes, watches and removes one kind of machine.
+
+Rules that every driver keeps (testing/driver_contract.py holds them against it):
+
+1. `prepare` makes names and files only, inside `workdir`, and starts no process. The handle it returns is plain data
+   and is journalled by the worker before `start`.
+2. `events` yields what happens, in order, and ends after exactly one `Exited`.
+3. `destroy` may be called at any moment, in any state, any number of times, by another process than the one that
+   started the machine. Afterwards no process, socket, port or file of the machine is left (workdir is gone).
+4. `recover` looks for the machine by process id and start time, never by parenthood, and never touches a process that is not ours.
+5. A guest is hostile: what it writes is data to be checked, never a path or a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from msgspec import Struct
+
+from deskgrid.model.machines import ContextLabel, DiskFormat, Fingerprint, MachineKind, Network
+
+__all__ = [
+    "Booted",
+    "ContextExited",
+    "ContextStarted",
+    "Driver",
+    "ExitCause",
+    "Exited",
+    "Gone",
+    "MachineEvent",
+    "MachineHandle",
+    "MachineSpec",
+    "Output",
+    "Recovery",
+    "Running",
+    "Stream",
+    "Suspendable",
+]
+
+
+class MachineSpec(Struct, frozen=True):
+    """All that a driver needs to make one machine. Paths are absolute."""
+
+    name: str
+    """For people and process lists, such as "job-42/attempt-1"; not unique, never a path."""
+    kind: MachineKind
+    memory_bytes: int
+    cpus: int
+    scratch_bytes: int
+    """Size of the scratch file system as the guest sees it; sparse on the host."""
+    disk: Path | None = None
+    """The verified disk in the cache: shared, read-only."""
+    disk_format: DiskFormat = DiskFormat.QCOW2
+    context: Path | None = None
+    """Folder with the user's context files, already unpacked and checked; None for an empty context."""
+    context_label: ContextLabel = ContextLabel.CONTEXT
+    network: Network = Network.NONE
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables for context.sh, as (name, value)."""
+    cpu_time_s: float = 0.0
+    """CPU seconds after which the kernel may end the machine, so that one that lost its worker cannot run for ever; 0 for no bound."""
+
+
+class MachineHandle(Struct, frozen=True):
+    """A machine as it is journalled: enough to find, watch and remove it after a restart of the worker."""
+
+    driver: str
+    workdir: str
+    """Absolute; belongs to this machine alone and is removed by `destroy`."""
+    spec: MachineSpec
+    token: str
+    """Unguessable mark of this machine, found again in its process's arguments or environment."""
+
+
+class Stream(StrEnum):
+    """Where a piece of output came from."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+    CONSOLE = "console"
+
+
+class ExitCause(StrEnum):
+    """Why a machine ended, as far as the hypervisor can tell."""
+
+    POWERED_OFF = "powered_off"
+    """The guest shut itself down."""
+    RESET = "reset"
+    """The guest rebooted or panicked, which ends it: a machine boots once."""
+    STOPPED = "stopped"
+    """We asked for it."""
+    KILLED = "killed"
+    """The process ended without a word: killed, out of memory, or crashed."""
+    START_FAILED = "start_failed"
+    """It never ran; `detail` has the hypervisor's words."""
+    IO_ERROR = "io_error"
+    """The host could not write the machine's disks, most often because its disk is full."""
+
+
+class Booted(Struct, frozen=True, tag="booted"):
+    """The agent in the guest has the disks and begins."""
+
+
+class ContextStarted(Struct, frozen=True, tag="context_started"):
+    """context.sh begins."""
+
+
+class Output(Struct, frozen=True, tag="output"):
+    """Bytes as they came; best effort and live. What counts is in the report taken from scratch."""
+
+    stream: Stream
+    data: bytes
+
+
+class ContextExited(Struct, frozen=True, tag="context_exited"):
+    """context.sh ended, as the guest claims; the exit file on scratch is what counts."""
+
+    exit_code: int
+
+
+class Exited(Struct, frozen=True, tag="exited"):
+    """The machine is off. Its scratch can be read now."""
+
+    cause: ExitCause
+    detail: str = ""
+
+
+MachineEvent = Booted | ContextStarted | Output | ContextExited | Exited
+
+
+class Running(Struct, frozen=True, tag="running"):
+    """Recovered: it runs, and `events` may be called; events that nobody saw are yielded again from its files."""
+
+
+class Gone(Struct, frozen=True, tag="gone"):
+    """Nothing of it is left, or it never started."""
+
+
+Recovery = Running | Exited | Gone
+
+
+class Driver(Protocol):
+    """One kind of machine on this PC."""
+
+    async def fingerprint(self) -> Fingerprint:
+        """Find out, by really starting something small with a time limit, what this PC can do. Never raises."""
+        ...
+
+    async def prepare(self, spec: MachineSpec, workdir: Path) -> MachineHandle:
+        """Create `workdir` and all files of the machine. Raise NoSpace, BadImage or MachineFailed; then nothing is left."""
+        ...
+
+    async def start(self, handle: MachineHandle) -> None:
+        """Start the process. A failure to start is also told by events (`Exited`, START_FAILED)."""
+        ...
+
+    def events(self, handle: MachineHandle) -> AsyncIterator[MachineEvent]:
+        """Yield events until `Exited`. One reader at a time; after `recover` said Running it works in a new process."""
+        ...
+
+    async def stop(self, handle: MachineHandle, *, grace_s: float) -> None:
+        """Ask the guest to power off, and end the process after `grace_s`. Returns when it is off. Idempotent."""
+        ...
+
+    async def destroy(self, handle: MachineHandle) -> None:
+        """Remove the machine: process, sockets, files, workdir. Idempotent; never raises for what is already gone."""
+        ...
+
+    async def recover(self, handle: MachineHandle) -> Recovery:
+        """Find the machine of a journalled handle again after a restart of the worker."""
+        ...
+
+    def scratch(self, handle: MachineHandle) -> Path:
+        """Return the path of the scratch image (raw ext4), to be read after `Exited`."""
+        ...
+
+
+@runtime_checkable
+class Suspendable(Protocol):
+    """A driver whose machines can be frozen in memory."""
+
+    async def pause(self, handle: MachineHandle) -> None:
+        """Stop the CPUs at once. Idempotent."""
+        ...
+
+    async def resume(self, handle: MachineHandle) -> None:
+        """Let the CPUs run on. Idempotent."""
+        ...

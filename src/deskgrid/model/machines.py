@@ -1,0 +1,60 @@
+"""What an attempt runs in, as the server asks for it and a driver makes it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+__all__ = ["DiskFormat", "DriverName", "ContextLabel", "Fingerprint", "MachineKind", "Network"]
+
+
+class MachineKind(StrEnum):
+    """What a job asks to run in."""
+
+    VM = "vm"
+
+
+class DriverName(StrEnum):
+    """The code that runs one kind of machine."""
+
+    QEMU = "qemu"
+    FAKE = "fake"
+
+
+class Network(StrEnum):
+    """What a machine can reach: nothing, the services of its job, or the internet besides."""
+
+    NONE = "none"
+    OVERLAY = "overlay"
+    INTERNET = "internet"
+
+
+class DiskFormat(StrEnum):
+    """Format of a disk as it lies in a worker's cache; found once by content and then always given explicitly."""
+
+    QCOW2 = "qcow2"
+    """Attached as the first disk, through an overlay of the attempt's own."""
+    ISO = "iso"
+    """Attached read-only as a CD in the place of the first disk."""
+
+
+class ContextLabel(StrEnum):
+    """Volume label of the context disk. One volume has one label, and cloud-init knows only its own."""
+
+    CONTEXT = "CONTEXT"
+    CIDATA = "CIDATA"
+
+
+class Fingerprint(Struct, frozen=True):
+    """What a driver can do on this PC, found by trying. `reason` says in one sentence why it is not usable."""
+
+    driver: DriverName
+    kinds: tuple[MachineKind, ...]
+    usable: bool
+    reason: str = ""
+    version: str = ""
+    accelerator: str = ""
+    """What runs the guest's CPU: kvm, hvf, whpx or tcg (software)."""
+    networks: tuple[Network, ...] = (Network.NONE,)
+    """The network modes that this driver can confine here."""
