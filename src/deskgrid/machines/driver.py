@@ -7,7 +7,7 @@ Rules that every driver keeps (testing/driver_contract.py holds them against it)
 2. `events` yields what happens, in order, and ends after exactly one `Exited`.
 3. `destroy` may be called at any moment, in any state, any number of times, by another process than the one that
    started the machine. Afterwards no process, socket, port or file of the machine is left (workdir is gone).
-4. `recover` looks for the machine by process id and start time, never by parenthood, and never touches a process that is not ours.
+4. `recover` looks for the machine by process id and start time, never by parenthood, and touches no process but ours.
 5. A guest is hostile: what it writes is data to be checked, never a path or a command.
 """
 
@@ -61,7 +61,7 @@ class MachineSpec(Struct, frozen=True):
     environment: tuple[tuple[str, str], ...] = ()
     """Variables for context.sh, as (name, value)."""
     cpu_time_s: float = 0.0
-    """CPU seconds after which the kernel may end the machine, so that one that lost its worker cannot run for ever; 0 for no bound."""
+    """CPU seconds after which the kernel may end it, so that a machine that lost its worker cannot run for ever; 0: no bound."""
 
 
 class MachineHandle(Struct, frozen=True):

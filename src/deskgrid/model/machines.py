@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-__all__ = ["DiskFormat", "DriverName", "ContextLabel", "Fingerprint", "MachineKind", "Network"]
+__all__ = ["ContextLabel", "DiskFormat", "DriverName", "Fingerprint", "MachineKind", "Network"]
 
 
 class MachineKind(StrEnum):
