@@ -1,0 +1,224 @@
+"""The SDK: what a program can do on a grid. The command line is written on it.
+
+async with Grid(credentials) as grid:
+    job = await grid.submit(spec, context=Path("context"))
+    detail = await grid.wait(job.id)
+    report = await grid.results(job.id, Path("out"))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+
+from deskgrid import archive
+from deskgrid.client.link import Link
+from deskgrid.client.transport import Credentials, Transport, fetch_authority
+from deskgrid.core.lifecycle import FINAL_JOB_STATES
+from deskgrid.errors import Conflict
+from deskgrid.model import wire
+from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
+from deskgrid.model.ids import JobId, Sha256
+from deskgrid.model.jobs import Job, JobSpec, JobState
+from deskgrid.model.users import Group, Token, User
+from deskgrid.model.workers import Worker
+
+__all__ = ["Grid", "describe_file", "join", "login"]
+
+Progress = Callable[[int], None]
+_HOLD_S = 20.0
+
+
+async def login(link: Link, label: str = "") -> Credentials:
+    """Exchange a login link for credentials. Raise Unauthenticated if its secret was used or has expired."""
+    found = await fetch_authority(link)
+    async with Transport(found) as transport:
+        answer = await transport.call(wire.LOGIN, wire.LoginRequest(secret=link.secret, label=label))
+    return Credentials(address=found.address, authority_pem=found.authority_pem, token=answer.token, name=answer.user.name)
+
+
+async def join(link: Link, name: str) -> Credentials:
+    """Exchange a join link for a worker's credentials. Raise Unauthenticated if its secret is used up or has expired."""
+    found = await fetch_authority(link)
+    async with Transport(found) as transport:
+        answer = await transport.call(wire.JOIN, wire.JoinRequest(secret=link.secret, name=name))
+    return Credentials(address=found.address, authority_pem=found.authority_pem, token=answer.token, name=name)
+
+
+def describe_file(file: Path) -> Blob:
+    """Return size and sha256 of a file."""
+    with file.open("rb") as source:
+        return Blob(sha256=Sha256(hashlib.file_digest(source, "sha256").hexdigest()), size_bytes=file.stat().st_size)
+
+
+class Grid:
+    """A user's view of one grid. Use as an async context manager; all methods raise DeskgridError."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.transport = Transport(credentials)
+
+    async def __aenter__(self) -> Grid:
+        await self.transport.__aenter__()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.transport.__aexit__(kind, error, trace)
+
+    # Jobs
+
+    async def submit(self, spec: JobSpec, *, context: Path | None = None, progress: Progress | None = None) -> Job:
+        """Submit a job with a context folder; returns once the server has stored it durably."""
+        blob = None
+        if context is not None:
+            with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
+                packed = Path(folder) / "context.tar.zst"
+                await asyncio.to_thread(archive.pack_folder, context, packed)
+                blob = await asyncio.to_thread(describe_file, packed)
+                await self.transport.upload(packed, blob, progress)
+        return await self.transport.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=spec, context=blob))
+
+    async def job(self, job_id: JobId) -> wire.JobDetail:
+        """Return a job with its attempts."""
+        return await self.transport.call(wire.GET_JOB, path={"job": job_id})
+
+    async def jobs(
+        self, *, state: JobState | None = None, everyone: bool = False, before: JobId | None = None, limit: int = 100
+    ) -> wire.JobList:
+        """Return jobs, newest first: one's own, or everyone's (admins)."""
+        query: dict[str, object] = {"state": state, "before": before, "limit": limit, "all": everyone or None}
+        return await self.transport.call(wire.LIST_JOBS, query=query)
+
+    async def changes(self, job_id: JobId) -> AsyncIterator[wire.JobDetail]:
+        """Yield a job now and whenever it changed, until it is final."""
+        detail = await self.job(job_id)
+        while True:
+            yield detail
+            if detail.job.state in FINAL_JOB_STATES:
+                return
+            query: dict[str, object] = {"seen": wire.change_mark(detail)}
+            seen = detail
+            while wire.change_mark(detail) == wire.change_mark(seen):
+                detail = await self.transport.call(wire.GET_JOB, path={"job": job_id}, query=query, wait_s=_HOLD_S)
+
+    async def wait(self, job_ids: Iterable[JobId]) -> list[wire.JobDetail]:
+        """Return the jobs once all are final."""
+
+        async def last(job_id: JobId) -> wire.JobDetail:
+            async for detail in self.changes(job_id):
+                final = detail
+            return final
+
+        return list(await asyncio.gather(*[last(job_id) for job_id in job_ids]))
+
+    async def cancel(self, job_id: JobId) -> Job:
+        """Cancel a job; one that is final already is returned as it is."""
+        return await self.transport.call(wire.CANCEL_JOB, path={"job": job_id})
+
+    async def read_log(
+        self, job_id: JobId, *, stream: str = "stdout", attempt: int | None = None, offset: int = 0
+    ) -> wire.LogChunk:
+        """Return output of an attempt (the newest by default) from `offset`."""
+        return await self.transport.call(
+            wire.READ_LOG, path={"job": job_id}, query={"stream": stream, "attempt": attempt, "offset": offset}
+        )
+
+    async def results(self, job_id: JobId, destination: Path, progress: Progress | None = None) -> archive.UnpackReport:
+        """Fetch and unpack a job's result into a new folder, whole or not at all. Raise Conflict if there is none (yet)."""
+        job = (await self.job(job_id)).job
+        if job.result is None or job.result_bytes is None:
+            raise Conflict(f"job {job_id} is {job.state} and has no result", hint=f"deskgrid job wait {job_id}")
+        with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
+            packed = Path(folder) / "result.tar.zst"
+            await self.transport.download(Blob(sha256=job.result, size_bytes=job.result_bytes), packed, progress)
+            return await asyncio.to_thread(archive.unpack, packed, destination)
+
+    # Data
+
+    async def put(
+        self,
+        file: Path,
+        name: str,
+        *,
+        kind: DataKind = DataKind.FILE,
+        visibility: Visibility = Visibility.PRIVATE,
+        disk: Disk | None = None,
+        blob: Blob | None = None,
+        progress: Progress | None = None,
+    ) -> Data:
+        """Upload a file and name it; a name that exists gets a new version."""
+        sent = blob or await asyncio.to_thread(describe_file, file)
+        await self.transport.upload(file, sent, progress)
+        request = wire.RegisterData(name=name, kind=kind, blob=sent, visibility=visibility, disk=disk)
+        return await self.transport.call(wire.REGISTER_DATA, request)
+
+    async def get(self, reference: str, file: Path, progress: Progress | None = None) -> Data:
+        """Fetch data by name, name@version or sha256 into `file`; an interrupted download is continued."""
+        data = await self.data(reference)
+        partial = file.with_name(file.name + ".part")
+        await self.transport.download(data.blob, partial, progress)
+        partial.replace(file)
+        return data
+
+    async def data(self, reference: str) -> Data:
+        """Find data by name, name@version or sha256."""
+        return await self.transport.call(wire.GET_DATA, path={"reference": reference})
+
+    async def list_data(self, kind: DataKind | None = None) -> tuple[Data, ...]:
+        """Return the data that the caller may see."""
+        return (await self.transport.call(wire.LIST_DATA, query={"kind": kind})).data
+
+    async def remove_data(self, reference: str) -> None:
+        """Remove one version of data; jobs that were submitted with it keep it."""
+        await self.transport.call(wire.REMOVE_DATA, path={"reference": reference})
+
+    # The grid and its people
+
+    async def status(self) -> wire.GridStatus:
+        """Return the grid at a glance."""
+        return await self.transport.call(wire.STATUS)
+
+    async def workers(self) -> tuple[Worker, ...]:
+        """Return all workers that have not left."""
+        return (await self.transport.call(wire.LIST_WORKERS)).workers
+
+    async def add_user(self, name: str, *, admin: bool = False) -> User:
+        """Add a user (admins)."""
+        return await self.transport.call(wire.ADD_USER, wire.AddUser(name=name, admin=admin))
+
+    async def users(self) -> tuple[User, ...]:
+        """Return all users."""
+        return (await self.transport.call(wire.LIST_USERS)).users
+
+    async def login_secret(self, user: str, *, lifetime_s: float = 7 * 86400.0) -> wire.SecretAnswer:
+        """Make a one-use secret by which a user logs in (admins)."""
+        return await self.transport.call(wire.ADD_LOGIN_SECRET, wire.SecretRequest(lifetime_s=lifetime_s), path={"user": user})
+
+    async def join_secret(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> wire.SecretAnswer:
+        """Make a secret by which `uses` PCs may join (admins)."""
+        return await self.transport.call(wire.ADD_JOIN_SECRET, wire.SecretRequest(lifetime_s=lifetime_s, uses=uses))
+
+    async def tokens(self) -> tuple[Token, ...]:
+        """Return the caller's tokens."""
+        return (await self.transport.call(wire.LIST_TOKENS)).tokens
+
+    async def revoke_token(self, token_id: int) -> None:
+        """Revoke one of the caller's tokens."""
+        await self.transport.call(wire.REVOKE_TOKEN, path={"token": token_id})
+
+    async def add_group(self, name: str) -> Group:
+        """Add a group (admins)."""
+        return await self.transport.call(wire.ADD_GROUP, wire.AddGroup(name=name))
+
+    async def groups(self) -> tuple[Group, ...]:
+        """Return all groups."""
+        return (await self.transport.call(wire.LIST_GROUPS)).groups
+
+    async def set_members(self, group: str, *, add: Iterable[str] = (), remove: Iterable[str] = ()) -> Group:
+        """Change a group's members (admins)."""
+        return await self.transport.call(
+            wire.SET_MEMBERS, wire.SetMembers(add=tuple(add), remove=tuple(remove)), path={"group": group}
+        )

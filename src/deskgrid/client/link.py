@@ -1,0 +1,51 @@
+"""Links that people paste: where the grid is, how to know it, and a secret to get in.
+
+    deskgrid://HOST:PORT/join?authority=SHA256&secret=SECRET      for a PC
+    deskgrid://HOST:PORT/login?authority=SHA256&secret=SECRET     for a user
+
+`authority` is the sha256 of the grid's CA certificate (DER, hexadecimal): whoever holds the link can tell the real server
+from any other before the secret is sent.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from msgspec import Struct
+
+from deskgrid.errors import InvalidInput
+
+__all__ = ["Link", "parse_link"]
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """A join or login link."""
+
+    purpose: str
+    """join or login."""
+    address: str
+    """HOST:PORT."""
+    authority: str
+    secret: str
+
+    def __str__(self) -> str:
+        query = urlencode({"authority": self.authority, "secret": self.secret})
+        return f"deskgrid://{self.address}/{self.purpose}?{query}"
+
+
+def parse_link(text: str, purpose: str) -> Link:
+    """Read a link for `purpose`. Raise InvalidInput if it is damaged or for something else."""
+    parts = urlsplit(text.strip())
+    query = parse_qs(parts.query)
+    authority, secret = query.get("authority", [""])[0], query.get("secret", [""])[0]
+    found = parts.path.strip("/")
+    if parts.scheme != "deskgrid" or not parts.netloc or len(authority) != 64 or not secret:
+        raise InvalidInput("this is not a whole deskgrid link", hint="copy it again, from deskgrid:// to its end")
+    if found != purpose:
+        raise InvalidInput(
+            f"this link is for {found!r}, not for {purpose!r}", hint=f"use: deskgrid {_COMMAND.get(found, found)} LINK"
+        )
+    return Link(purpose=purpose, address=parts.netloc, authority=authority.lower(), secret=secret)
+
+
+_COMMAND = {"join": "worker join", "login": "login"}

@@ -1,0 +1,296 @@
+"""The way to the server: HTTPS to one address, checked against the grid's own authority, one method per kind of call.
+
+Foreign exceptions end here: what leaves this module is DeskgridError. Calls that change something are repeated with the same
+idempotency key when an answer was lost, so that each happens once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import ssl
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+from msgspec import Struct
+
+from deskgrid import errors
+from deskgrid.client.link import Link
+from deskgrid.errors import DeskgridError, InvalidInput, ProtocolError, Unreachable
+from deskgrid.model import wire
+from deskgrid.model.data import Blob
+
+__all__ = ["Credentials", "Transport", "fetch_authority", "load_credentials", "save_credentials"]
+
+A = TypeVar("A")
+_CHUNK = 1 << 20
+_ANSWER_LIMIT_S = 30.0
+
+
+class Credentials(Struct, frozen=True, kw_only=True):
+    """Where a grid is, its authority's certificate, and a token; kept in a file only its owner can read."""
+
+    address: str
+    authority_pem: str
+    token: str = ""
+    name: str = ""
+    """Of the user or worker that the token stands for."""
+
+
+def load_credentials(file: Path) -> Credentials:
+    """Read credentials. Raise InvalidInput if there are none."""
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Credentials)
+    except FileNotFoundError as error:
+        raise InvalidInput(
+            f"no grid is known here ({file} is missing)", hint="deskgrid login LINK, or deskgrid worker join LINK"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise InvalidInput(str(error), where=str(file)) from error
+
+
+def save_credentials(file: Path, credentials: Credentials) -> None:
+    """Write credentials, readable by their owner only, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = file.with_suffix(".new")
+    temporary.touch(mode=0o600)
+    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(credentials)))
+    temporary.replace(file)
+
+
+async def fetch_authority(link: Link) -> Credentials:
+    """Get the authority's certificate and check it against the link. Raise ProtocolError if another server answers."""
+    unchecked = ssl.create_default_context()
+    unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE  # what comes is checked by its sha256 below
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ANSWER_LIMIT_S)) as session:
+        try:
+            async with session.get(f"https://{link.address}{wire.AUTHORITY.path}", ssl=unchecked) as answer:
+                pem = (await answer.content.read(1 << 16)).decode("ascii", "replace")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unreachable(f"no deskgrid server at {link.address}: {error}") from error
+    try:
+        found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+    except ValueError as error:
+        raise ProtocolError(f"what answers at {link.address} is not a deskgrid server") from error
+    if found != link.authority:
+        raise ProtocolError(
+            f"the server at {link.address} is not the one of this link", hint="ask for a new link; somebody may be listening in"
+        )
+    return Credentials(address=link.address, authority_pem=pem)
+
+
+class Transport:
+    """Calls to one server as one holder of a token. Use as an async context manager."""
+
+    def __init__(self, credentials: Credentials, *, tries: int = 3, rng: random.Random | None = None) -> None:
+        self.credentials = credentials
+        self._tries = tries
+        self._rng = rng or random.Random()  # noqa: S311 - jitter
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Transport:
+        context = ssl.create_default_context(cadata=self.credentials.authority_pem)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        headers = {wire.WIRE_VERSION_HEADER: "{}.{}".format(*wire.WIRE_VERSION)}
+        if self.credentials.token:
+            headers["Authorization"] = f"Bearer {self.credentials.token}"
+        self._session = aiohttp.ClientSession(
+            base_url=f"https://{self.credentials.address}",
+            headers=headers,
+            connector=aiohttp.TCPConnector(ssl=context),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_ANSWER_LIMIT_S),
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def call(
+        self,
+        route: wire.Route[Any, A],
+        body: Any = None,
+        *,
+        path: dict[str, object] | None = None,
+        query: dict[str, object] | None = None,
+        wait_s: float = 0.0,
+        key: str | None = None,
+    ) -> A:
+        """Make one call and return its answer.
+
+        `wait_s` is how long the server may hold the answer. Lost connections are tried again (`tries` times in all) with the
+        same idempotency key. Raise the server's DeskgridError, Unreachable, or ProtocolError.
+        """
+        headers = {wire.IDEMPOTENCY_HEADER: key or uuid.uuid4().hex} if route.method is not wire.Method.GET else {}
+        data = msgspec.json.encode(body) if body is not None else None
+        if wait_s:
+            query = {**(query or {}), "wait_s": wait_s}
+        for attempt in range(1, self._tries + 1):
+            try:
+                async with self._request(route, path, query, headers=headers, data=data, wait_s=wait_s) as answer:
+                    return _decode(route, await answer.read())
+            except Unreachable:
+                if attempt == self._tries:
+                    raise
+                await asyncio.sleep(self._rng.uniform(0.1, 0.3) * attempt)
+        raise AssertionError
+
+    @asynccontextmanager
+    async def _request(
+        self,
+        route: wire.Route[Any, Any],
+        path: dict[str, object] | None = None,
+        query: dict[str, object] | None = None,
+        *,
+        headers: dict[str, str] | None = None,
+        data: Any = None,
+        wait_s: float = 0.0,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            raise RuntimeError("use Transport as an async context manager")
+        url = route.path.format(**{name: str(value) for name, value in (path or {}).items()})
+        params = {name: _query_text(value) for name, value in (query or {}).items() if value is not None}
+        try:
+            async with self._session.request(
+                route.method,
+                url,
+                params=params,
+                headers=headers,
+                data=data,
+                server_hostname=wire.SERVER_NAME,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_ANSWER_LIMIT_S + wait_s),
+            ) as answer:
+                if answer.status >= 400:
+                    raise _error_of(answer.status, await answer.read())
+                yield answer
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise ProtocolError(f"the server at {self.credentials.address} is not this grid's: {error}") from error
+        except (aiohttp.ClientError, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            raise Unreachable(f"no answer from {self.credentials.address}: {error or type(error).__name__}") from error
+
+    async def upload(self, file: Path, blob: Blob, progress: Callable[[int], None] | None = None) -> None:
+        """Send a file as `blob`, going on where an earlier try stopped. `progress` gets the bytes that the server has.
+
+        Raise InvalidInput if the file is not what `blob` says (the server checks), Unreachable after `tries` without progress.
+        """
+        failures, last = 0, -1
+        while True:
+            upload = await self.call(wire.BEGIN_UPLOAD, wire.BeginUpload(blob=blob))
+            if progress:
+                progress(upload.received_bytes)
+            if upload.complete:
+                return
+            failures = failures + 1 if upload.received_bytes <= last else 0
+            if failures >= self._tries:
+                raise Unreachable(f"the upload of {file.name} stops at {last} of {blob.size_bytes} bytes")
+            last = upload.received_bytes
+            try:
+                headers = {wire.UPLOAD_OFFSET_HEADER: str(last), wire.IDEMPOTENCY_HEADER: uuid.uuid4().hex}
+                body = _read_from(file, last, progress)
+                async with self._request(
+                    wire.UPLOAD_BYTES, {"upload": upload.id}, headers=headers, data=body, wait_s=600
+                ) as answer:
+                    await answer.read()
+            except Unreachable:
+                await asyncio.sleep(self._rng.uniform(0.2, 0.6))
+
+    async def download(self, blob: Blob, file: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Fetch `blob` into `file`, going on after the bytes that `file` has already, and check size and sha256.
+
+        Raise ProtocolError (and remove the file) if it is not what was asked for, Unreachable after `tries` without progress.
+        """
+        digest, have = hashlib.sha256(), 0
+        if file.exists():
+            have = await asyncio.to_thread(_hash_into, digest, file)
+        failures = 0
+        while have < blob.size_bytes:
+            before = have
+            try:
+                have = await self._fetch_from(blob, file, have, digest, progress)
+            except Unreachable:
+                have = file.stat().st_size if file.exists() else 0
+                failures = failures + 1 if have == before else 0
+                if failures >= self._tries:
+                    raise
+                digest = hashlib.sha256()
+                if file.exists():
+                    await asyncio.to_thread(_hash_into, digest, file)
+                await asyncio.sleep(self._rng.uniform(0.2, 0.6))
+        if have != blob.size_bytes or digest.hexdigest() != blob.sha256:
+            file.unlink(missing_ok=True)
+            raise ProtocolError(
+                f"what came for {blob.sha256[:12]} is something else ({have} bytes, sha256 {digest.hexdigest()[:12]})"
+            )
+
+    async def _fetch_from(self, blob: Blob, file: Path, offset: int, digest: Any, progress: Callable[[int], None] | None) -> int:
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        async with self._request(wire.GET_BLOB, {"sha256": blob.sha256}, headers=headers) as answer:
+            if offset and answer.status != 206:
+                raise ProtocolError("the server does not serve ranges")
+            with file.open("ab") as output:
+                async for chunk in answer.content.iter_chunked(_CHUNK):
+                    await asyncio.to_thread(_take, output, digest, chunk)
+                    offset += len(chunk)
+                    if offset > blob.size_bytes:
+                        raise ProtocolError(f"more bytes came for {blob.sha256[:12]} than it has")
+                    if progress:
+                        progress(offset)
+        return offset
+
+
+def _take(output: Any, digest: Any, chunk: bytes) -> None:
+    try:
+        output.write(chunk)
+    except OSError as error:
+        raise errors.NoSpace(f"cannot write {output.name}: {error.strerror}") from error
+    digest.update(chunk)
+
+
+def _hash_into(digest: Any, file: Path) -> int:
+    size = 0
+    with file.open("rb") as source:
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return size
+
+
+async def _read_from(file: Path, offset: int, progress: Callable[[int], None] | None) -> AsyncIterator[bytes]:
+    with file.open("rb") as source:
+        source.seek(offset)
+        while chunk := await asyncio.to_thread(source.read, _CHUNK):
+            yield chunk
+            offset += len(chunk)
+            if progress:
+                progress(offset)
+
+
+def _query_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _decode(route: wire.Route[Any, A], body: bytes) -> A:
+    if route.answer is bytes:
+        return body  # type: ignore[return-value]
+    try:
+        return msgspec.json.decode(body, type=route.answer)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"the answer to {route.name} is not understood: {error}") from error
+
+
+def _error_of(status: int, body: bytes) -> DeskgridError:
+    """Return the server's error as the class that it names, if that is one of ours."""
+    try:
+        answer = msgspec.json.decode(body, type=wire.ErrorAnswer)
+    except (msgspec.DecodeError, json.JSONDecodeError):
+        return Unreachable(f"the server answers {status}") if status >= 500 else ProtocolError(f"the server answers {status}")
+    kind = getattr(errors, answer.error, None) if answer.error in errors.__all__ else None
+    return (kind or ProtocolError)(answer.message, hint=answer.hint)

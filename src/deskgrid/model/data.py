@@ -1,0 +1,70 @@
+"""Data: immutable blobs with human names."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from deskgrid.model.ids import DataId, Sha256, UserId
+from deskgrid.model.machines import ContextLabel, DiskFormat
+
+__all__ = ["Blob", "Data", "DataKind", "DataRef", "Disk", "Visibility"]
+
+
+class DataKind(StrEnum):
+    """What a blob is used as."""
+
+    FILE = "file"
+    DISK = "disk"
+
+
+class Visibility(StrEnum):
+    """Who besides the owner may use it."""
+
+    PRIVATE = "private"
+    PUBLIC = "public"
+
+
+class Blob(Struct, frozen=True, kw_only=True):
+    """Bytes in the repository, as they travel."""
+
+    sha256: Sha256
+    size_bytes: int
+
+
+class Disk(Struct, frozen=True, kw_only=True):
+    """What a disk is once unpacked. A disk travels as one zstd frame of the image and is cached unpacked."""
+
+    sha256: Sha256
+    """Of the unpacked image, which is what the hypervisor opens."""
+    size_bytes: int
+    """Of the unpacked image file."""
+    virtual_bytes: int
+    """Of the disk as the guest sees it."""
+    format: DiskFormat
+    context_label: ContextLabel = ContextLabel.CIDATA
+    """Label of the context disk that this disk's system looks for: its own agent's, or cloud-init's."""
+
+
+class Data(Struct, frozen=True, kw_only=True):
+    """A named, immutable blob with its attributes."""
+
+    id: DataId
+    name: str
+    version: int
+    """Counted from 1 within the name; `name` alone means the newest."""
+    kind: DataKind
+    blob: Blob
+    owner_id: UserId
+    owner: str
+    visibility: Visibility
+    created_at: float
+    disk: Disk | None = None
+
+
+class DataRef(Struct, frozen=True, kw_only=True):
+    """What a worker needs to fetch a disk or a context."""
+
+    blob: Blob
+    disk: Disk | None = None

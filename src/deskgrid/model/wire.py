@@ -1,0 +1,405 @@
+"""The contract between server and clients, written once: every route with its messages and who may call it.
+
+Bodies are JSON of the structs below, except for routes marked `raw`, which carry bytes. Unknown fields are ignored, so that
+newer and older programs understand each other; `WIRE_VERSION` travels in the header of that name. A call that changes
+something carries `Idempotency-Key`, made by the caller: the same key gets the same answer, once the first was acknowledged.
+An error is an `ErrorAnswer` with the status of `STATUS_OF_ERROR`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
+
+from msgspec import Struct
+
+from deskgrid.errors import (
+    CallerError,
+    Conflict,
+    DeskgridError,
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    StoreUnavailable,
+    Unauthenticated,
+)
+from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
+from deskgrid.model.ids import AttemptId, Sha256, WorkerId
+from deskgrid.model.jobs import Attempt, Job, JobSpec, JobState
+from deskgrid.model.users import Group, Role, Token, User
+from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
+
+IDEMPOTENCY_HEADER = "Idempotency-Key"
+WIRE_VERSION_HEADER = "Deskgrid-Wire"
+UPLOAD_OFFSET_HEADER = "Upload-Offset"
+WIRE_VERSION = (1, 0)
+"""Major and minor. A server accepts its own minor version and the two before."""
+SERVER_NAME = "server.deskgrid"
+"""The name in the server's certificate. Clients check this name against the grid's authority whatever address they dialled."""
+
+STATUS_OF_ERROR: dict[type[DeskgridError], int] = {
+    InvalidInput: 422,
+    NotFound: 404,
+    Conflict: 409,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    CallerError: 400,
+    StoreUnavailable: 507,
+}
+
+
+class Method(StrEnum):
+    GET = "GET"
+    POST = "POST"
+    PATCH = "PATCH"
+    PUT = "PUT"
+    DELETE = "DELETE"
+
+
+class Nothing(Struct, frozen=True):
+    """An empty message."""
+
+
+class ErrorAnswer(Struct, frozen=True):
+    """What went wrong, for people (`message`, `hint`) and programs (`error`: the class's name in errors.py)."""
+
+    error: str
+    message: str
+    hint: str = ""
+
+
+# Grid and accounts
+
+
+class GridInfo(Struct, frozen=True):
+    """What anybody may know."""
+
+    name: str
+    version: str
+    wire: tuple[int, int]
+
+
+class JoinRequest(Struct, frozen=True, kw_only=True):
+    """A PC asks to become a worker."""
+
+    secret: str
+    name: str
+    """For people; need not be unique."""
+
+
+class JoinAnswer(Struct, frozen=True, kw_only=True):
+    worker_id: WorkerId
+    token: str
+
+
+class LoginRequest(Struct, frozen=True, kw_only=True):
+    """A person exchanges a one-use secret for a token."""
+
+    secret: str
+    label: str = ""
+    """For the list of tokens, such as the PC's name."""
+
+
+class LoginAnswer(Struct, frozen=True, kw_only=True):
+    user: User
+    token: str
+
+
+class WhoAmI(Struct, frozen=True, kw_only=True):
+    role: Role
+    name: str
+
+
+class SecretRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a join secret (workers) or a login secret (one user)."""
+
+    lifetime_s: float = 7 * 86400.0
+    uses: int = 1
+
+
+class SecretAnswer(Struct, frozen=True, kw_only=True):
+    secret: str
+    expires_at: float
+
+
+class AddUser(Struct, frozen=True, kw_only=True):
+    name: str
+    admin: bool = False
+
+
+class UserList(Struct, frozen=True):
+    users: tuple[User, ...]
+
+
+class TokenList(Struct, frozen=True):
+    tokens: tuple[Token, ...]
+
+
+class AddGroup(Struct, frozen=True, kw_only=True):
+    name: str
+
+
+class SetMembers(Struct, frozen=True, kw_only=True):
+    """Add and remove members of a group."""
+
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+
+
+class GroupList(Struct, frozen=True):
+    groups: tuple[Group, ...]
+
+
+# Data
+
+
+class BeginUpload(Struct, frozen=True, kw_only=True):
+    """Begin or continue an upload; the same sha256 by the same caller continues where it stopped."""
+
+    blob: Blob
+
+
+class Upload(Struct, frozen=True, kw_only=True):
+    id: int
+    received_bytes: int
+    complete: bool
+    """All bytes are there and their sha256 is right."""
+
+
+class RegisterData(Struct, frozen=True, kw_only=True):
+    """Name an uploaded blob. A name that exists gets a new version."""
+
+    name: str
+    kind: DataKind
+    blob: Blob
+    visibility: Visibility = Visibility.PRIVATE
+    disk: Disk | None = None
+
+
+class DataList(Struct, frozen=True):
+    data: tuple[Data, ...]
+
+
+# Jobs
+
+
+class SubmitJob(Struct, frozen=True, kw_only=True):
+    spec: JobSpec
+    context: Blob | None = None
+    """An uploaded archive with the context folder."""
+
+
+class JobDetail(Struct, frozen=True, kw_only=True):
+    job: Job
+    attempts: tuple[Attempt, ...]
+
+
+class JobList(Struct, frozen=True, kw_only=True):
+    jobs: tuple[Job, ...]
+    """Newest first."""
+    more: bool
+    """There are older ones: ask again with `before` set to the last id."""
+
+
+class LogChunk(Struct, frozen=True, kw_only=True):
+    attempt_id: AttemptId | None
+    """The attempt that was read: the one asked for, or the newest; None if there is none yet."""
+    number: int
+    offset: int
+    data: bytes
+    ended: bool
+    """The attempt is over and this chunk is the last."""
+
+
+class GridStatus(Struct, frozen=True, kw_only=True):
+    """The grid at a glance."""
+
+    workers_online: int
+    workers_paused: int
+    workers_offline: int
+    lent: Capacity
+    """Of the workers online."""
+    jobs: dict[JobState, int]
+    completed_last_hour: int
+    storage_bytes: int
+    """Blobs in the repository."""
+    storage_free_bytes: int
+
+
+class WorkerList(Struct, frozen=True):
+    workers: tuple[Worker, ...]
+
+
+# Workers
+
+
+class Sync(Struct, frozen=True, kw_only=True):
+    """All that a worker has to say, in one call: it renews, reports and asks."""
+
+    profile: Profile
+    paused: bool
+    attempts: tuple[AttemptReport, ...]
+    """Every attempt it holds. What the server leased earlier and is not listed goes back at once."""
+    free: Capacity
+    """What new attempts may use; all zero when it wants none."""
+    cached: tuple[Sha256, ...]
+    """Unpacked disks in its cache."""
+
+
+class SyncAnswer(Struct, frozen=True, kw_only=True):
+    assignments: tuple[Assignment, ...]
+    acknowledged: tuple[AttemptId, ...]
+    """Final reports that are stored now; the worker may forget these attempts."""
+    cancelled: tuple[AttemptId, ...]
+    """Attempts to stop and forget: their job is over, or they are not this worker's any more."""
+    lease_s: float
+    """Seconds for which the listed and the new attempts are leased, counted from before the request was sent."""
+    interval_s: float
+    """Seconds after which the worker is expected to call again."""
+
+
+class Wake(Struct, frozen=True, kw_only=True):
+    """A hint without content: something changed for this worker, call sync. Losing it costs only latency."""
+
+    changed: bool
+
+
+class AppendLog(Struct, frozen=True, kw_only=True):
+    """Live output of an attempt. Bytes that the server has already are ignored; a gap is filled with nothing."""
+
+    attempt_id: AttemptId
+    stream: str
+    """stdout, stderr or console."""
+    offset: int
+    data: bytes
+
+
+# Routes
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+ANYBODY: frozenset[Role] = frozenset()
+USERS = frozenset({Role.USER, Role.ADMIN})
+ADMINS = frozenset({Role.ADMIN})
+WORKERS = frozenset({Role.WORKER})
+EVERYONE = frozenset(Role)
+
+
+class Route(Generic[Request, Answer]):
+    """One call: how to make it, what it carries, who may make it. `path` has {names} for its parameters."""
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        path: str,
+        request: type[Request],
+        answer: type[Answer],
+        roles: frozenset[Role],
+        summary: str,
+        *,
+        query: dict[str, type] | None = None,
+        raw: bool = False,
+    ) -> None:
+        self.name = name
+        self.method = method
+        self.path = path
+        self.request = request
+        self.answer = answer
+        self.roles = roles
+        self.summary = summary
+        self.query = query or {}
+        self.raw = raw
+        ROUTES[name] = self
+
+
+ROUTES: dict[str, Route[Any, Any]] = {}
+_GET, _POST, _PATCH, _DELETE = Method.GET, Method.POST, Method.PATCH, Method.DELETE
+
+GRID = Route("grid", _GET, "/v1/grid", Nothing, GridInfo, ANYBODY, "Name and versions of the grid")
+AUTHORITY = Route("authority", _GET, "/v1/authority", Nothing, bytes, ANYBODY, "Certificate of the grid's authority, PEM", raw=True)
+JOIN = Route("join", _POST, "/v1/join", JoinRequest, JoinAnswer, ANYBODY, "Become a worker with a join secret")
+LOGIN = Route("login", _POST, "/v1/login", LoginRequest, LoginAnswer, ANYBODY, "Exchange a login secret for a token")
+WHO = Route("who", _GET, "/v1/who", Nothing, WhoAmI, EVERYONE, "Whose token this is")
+STATUS = Route("status", _GET, "/v1/status", Nothing, GridStatus, USERS, "The grid at a glance")
+
+ADD_JOIN_SECRET = Route("add_join_secret", _POST, "/v1/join-secrets", SecretRequest, SecretAnswer, ADMINS, "Make a join secret")
+ADD_USER = Route("add_user", _POST, "/v1/users", AddUser, User, ADMINS, "Add a user")
+LIST_USERS = Route("list_users", _GET, "/v1/users", Nothing, UserList, USERS, "List users")
+ADD_LOGIN_SECRET = Route(
+    "add_login_secret",
+    _POST,
+    "/v1/users/{user}/login-secrets",
+    SecretRequest,
+    SecretAnswer,
+    ADMINS,
+    "Make a login secret for a user",
+)
+LIST_TOKENS = Route("list_tokens", _GET, "/v1/tokens", Nothing, TokenList, USERS, "List the caller's tokens")
+REVOKE_TOKEN = Route("revoke_token", _DELETE, "/v1/tokens/{token}", Nothing, Nothing, USERS, "Revoke a token of the caller's")
+ADD_GROUP = Route("add_group", _POST, "/v1/groups", AddGroup, Group, ADMINS, "Add a group")
+LIST_GROUPS = Route("list_groups", _GET, "/v1/groups", Nothing, GroupList, USERS, "List groups with their members")
+SET_MEMBERS = Route("set_members", _POST, "/v1/groups/{group}/members", SetMembers, Group, ADMINS, "Change a group's members")
+LIST_WORKERS = Route("list_workers", _GET, "/v1/workers", Nothing, WorkerList, USERS, "List workers")
+
+BEGIN_UPLOAD = Route("begin_upload", _POST, "/v1/uploads", BeginUpload, Upload, EVERYONE, "Begin or continue an upload")
+UPLOAD_BYTES = Route(
+    "upload_bytes",
+    _PATCH,
+    "/v1/uploads/{upload}",
+    bytes,
+    Upload,
+    EVERYONE,
+    "Append bytes at the offset of the Upload-Offset header",
+    raw=True,
+)
+GET_BLOB = Route("get_blob", _GET, "/v1/blobs/{sha256}", Nothing, bytes, EVERYONE, "Bytes of a blob; ranges are served", raw=True)
+REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, USERS, "Name an uploaded blob")
+LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, USERS, "List data", query={"kind": str})
+GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, USERS, "Find data by name, name@version or sha256")
+REMOVE_DATA = Route("remove_data", _DELETE, "/v1/data/{reference}", Nothing, Nothing, USERS, "Remove a version of data")
+
+SUBMIT_JOB = Route("submit_job", _POST, "/v1/jobs", SubmitJob, Job, USERS, "Submit a job")
+LIST_JOBS = Route(
+    "list_jobs",
+    _GET,
+    "/v1/jobs",
+    Nothing,
+    JobList,
+    USERS,
+    "List jobs, newest first",
+    query={"state": str, "before": int, "limit": int, "all": bool},
+)
+GET_JOB = Route(
+    "get_job",
+    _GET,
+    "/v1/jobs/{job}",
+    Nothing,
+    JobDetail,
+    USERS,
+    "A job with its attempts; with wait_s the answer is held until something changed since `seen` (attempt states joined by commas)",
+    query={"wait_s": float, "seen": str},
+)
+CANCEL_JOB = Route("cancel_job", _POST, "/v1/jobs/{job}/cancel", Nothing, Job, USERS, "Cancel a job; final jobs stay as they are")
+READ_LOG = Route(
+    "read_log",
+    _GET,
+    "/v1/jobs/{job}/log",
+    Nothing,
+    LogChunk,
+    USERS,
+    "Output of an attempt from an offset",
+    query={"stream": str, "attempt": int, "offset": int},
+)
+
+SYNC = Route("sync", _POST, "/v1/worker/sync", Sync, SyncAnswer, WORKERS, "Renew, report and ask")
+WAKE = Route(
+    "wake", _GET, "/v1/worker/wake", Nothing, Wake, WORKERS, "Wait for a hint that sync is worth calling", query={"wait_s": float}
+)
+APPEND_LOG = Route("append_log", _POST, "/v1/worker/log", AppendLog, Nothing, WORKERS, "Append live output of an attempt")
+LEAVE = Route("leave", _POST, "/v1/worker/leave", Nothing, Nothing, WORKERS, "Leave the grid; live attempts go back")
+
+
+def change_mark(detail: JobDetail) -> str:
+    """Return a short text that differs whenever the state of the job or of one of its attempts does."""
+    return ",".join([detail.job.state, *(f"{attempt.number}{attempt.state}" for attempt in detail.attempts)])

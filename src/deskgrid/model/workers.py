@@ -1,0 +1,83 @@
+"""Workers: what they offer, what they hold, what they tell."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from deskgrid.model.data import Blob, DataRef
+from deskgrid.model.ids import AttemptId, JobId, Sha256, WorkerId
+from deskgrid.model.jobs import AttemptState, JobSpec
+from deskgrid.model.machines import Fingerprint
+
+__all__ = ["Assignment", "AttemptReport", "Capacity", "Profile", "Worker", "WorkerState"]
+
+
+class WorkerState(StrEnum):
+    """A worker as the grid sees it. `offline` is derived from when it last called."""
+
+    ONLINE = "online"
+    PAUSED = "paused"
+    OFFLINE = "offline"
+    LEFT = "left"
+
+
+class Capacity(Struct, frozen=True, kw_only=True):
+    """An amount of a PC's resources."""
+
+    cpus: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """What a PC is and what its owner lends."""
+
+    os: str
+    """linux, windows or darwin."""
+    arch: str
+    """x86_64 or aarch64."""
+    drivers: tuple[Fingerprint, ...]
+    lent: Capacity
+    """The owner's bounds, all machines together."""
+    version: str
+    """Of deskgrid on this PC."""
+
+
+class AttemptReport(Struct, frozen=True, kw_only=True):
+    """What a worker says of one attempt that it holds. It repeats a final report until the server has acknowledged it."""
+
+    attempt_id: AttemptId
+    state: AttemptState
+    """leased (preparing), running, suspended; or succeeded, failed, refused."""
+    exit_code: int | None = None
+    reason: str = ""
+    result: Blob | None = None
+    """The uploaded archive; with `succeeded` always, with `failed` if there was something to take."""
+
+
+class Assignment(Struct, frozen=True, kw_only=True):
+    """An attempt that the server leased to this worker."""
+
+    attempt_id: AttemptId
+    job_id: JobId
+    number: int
+    spec: JobSpec
+    disk: DataRef
+    context: Blob | None
+
+
+class Worker(Struct, frozen=True, kw_only=True):
+    """The agent on a volunteer's PC, as users see it."""
+
+    id: WorkerId
+    name: str
+    state: WorkerState
+    joined_at: float
+    seen_at: float
+    running: int
+    """Live attempts."""
+    profile: Profile | None = None
+    cached: tuple[Sha256, ...] = ()
+    """Unpacked disks in its cache."""
