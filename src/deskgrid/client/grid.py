@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from deskgrid import archive
-from deskgrid.client.link import Link
+from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.client.transport import Credentials, Transport, fetch_authority
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.errors import Conflict
@@ -37,16 +37,19 @@ async def login(link: Link, label: str = "") -> Credentials:
     """Exchange a login link for credentials. Raise Unauthenticated if its secret was used or has expired."""
     found = await fetch_authority(link)
     async with Transport(found) as transport:
-        answer = await transport.call(wire.LOGIN, wire.LoginRequest(secret=link.secret, label=label))
-    return Credentials(address=found.address, authority_pem=found.authority_pem, token=answer.token, name=answer.user.name)
+        token = make_secret()
+        request = wire.LoginRequest(secret=link.secret, token_hash=Sha256(hash_secret(token)), label=label)
+        answer = await transport.call(wire.LOGIN, request)
+    return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=answer.user.name)
 
 
 async def join(link: Link, name: str) -> Credentials:
     """Exchange a join link for a worker's credentials. Raise Unauthenticated if its secret is used up or has expired."""
     found = await fetch_authority(link)
     async with Transport(found) as transport:
-        answer = await transport.call(wire.JOIN, wire.JoinRequest(secret=link.secret, name=name))
-    return Credentials(address=found.address, authority_pem=found.authority_pem, token=answer.token, name=name)
+        token = make_secret()
+        await transport.call(wire.JOIN, wire.JoinRequest(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token))))
+    return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
 
 
 def describe_file(file: Path) -> Blob:
@@ -193,13 +196,23 @@ class Grid:
         """Return all users."""
         return (await self.transport.call(wire.LIST_USERS)).users
 
-    async def login_secret(self, user: str, *, lifetime_s: float = 7 * 86400.0) -> wire.SecretAnswer:
-        """Make a one-use secret by which a user logs in (admins)."""
-        return await self.transport.call(wire.ADD_LOGIN_SECRET, wire.SecretRequest(lifetime_s=lifetime_s), path={"user": user})
+    async def login_link(self, user: str, *, lifetime_s: float = 7 * 86400.0) -> Link:
+        """Make a one-use link by which a user logs in (admins)."""
+        secret = make_secret()
+        request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s)
+        await self.transport.call(wire.ADD_LOGIN_SECRET, request, path={"user": user})
+        return self._link("login", secret)
 
-    async def join_secret(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> wire.SecretAnswer:
-        """Make a secret by which `uses` PCs may join (admins)."""
-        return await self.transport.call(wire.ADD_JOIN_SECRET, wire.SecretRequest(lifetime_s=lifetime_s, uses=uses))
+    async def join_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> Link:
+        """Make a link by which `uses` PCs may join (admins)."""
+        secret = make_secret()
+        request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses)
+        await self.transport.call(wire.ADD_JOIN_SECRET, request)
+        return self._link("join", secret)
+
+    def _link(self, purpose: str, secret: str) -> Link:
+        credentials = self.transport.credentials
+        return Link(purpose=purpose, address=credentials.address, authority=credentials.authority, secret=secret)
 
     async def tokens(self) -> tuple[Token, ...]:
         """Return the caller's tokens."""

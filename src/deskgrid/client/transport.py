@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid import errors
-from deskgrid.client.link import Link
+from deskgrid.link import Link
 from deskgrid.errors import DeskgridError, InvalidInput, ProtocolError, Unreachable
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
@@ -43,6 +43,11 @@ class Credentials(Struct, frozen=True, kw_only=True):
     token: str = ""
     name: str = ""
     """Of the user or worker that the token stands for."""
+
+    @property
+    def authority(self) -> str:
+        """The sha256 of the authority's certificate, as it stands in links."""
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.authority_pem)).hexdigest()
 
 
 def load_credentials(file: Path) -> Credentials:

@@ -80,29 +80,29 @@ class GridInfo(Struct, frozen=True):
 
 
 class JoinRequest(Struct, frozen=True, kw_only=True):
-    """A PC asks to become a worker."""
+    """A PC asks to become a worker. It makes its token itself, so that nobody else ever has it."""
 
     secret: str
     name: str
     """For people; need not be unique."""
+    token_hash: Sha256
 
 
 class JoinAnswer(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
-    token: str
 
 
 class LoginRequest(Struct, frozen=True, kw_only=True):
-    """A person exchanges a one-use secret for a token."""
+    """A person's program, with a one-use secret, makes a token of its own known."""
 
     secret: str
+    token_hash: Sha256
     label: str = ""
     """For the list of tokens, such as the PC's name."""
 
 
 class LoginAnswer(Struct, frozen=True, kw_only=True):
     user: User
-    token: str
 
 
 class WhoAmI(Struct, frozen=True, kw_only=True):
@@ -111,14 +111,14 @@ class WhoAmI(Struct, frozen=True, kw_only=True):
 
 
 class SecretRequest(Struct, frozen=True, kw_only=True):
-    """Ask for a join secret (workers) or a login secret (one user)."""
+    """Make a join secret (workers) or a login secret (one user) known. The caller makes it and puts it into a link."""
 
+    secret_hash: Sha256
     lifetime_s: float = 7 * 86400.0
     uses: int = 1
 
 
 class SecretAnswer(Struct, frozen=True, kw_only=True):
-    secret: str
     expires_at: float
 
 

@@ -1,0 +1,5 @@
+"""Handlers, one file per noun. Importing this package fills handler.HANDLERS."""
+
+from deskgrid.server.routes import accounts, data, grid, jobs, workers
+
+__all__ = ["accounts", "data", "grid", "jobs", "workers"]

@@ -1,0 +1,1 @@
+"""State: a store protocol, one implementation over SQLAlchemy, and all SQL, one file per entity."""

@@ -9,13 +9,15 @@ from any other before the secret is sent.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from msgspec import Struct
 
 from deskgrid.errors import InvalidInput
 
-__all__ = ["Link", "parse_link"]
+__all__ = ["Link", "hash_secret", "make_secret", "parse_link"]
 
 
 class Link(Struct, frozen=True, kw_only=True):
@@ -46,6 +48,16 @@ def parse_link(text: str, purpose: str) -> Link:
             f"this link is for {found!r}, not for {purpose!r}", hint=f"use: deskgrid {_COMMAND.get(found, found)} LINK"
         )
     return Link(purpose=purpose, address=parts.netloc, authority=authority.lower(), secret=secret)
+
+
+def make_secret() -> str:
+    """Return 256 random bits as text, for a link or a token."""
+    return secrets.token_urlsafe(32)
+
+
+def hash_secret(text: str) -> str:
+    """Return what a server keeps of a secret or token: its sha256. Of 256 random bits no salt is needed."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _COMMAND = {"join": "worker join", "login": "login"}

@@ -1,0 +1,226 @@
+"""The server's program: every route of model/wire.py mounted over its handler, and the loops that keep the grid going."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route as HttpRoute
+
+from deskgrid.errors import (
+    DeskgridError,
+    Forbidden,
+    InvalidInput,
+    OperatorError,
+    ProtocolError,
+    Unauthenticated,
+)
+from deskgrid.link import hash_secret
+from deskgrid.model import wire
+from deskgrid.model.users import Role
+from deskgrid.server import routes
+from deskgrid.server.openapi import openapi_document, openapi_page
+from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, once
+from deskgrid.server.store import accounts, data, jobs
+from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.engine import Transaction
+from deskgrid.server.store.schema import idempotency, upload
+
+__all__ = ["make_app", "sweep_forever"]
+
+_MOST_BODY_BYTES = 8 << 20
+_NOBODY = Caller(Role.USER, "")
+_JSON = "application/json"
+_log = structlog.get_logger("deskgrid.server")
+
+
+def make_app(services: Services) -> Starlette:
+    """Return the ASGI application. Every route of the contract has a handler, or this raises."""
+    assert routes  # importing it registered the handlers
+    endpoints = []
+    for route in wire.ROUTES.values():
+        handler = HANDLERS[route.name]
+        endpoints.append(HttpRoute(route.path, _endpoint(services, handler), methods=[route.method.value], name=route.name))
+    document = msgspec.json.format(msgspec.json.encode(openapi_document()))
+    page = openapi_page()
+
+    async def openapi(_http: HttpRequest) -> Response:
+        return Response(document, media_type=_JSON)
+
+    async def docs(_http: HttpRequest) -> Response:
+        return HTMLResponse(page)
+
+    async def health(_http: HttpRequest) -> Response:
+        await services.store.read(lambda tx: tx.value(sa.select(1)))
+        return Response(b"ok\n", media_type="text/plain")
+
+    endpoints += [HttpRoute("/openapi.json", openapi), HttpRoute("/docs", docs), HttpRoute("/health", health)]
+    return Starlette(routes=endpoints, exception_handlers={Exception: _unexpected})
+
+
+def _endpoint(services: Services, handler: Handler) -> Any:
+    async def answer(http: HttpRequest) -> Response:
+        started = time.perf_counter()
+        try:
+            response = await _answer(services, handler, http)
+        except DeskgridError as error:
+            response = _error_response(error)
+        except ClientDisconnect:
+            response = _error_response(ProtocolError("the client went away"))
+        _log.debug(
+            "call",
+            route=handler.route.name,
+            status=response.status_code,
+            milliseconds=round((time.perf_counter() - started) * 1000, 1),
+        )
+        return response
+
+    return answer
+
+
+async def _answer(services: Services, handler: Handler, http: HttpRequest) -> Response:
+    route = handler.route
+    _check_wire_version(http)
+    caller = await _authorise(services, route, http)
+    call: Call[Any] = Call(
+        caller=caller,
+        body=None if route.raw else await _decode_body(route, http),
+        path=dict(http.path_params),
+        query=_decode_query(route, http),
+        key=http.headers.get(wire.IDEMPOTENCY_HEADER, "")[:64] or uuid.uuid4().hex,
+        settings=services.settings,
+    )
+    if handler.kind is Kind.READ:
+        return _json(msgspec.json.encode(await services.store.read(lambda tx: handler.function(tx, call))))
+    if handler.kind is Kind.WRITE:
+        return _json(await services.store.write(lambda tx: _write_once(tx, handler, call)))
+    found = await handler.function(services, call, http)
+    return found if isinstance(found, Response) else _json(msgspec.json.encode(found))
+
+
+def _write_once(tx: Transaction, handler: Handler, call: Call[Any]) -> bytes:
+    principal = call.caller.principal
+    if call.caller is _NOBODY:
+        principal = f"secret:{hash_secret(call.body.secret)}"  # nobody but the holder of the secret gets the stored answer
+    return once(tx, principal, f"{handler.route.name}:{call.key}"[:64], lambda: handler.function(tx, call))
+
+
+def _check_wire_version(http: HttpRequest) -> None:
+    """Refuse what we cannot understand: another major version, a newer minor one, or one more than two minors old."""
+    text = http.headers.get(wire.WIRE_VERSION_HEADER)
+    if text is None:
+        return
+    major, _, minor = text.partition(".")
+    ours = wire.WIRE_VERSION
+    understood = major.isdecimal() and minor.isdecimal() and int(major) == ours[0] and ours[1] - 2 <= int(minor) <= ours[1]
+    if not understood:
+        raise InvalidInput(
+            f"wire version {text[:20]} is not spoken here", hint="this server speaks {}.{}; update the older side".format(*ours)
+        )
+
+
+async def _authorise(services: Services, route: wire.Route[Any, Any], http: HttpRequest) -> Caller:
+    if route.roles == wire.ANYBODY:
+        return _NOBODY
+    scheme, _, token = http.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated("this call needs a token", hint="deskgrid login LINK")
+    caller = await services.store.read(lambda tx: accounts.authenticate(tx, token))
+    if caller.role not in route.roles:
+        raise Forbidden(f"{caller.role.value} {caller.name} may not call {route.name}")
+    return caller
+
+
+async def _decode_body(route: wire.Route[Any, Any], http: HttpRequest) -> Any:
+    if route.request is wire.Nothing:
+        return wire.Nothing()
+    body = bytearray()
+    async for piece in http.stream():
+        body += piece
+        if len(body) > _MOST_BODY_BYTES:
+            raise InvalidInput(f"the message is larger than {_MOST_BODY_BYTES} bytes")
+    try:
+        return msgspec.json.decode(body, type=route.request)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInput(f"the message is not understood: {error}") from error
+
+
+def _decode_query(route: wire.Route[Any, Any], http: HttpRequest) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in route.query.items():
+        if name in http.query_params:
+            try:
+                found[name] = msgspec.convert(http.query_params[name], kind, strict=False)
+            except msgspec.ValidationError as error:
+                raise InvalidInput(f"{http.query_params[name][:80]!r} is not allowed", where=name, hint=kind.__name__) from error
+    return found
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type=_JSON)
+
+
+def _error_response(error: DeskgridError) -> Response:
+    status = next((status for kind, status in wire.STATUS_OF_ERROR.items() if isinstance(error, kind)), 500)
+    if isinstance(error, OperatorError):
+        _log.error("operator must act", error=error.message)
+    return Response(
+        msgspec.json.encode(wire.ErrorAnswer(error=type(error).__name__, message=error.message, hint=error.hint)),
+        status_code=status,
+        media_type=_JSON,
+    )
+
+
+async def _unexpected(_http: HttpRequest, error: Exception) -> Response:
+    _log.error("a handler failed", error=repr(error), exc_info=error)
+    body = wire.ErrorAnswer(error="OperatorError", message="the server failed on this call; its log says why")
+    return Response(msgspec.json.encode(body), status_code=500, media_type=_JSON)
+
+
+async def sweep_forever(services: Services) -> None:
+    """Make attempts with expired leases lost, and now and then remove what nobody refers to.
+
+    Leases are not looked at in the first lease's length after the start: while the server was down nobody could renew.
+    """
+    settings = services.settings
+    await services.clock.sleep(settings.lease_s)
+    next_cleaning = services.clock.monotonic()
+    while True:
+        with _failures_logged("the sweep failed"):
+            await services.store.write(jobs.expire_leases)
+            if services.clock.monotonic() >= next_cleaning:
+                next_cleaning += 3600
+                await clean(services)
+        await services.clock.sleep(settings.sweep_s)
+
+
+async def clean(services: Services) -> None:
+    """Remove uploads, blobs and idempotency keys that are too old and referred to by nothing."""
+    oldest = services.clock.now() - services.settings.upload_lifetime_s
+
+    def forget(tx: Transaction) -> tuple[list[Any], list[int]]:
+        tx.run(sa.delete(idempotency).where(idempotency.c.created_at < oldest))
+        freed = data.drop_unreferenced(tx, oldest, limit=1000)
+        return list(freed), [row.id for row in tx.rows(sa.select(upload.c.id))]
+
+    freed, kept = await services.store.write(forget)
+    for sha256 in freed:
+        await services.repository.remove(sha256)
+    services.repository.forget_uploads(kept)
+
+
+@contextlib.contextmanager
+def _failures_logged(message: str) -> Any:
+    try:
+        yield
+    except DeskgridError as error:
+        _log.error(message, error=str(error))

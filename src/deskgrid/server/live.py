@@ -1,0 +1,60 @@
+"""Hints inside one process: who waits for a topic is told when it changed. Losing a hint costs only latency."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+
+__all__ = ["Live"]
+
+
+class Live:
+    """Counts changes per topic and wakes those who wait."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, int] = defaultdict(int)
+        self._waiting: dict[str, list[asyncio.Future[None]]] = defaultdict(list)
+        self._seen: dict[str, dict[str, int]] = {}
+
+    def notify(self, topics: list[str]) -> None:
+        """Note one change of each topic named (a topic named twice changed twice) and wake its waiters."""
+        for topic in topics:
+            self._marks[topic] += 1
+            for future in self._waiting.pop(topic, ()):
+                if not future.done():
+                    future.set_result(None)
+
+    def mark(self, topic: str) -> int:
+        """Return a number that grows with each change of a topic."""
+        return self._marks.get(topic, 0)
+
+    def remember(self, principal: str, marks: dict[str, int]) -> None:
+        """Keep what somebody had seen when it last looked, so that a change before it waits again is not missed."""
+        self._seen[principal] = marks
+
+    def remembered(self, principal: str) -> dict[str, int] | None:
+        """Return what `remember` kept, or None."""
+        return self._seen.get(principal)
+
+    async def wait(self, seen: dict[str, int], timeout_s: float) -> bool:
+        """Return True once a topic's mark differs from `seen`, or False after `timeout_s`."""
+        if any(self.mark(topic) != mark for topic, mark in seen.items()):
+            return True
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for topic in seen:
+            self._waiting[topic].append(future)
+        try:
+            await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            return False
+        finally:
+            for topic in seen:
+                self._forget(topic, future)
+        return True
+
+    def _forget(self, topic: str, future: asyncio.Future[None]) -> None:
+        waiting = self._waiting.get(topic)
+        if waiting and future in waiting:
+            waiting.remove(future)
+        if waiting == []:
+            del self._waiting[topic]

@@ -1,0 +1,184 @@
+"""The repository: a folder of blobs named by their sha256, and uploads on their way into it.
+
+    HOME/blobs/ab/abcd...      a blob, whole and verified; written once, never changed
+    HOME/uploads/17            the bytes that upload 17 has so far
+
+An upload goes on where it stopped. A blob appears by rename after its bytes are on disk and their sha256 is right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+from deskgrid.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
+from deskgrid.model.data import Blob
+
+__all__ = ["Repository"]
+
+_CHUNK = 1 << 20
+
+
+class Repository:
+    """Blobs in a folder. One process may use a folder at a time."""
+
+    def __init__(self, home: Path, *, reserve_bytes: int, max_bytes: int) -> None:
+        self._blobs = home / "blobs"
+        self._uploads = home / "uploads"
+        self._reserve_bytes = reserve_bytes
+        self._max_bytes = max_bytes
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._digests: dict[int, tuple[int, Any]] = {}
+        """Running sha256 of uploads that this process has received from their beginning: (bytes, digest)."""
+        for folder in (self._blobs, self._uploads):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def path(self, sha256: str) -> Path:
+        """Return where a blob is. Raise NotFound if its bytes are not there."""
+        file = self._place(sha256)
+        if not file.is_file():
+            raise NotFound(f"the bytes of {sha256[:12]} are not in the repository")
+        return file
+
+    def holds(self, blob: Blob) -> bool:
+        """Say whether a blob is there with its size."""
+        try:
+            return self._place(blob.sha256).stat().st_size == blob.size_bytes
+        except FileNotFoundError:
+            return False
+
+    def free_bytes(self) -> int:
+        """Return what may still be stored: the disk's free space above the reserve."""
+        return max(0, shutil.disk_usage(self._blobs).free - self._reserve_bytes)
+
+    def received_bytes(self, upload_id: int) -> int:
+        """Return how far an upload is."""
+        try:
+            return self._part(upload_id).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def admit(self, blob: Blob) -> None:
+        """Check that an upload may begin. Raise InvalidInput if it is too large, StoreUnavailable if there is no room."""
+        if not 0 <= blob.size_bytes <= self._max_bytes:
+            raise InvalidInput(f"{blob.size_bytes} bytes are too many for one upload", hint=f"at most {self._max_bytes}")
+        if blob.size_bytes > self.free_bytes():
+            raise StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help")
+
+    async def receive(self, upload_id: int, blob: Blob, offset: int, chunks: AsyncIterator[bytes]) -> int:
+        """Append chunks to an upload and return how far it is. What arrived stays, however the stream ends.
+
+        Raise Conflict if `offset` is not where the upload stands, InvalidInput if more bytes come than it has.
+        """
+        async with self._locks[f"upload:{upload_id}"]:
+            have = self.received_bytes(upload_id)
+            if offset != have:
+                raise Conflict(f"the upload stands at {have}, not {offset}", hint="ask where it stands and go on there")
+            _, digest = self._digests.pop(upload_id, (0, None)) if have else (0, hashlib.sha256())
+            with self._part(upload_id).open("ab") as output:
+                try:
+                    async for piece in _grouped(chunks):
+                        if have + len(piece) > blob.size_bytes:
+                            raise InvalidInput(f"more bytes came than the {blob.size_bytes} announced")
+                        await asyncio.to_thread(_append, output, piece, digest)
+                        have += len(piece)
+                finally:
+                    output.flush()
+                    if digest is not None:
+                        self._digests[upload_id] = (self.received_bytes(upload_id), digest)
+            return have
+
+    async def finish(self, upload_id: int, blob: Blob) -> None:
+        """Verify an upload that has all its bytes and make it a blob, durably.
+
+        Raise InvalidInput, and forget the bytes, if their sha256 is not what was announced.
+        """
+        part = self._part(upload_id)
+        async with self._locks[f"upload:{upload_id}"]:
+            if not part.exists() and self.holds(blob):
+                return
+            size, digest = self._digests.pop(upload_id, (-1, None))
+            if digest is None or size != blob.size_bytes:
+                digest = await asyncio.to_thread(_digest_of, part)
+            if digest.hexdigest() != blob.sha256:
+                part.unlink()
+                raise InvalidInput(
+                    f"the bytes that came have the sha256 {digest.hexdigest()[:12]}, not {blob.sha256[:12]}", hint="send them again"
+                )
+            async with self._locks[blob.sha256]:
+                await asyncio.to_thread(_settle, part, self._place(blob.sha256))
+
+    async def remove(self, sha256: str) -> None:
+        """Remove a blob's bytes. Idempotent."""
+        async with self._locks[sha256]:
+            self._place(sha256).unlink(missing_ok=True)
+
+    def forget_uploads(self, keep: Iterable[int]) -> None:
+        """Remove the bytes of all uploads but those named."""
+        kept = {str(upload_id) for upload_id in keep}
+        for part in self._uploads.iterdir():
+            if part.name not in kept:
+                part.unlink(missing_ok=True)
+
+    def _place(self, sha256: str) -> Path:
+        return self._blobs / sha256[:2] / sha256
+
+    def _part(self, upload_id: int) -> Path:
+        return self._uploads / str(upload_id)
+
+
+async def _grouped(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Join small pieces, so that a thread is not asked for each; what came before an error is still passed on."""
+    waiting, size = [], 0
+    try:
+        async for chunk in chunks:
+            waiting.append(chunk)
+            size += len(chunk)
+            if size >= _CHUNK:
+                yield b"".join(waiting)
+                waiting, size = [], 0
+    except Exception:
+        if waiting:
+            yield b"".join(waiting)
+        raise
+    if waiting:
+        yield b"".join(waiting)
+
+
+def _append(output: Any, piece: bytes, digest: Any | None) -> None:
+    try:
+        output.write(piece)
+        output.flush()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help") from error
+        raise StoreUnavailable(f"the repository cannot be written: {error.strerror}") from error
+    if digest is not None:
+        digest.update(piece)
+
+
+def _digest_of(file: Path) -> Any:
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256")
+
+
+def _settle(part: Path, place: Path) -> None:
+    """Move verified bytes to their place so that they survive a power cut."""
+    with part.open("rb") as source:
+        os.fsync(source.fileno())
+    place.parent.mkdir(exist_ok=True, mode=0o700)
+    part.chmod(0o444)
+    part.replace(place)
+    for folder in (place.parent, place.parent.parent):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

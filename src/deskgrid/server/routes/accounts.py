@@ -1,0 +1,85 @@
+"""Users, groups, tokens and the secrets in links."""
+
+from __future__ import annotations
+
+from deskgrid.model import wire
+from deskgrid.model.users import Group, Role, User
+from deskgrid.server.routes.handler import Call, reads, writes
+from deskgrid.server.store import accounts, workers
+from deskgrid.server.store.engine import Transaction
+
+
+@writes(wire.JOIN)
+def join(tx: Transaction, call: Call[wire.JoinRequest]) -> wire.JoinAnswer:
+    accounts.use_secret(tx, call.body.secret, accounts.JOIN)
+    worker_id = workers.add_worker(tx, call.body.name)
+    accounts.add_token(tx, call.body.token_hash, role=Role.WORKER, label=call.body.name, on=worker_id)
+    return wire.JoinAnswer(worker_id=worker_id)
+
+
+@writes(wire.LOGIN)
+def login(tx: Transaction, call: Call[wire.LoginRequest]) -> wire.LoginAnswer:
+    user_id = accounts.use_secret(tx, call.body.secret, accounts.LOGIN)
+    user = next(user for user in accounts.list_accounts(tx) if user.id == user_id)
+    role = Role.ADMIN if user.admin else Role.USER
+    accounts.add_token(tx, call.body.token_hash, role=role, label=call.body.label, user=user.id)
+    return wire.LoginAnswer(user=user)
+
+
+@reads(wire.WHO)
+def who(_tx: Transaction, call: Call[wire.Nothing]) -> wire.WhoAmI:
+    return wire.WhoAmI(role=call.caller.role, name=call.caller.name)
+
+
+@writes(wire.ADD_JOIN_SECRET)
+def add_join_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.SecretAnswer:
+    wanted = call.body
+    expires_at = accounts.add_secret(tx, wanted.secret_hash, purpose=accounts.JOIN, uses=wanted.uses, lifetime_s=wanted.lifetime_s)
+    return wire.SecretAnswer(expires_at=expires_at)
+
+
+@writes(wire.ADD_LOGIN_SECRET)
+def add_login_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.SecretAnswer:
+    user = accounts.find_account(tx, call.path["user"])
+    wanted = call.body
+    expires_at = accounts.add_secret(
+        tx, wanted.secret_hash, purpose=accounts.LOGIN, uses=wanted.uses, lifetime_s=wanted.lifetime_s, user=user.id
+    )
+    return wire.SecretAnswer(expires_at=expires_at)
+
+
+@writes(wire.ADD_USER)
+def add_user(tx: Transaction, call: Call[wire.AddUser]) -> User:
+    return accounts.add_account(tx, call.body.name, admin=call.body.admin)
+
+
+@reads(wire.LIST_USERS)
+def list_users(tx: Transaction, _call: Call[wire.Nothing]) -> wire.UserList:
+    return wire.UserList(accounts.list_accounts(tx))
+
+
+@reads(wire.LIST_TOKENS)
+def list_tokens(tx: Transaction, call: Call[wire.Nothing]) -> wire.TokenList:
+    return wire.TokenList(accounts.list_tokens(tx, call.caller.user_id) if call.caller.user_id is not None else ())
+
+
+@writes(wire.REVOKE_TOKEN)
+def revoke_token(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
+    if call.caller.user_id is not None:
+        accounts.revoke_token(tx, call.caller.user_id, call.number("token"))
+    return wire.Nothing()
+
+
+@writes(wire.ADD_GROUP)
+def add_group(tx: Transaction, call: Call[wire.AddGroup]) -> Group:
+    return accounts.add_team(tx, call.body.name)
+
+
+@reads(wire.LIST_GROUPS)
+def list_groups(tx: Transaction, _call: Call[wire.Nothing]) -> wire.GroupList:
+    return wire.GroupList(accounts.list_teams(tx))
+
+
+@writes(wire.SET_MEMBERS)
+def set_members(tx: Transaction, call: Call[wire.SetMembers]) -> Group:
+    return accounts.set_members(tx, call.path["group"], add=call.body.add, remove=call.body.remove)

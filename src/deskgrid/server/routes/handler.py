@@ -1,0 +1,119 @@
+"""How a route of model/wire.py gets its handler: one of three kinds, so that each handler holds only its own logic.
+
+@reads(route)   def f(tx, call)          runs in a snapshot
+@writes(route)  def f(tx, call)          runs in a durable transaction, once per idempotency key
+@serves(route)  async def f(services, call, http)    everything else: bytes, waiting
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from msgspec import Struct
+from starlette.requests import Request as HttpRequest
+
+from deskgrid.clock import Clock
+from deskgrid.errors import InvalidInput
+from deskgrid.model import wire
+from deskgrid.server.live import Live
+from deskgrid.server.repository import Repository
+from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.engine import Store, Transaction
+from deskgrid.server.store.schema import idempotency
+from deskgrid.settings import ServerSettings
+
+__all__ = ["HANDLERS", "Call", "Handler", "Kind", "Services", "once", "reads", "serves", "writes"]
+
+Body = TypeVar("Body")
+
+
+class Services(Struct, frozen=True):
+    """What handlers work with; one per server process."""
+
+    settings: ServerSettings
+    store: Store
+    repository: Repository
+    live: Live
+    clock: Clock
+    authority_pem: bytes
+
+
+class Call(Struct, Generic[Body], frozen=True):
+    """One call, already authenticated, authorised and decoded."""
+
+    caller: Caller
+    body: Body
+    path: dict[str, str]
+    query: dict[str, Any]
+    key: str
+    settings: ServerSettings
+
+    def number(self, name: str) -> int:
+        """Return a path parameter that is a number. Raise InvalidInput otherwise."""
+        text = self.path[name]
+        if not text.isdecimal() or len(text) > 18:
+            raise InvalidInput(f"{text[:40]!r} is not a {name} number")
+        return int(text)
+
+
+class Kind(Enum):
+    READ = "read"
+    WRITE = "write"
+    SERVE = "serve"
+
+
+class Handler(Struct, frozen=True):
+    """A route with the function that answers it."""
+
+    kind: Kind
+    route: wire.Route[Any, Any]
+    function: Callable[..., Any]
+
+
+HANDLERS: dict[str, Handler] = {}
+
+ReadOrWrite = Callable[[Transaction, Call[Any]], Any]
+Serve = Callable[[Services, Call[Any], HttpRequest], Awaitable[Any]]
+
+
+def reads(route: wire.Route[Any, Any]) -> Callable[[ReadOrWrite], ReadOrWrite]:
+    """Let a function answer a route from a snapshot of the store."""
+    return _register(Kind.READ, route)
+
+
+def writes(route: wire.Route[Any, Any]) -> Callable[[ReadOrWrite], ReadOrWrite]:
+    """Let a function answer a route in a durable transaction, once per idempotency key."""
+    return _register(Kind.WRITE, route)
+
+
+def serves(route: wire.Route[Any, Any]) -> Callable[[Serve], Serve]:
+    """Let an async function answer a route."""
+    return _register(Kind.SERVE, route)
+
+
+def _register(kind: Kind, route: wire.Route[Any, Any]) -> Callable[[Any], Any]:
+    def keep(function: Any) -> Any:
+        HANDLERS[route.name] = Handler(kind, route, function)
+        return function
+
+    return keep
+
+
+def once(tx: Transaction, principal: str, key: str, function: Callable[[], Any], *, latest_only: bool = False) -> bytes:
+    """Return the encoded answer of `function`, or the stored one if this principal used the key before.
+
+    `latest_only` keeps one key per principal: for calls that come all the time, one after the other.
+    """
+    mine = idempotency.c.principal == principal
+    stored: bytes | None = tx.value(sa.select(idempotency.c.answer).where(mine, idempotency.c.key == key))
+    if stored is not None:
+        return stored
+    answer = msgspec.json.encode(function())
+    if latest_only:
+        tx.run(sa.delete(idempotency).where(mine))
+    tx.run(sa.insert(idempotency).values(principal=principal, key=key, answer=answer, created_at=tx.now))
+    return answer

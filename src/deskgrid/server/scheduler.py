@@ -1,0 +1,130 @@
+"""One call of a worker, decided in one transaction: what it holds, what it reports, what it gets."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from deskgrid.core.lifecycle import AttemptEvent, event_of_report
+from deskgrid.core.matching import Ask, match
+from deskgrid.errors import Conflict
+from deskgrid.model.data import Blob
+from deskgrid.model.ids import AttemptId, Sha256, WorkerId
+from deskgrid.model.jobs import AttemptState, JobSpec
+from deskgrid.model.wire import Sync, SyncAnswer
+from deskgrid.model.workers import Assignment, AttemptReport
+from deskgrid.server.store import data, jobs, workers
+from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.engine import Transaction
+from deskgrid.settings import ServerSettings
+
+__all__ = ["leave", "sync"]
+
+_MOST_PER_CALL = 100
+_FINAL_REPORTS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED})
+
+
+class _Verdict(Struct):
+    """What becomes of the attempts that a worker listed."""
+
+    acknowledged: list[AttemptId] = []
+    cancelled: list[AttemptId] = []
+    freed: list[Sha256] = []
+    """Results that came too late; the repository may remove their bytes."""
+
+
+def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSettings) -> tuple[SyncAnswer, list[Sha256]]:
+    """Handle one call of a worker; return the answer and the blobs whose bytes nobody needs any more."""
+    worker_id = _worker_of(caller)
+    workers.seen(tx, worker_id, request)
+    verdict = _Verdict()
+    for report in request.attempts:
+        _take_report(tx, caller, worker_id, report, settings, verdict)
+    _return_unlisted(tx, worker_id, {report.attempt_id for report in request.attempts})
+    assignments = () if request.paused else tuple(_lease(tx, worker_id, request, settings))
+    answer = SyncAnswer(
+        assignments=assignments,
+        acknowledged=tuple(verdict.acknowledged),
+        cancelled=tuple(verdict.cancelled),
+        lease_s=settings.lease_s,
+        interval_s=settings.interval_s,
+    )
+    return answer, verdict.freed
+
+
+def leave(tx: Transaction, caller: Caller) -> None:
+    """Give back all that a worker holds and let it go. Idempotent."""
+    worker_id = _worker_of(caller)
+    _return_unlisted(tx, worker_id, set())
+    workers.leave(tx, worker_id)
+
+
+def _worker_of(caller: Caller) -> WorkerId:
+    if caller.worker_id is None:
+        raise ValueError("only a worker syncs")
+    return caller.worker_id
+
+
+def _take_report(
+    tx: Transaction, caller: Caller, worker_id: WorkerId, report: AttemptReport, settings: ServerSettings, verdict: _Verdict
+) -> None:
+    """Apply one report. What does not apply any more is acknowledged if it was final, else cancelled."""
+    event = event_of_report(report.state)
+    row = jobs.attempt_row(tx, report.attempt_id, worker_id)
+    if row is None or event is None:
+        verdict.cancelled.append(report.attempt_id)
+        return
+    report = _with_proof(tx, caller, report)
+    event = event_of_report(report.state) or event
+    applied = jobs.apply_event(tx, report.attempt_id, event, exit_code=report.exit_code, reason=report.reason, result=report.result)
+    if report.state in _FINAL_REPORTS:
+        verdict.acknowledged.append(report.attempt_id)
+        if report.result is not None and not applied:
+            verdict.freed += data.drop_unreferenced(tx, tx.now, only=report.result.sha256, holder=caller.principal)
+    elif applied:
+        jobs.renew_lease(tx, report.attempt_id, _lease_end(tx, row, report.state, settings))
+    else:
+        verdict.cancelled.append(report.attempt_id)
+
+
+def _with_proof(tx: Transaction, caller: Caller, report: AttemptReport) -> AttemptReport:
+    """Return the report; a success whose result is not in the repository is a failure."""
+    unproved = report.state is AttemptState.SUCCEEDED if report.result is None else not _was_sent(tx, caller, report.result)
+    if not unproved:
+        return report
+    return msgspec.structs.replace(report, state=AttemptState.FAILED, result=None, reason=report.reason or "the result is missing")
+
+
+def _was_sent(tx: Transaction, caller: Caller, result: Blob) -> bool:
+    try:
+        data.require_upload(tx, caller, result)
+    except Conflict:
+        return False
+    return True
+
+
+def _lease_end(tx: Transaction, row: object, state: AttemptState, settings: ServerSettings) -> float:
+    """Return until when an attempt is leased; a suspended one up to its job's bound, however long its PC is silent."""
+    if state is not AttemptState.SUSPENDED:
+        return tx.now + settings.lease_s
+    suspended_at = getattr(row, "suspended_at", None) if getattr(row, "state", "") == AttemptState.SUSPENDED else None
+    spec = msgspec.json.decode(getattr(row, "job_spec", "{}"), type=JobSpec)
+    return float(suspended_at or tx.now) + spec.limits.max_suspend_s
+
+
+def _return_unlisted(tx: Transaction, worker_id: WorkerId, listed: set[AttemptId]) -> None:
+    """Take back what the worker does not know of: an answer that it never got, or a journal that it lost."""
+    for row in jobs.live_attempts(tx, worker_id):
+        if row.id not in listed:
+            jobs.apply_event(tx, row.id, AttemptEvent.RETURNED)
+
+
+def _lease(tx: Transaction, worker_id: WorkerId, request: Sync, settings: ServerSettings) -> list[Assignment]:
+    if request.free.cpus <= 0:
+        return []
+    queues = jobs.waiting_queues(tx)
+    if not queues:
+        return []
+    ask = Ask(free=request.free, drivers=request.profile.drivers, cached=frozenset(request.cached))
+    shares = match(ask, queues, jobs.live_by_owner(tx), limit=_MOST_PER_CALL)
+    return jobs.lease_jobs(tx, worker_id, shares, settings.lease_s)

@@ -1,0 +1,219 @@
+"""Making a server, its links, and running it.
+
+HOME/server.toml       settings (may be missing)
+HOME/authority/        root and server keys and certificates
+HOME/grid.sqlite       the store, unless settings say otherwise
+HOME/blobs, uploads    the repository
+HOME/lock              held by the running server
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+
+from deskgrid.clock import Clock, SystemClock
+from deskgrid.errors import InvalidInput, OperatorError
+from deskgrid.link import Link, hash_secret, make_secret
+from deskgrid.model.users import User
+from deskgrid.server.app import make_app, sweep_forever
+from deskgrid.server.authority import authority_fingerprint, ensure_certificate, make_authority
+from deskgrid.server.live import Live
+from deskgrid.server.repository import Repository
+from deskgrid.server.routes.handler import Services
+from deskgrid.server.store import accounts
+from deskgrid.server.store.engine import SqlStore, Transaction, sqlite_url
+from deskgrid.server.store.migrate import migrate
+from deskgrid.settings import ServerSettings
+
+__all__ = ["init_server", "listen", "make_join_link", "make_login_link", "open_services", "run_server", "server_config"]
+
+_WEEK_S = 7 * 86400.0
+_log = structlog.get_logger("deskgrid.server")
+
+
+async def init_server(home: Path, settings: ServerSettings, *, admin: str = "admin") -> User:
+    """Make the grid in `home`: keys, database, and a first admin. Idempotent: what is there stays."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_authority(home / "authority", settings.name, _utc_now())
+    migrate(database_url(home, settings))
+    async with _opened(home, settings) as store:
+        return await store.write(lambda tx: _ensure_admin(tx, admin))
+
+
+def _ensure_admin(tx: Transaction, name: str) -> User:
+    found = [user for user in accounts.list_accounts(tx) if user.name == name]
+    return found[0] if found else accounts.add_account(tx, name, admin=True)
+
+
+async def make_join_link(home: Path, settings: ServerSettings, *, uses: int = 1, lifetime_s: float = _WEEK_S) -> Link:
+    """Return a link by which `uses` PCs may join. Works beside a running server."""
+    return await _make_link(home, settings, accounts.JOIN, None, uses, lifetime_s)
+
+
+async def make_login_link(home: Path, settings: ServerSettings, user: str, *, lifetime_s: float = _WEEK_S) -> Link:
+    """Return a one-use link by which `user` logs in. Works beside a running server. Raise NotFound for an unknown user."""
+    return await _make_link(home, settings, accounts.LOGIN, user, 1, lifetime_s)
+
+
+async def _make_link(home: Path, settings: ServerSettings, purpose: str, user: str | None, uses: int, lifetime_s: float) -> Link:
+    _require_init(home)
+    secret = make_secret()
+
+    def keep(tx: Transaction) -> None:
+        user_id = accounts.find_account(tx, user).id if user is not None else None
+        accounts.add_secret(tx, hash_secret(secret), purpose=purpose, uses=uses, lifetime_s=lifetime_s, user=user_id)
+
+    async with _opened(home, settings) as store:
+        await store.write(keep)
+    return Link(
+        purpose=purpose,
+        address=public_address(home, settings),
+        authority=authority_fingerprint(home / "authority"),
+        secret=secret,
+    )
+
+
+def database_url(home: Path, settings: ServerSettings) -> str:
+    """Return the SQLAlchemy URL of the grid's database."""
+    return settings.database or sqlite_url(home / "grid.sqlite")
+
+
+def public_address(home: Path, settings: ServerSettings) -> str:
+    """Return the HOST:PORT that others dial: from the settings, or where the server listens (or did last)."""
+    if settings.address:
+        return settings.address
+    with contextlib.suppress(FileNotFoundError):
+        return (home / "address").read_text().strip()
+    host, port = parse_listen(settings.listen)
+    return f"{socket.getfqdn() if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104 - compared, not bound
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Return host and port of HOST:PORT. Raise InvalidInput otherwise."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidInput(f"{text!r} is not HOST:PORT", where="listen", hint="as in 0.0.0.0:8470")
+    return host.strip("[]"), int(port)
+
+
+@contextlib.asynccontextmanager
+async def open_services(home: Path, settings: ServerSettings, clock: Clock) -> AsyncIterator[Services]:
+    """Open store and repository for one server process."""
+    live = Live()
+    store = SqlStore(database_url(home, settings), clock, live.notify)
+    try:
+        yield Services(
+            settings=settings,
+            store=store,
+            repository=Repository(home, reserve_bytes=settings.reserve_bytes, max_bytes=settings.max_upload_bytes),
+            live=live,
+            clock=clock,
+            authority_pem=(home / "authority" / "authority.pem").read_bytes(),
+        )
+    finally:
+        await store.close()
+
+
+async def run_server(home: Path, settings: ServerSettings, *, ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. `ready` is called with HOST:PORT once calls are answered."""
+    _require_init(home)
+    migrate(database_url(home, settings))
+    listener = listen(settings)
+    host, port = listener.getsockname()[:2]
+    shown = f"{parse_listen(settings.listen)[0]}:{port}"
+    names = [name for name in (host, socket.gethostname(), (settings.address or shown).rpartition(":")[0]) if name]
+    chain, key = ensure_certificate(home / "authority", names, _utc_now())
+    (home / "address").write_text(public_or(shown, settings))
+    clock = SystemClock()
+    async with open_services(home, settings, clock) as services:
+        config = server_config(make_app(services), chain, key)
+        await _serve(_Server(config, lambda: ready and ready(shown)), listener, sweep_forever(services))
+
+
+def server_config(app: Starlette, chain: Path, key: Path) -> uvicorn.Config:
+    """Return how we serve: TLS always, our own logs, no lifespan protocol."""
+    return uvicorn.Config(
+        app,
+        ssl_certfile=chain,
+        ssl_keyfile=key,
+        loop="none",
+        http="httptools",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+    )
+
+
+def public_or(shown: str, settings: ServerSettings) -> str:
+    """Return the address that others dial, given the one that is listened on."""
+    host, port = parse_listen(shown)
+    return settings.address or (f"{socket.getfqdn()}:{port}" if host in ("0.0.0.0", "::") else shown)  # noqa: S104
+
+
+class _Server(uvicorn.Server):
+    """A server that tells when it answers, and leaves signals to us."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+async def _serve(server: _Server, listener: socket.socket, sweep: Coroutine[None, None, None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C arrives as KeyboardInterrupt
+            loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+    async with asyncio.TaskGroup() as tasks:
+        sweeper = tasks.create_task(sweep)
+        await server.serve(sockets=[listener])
+        sweeper.cancel()
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """Return the socket to serve on. Raise OperatorError if the address cannot be had."""
+    host, port = parse_listen(settings.listen)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except OSError as error:
+        raise OperatorError(
+            f"cannot listen on {settings.listen}: {error.strerror}", hint="choose another port with --listen"
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def _opened(home: Path, settings: ServerSettings) -> AsyncIterator[SqlStore]:
+    store = SqlStore(database_url(home, settings), SystemClock())
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def _require_init(home: Path) -> None:
+    if not (home / "authority" / "authority.pem").exists():
+        raise InvalidInput(f"there is no grid in {home}", hint="deskgrid server init")
+
+
+def _utc_now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
