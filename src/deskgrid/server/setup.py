@@ -193,12 +193,17 @@ async def _serve(server: _Server, listener: socket.socket, sweep: Coroutine[None
 def listen(settings: ServerSettings) -> socket.socket:
     """Return the socket to serve on. Raise OperatorError if the address cannot be had."""
     host, port = parse_listen(settings.listen)
+    # The protocol must be named: asyncio turns Nagle's delay off only for sockets that say they are TCP, and leaving it on
+    # costs 40 ms a call.
+    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        server.listen(1024)
     except OSError as error:
-        raise OperatorError(
-            f"cannot listen on {settings.listen}: {error.strerror}", hint="choose another port with --listen"
-        ) from error
+        server.close()
+        raise OperatorError(f"cannot listen on {settings.listen}: {error.strerror}", hint="choose another port with --listen") from error
+    return server
 
 
 @contextlib.asynccontextmanager
