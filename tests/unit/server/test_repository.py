@@ -1,0 +1,122 @@
+"""The repository: uploads in random pieces, interrupted anywhere, end whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deskgrid.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
+from deskgrid.model.data import Blob
+from deskgrid.model.ids import Sha256
+from deskgrid.server.repository import Repository
+
+
+def blob_of(content: bytes) -> Blob:
+    return Blob(sha256=Sha256(hashlib.sha256(content).hexdigest()), size_bytes=len(content))
+
+
+def repository(home: Path) -> Repository:
+    return Repository(home, reserve_bytes=0, max_bytes=1 << 40)
+
+
+async def pieces(content: bytes, size: int, cut_after: int | None = None):
+    for number, start in enumerate(range(0, len(content), size)):
+        if cut_after is not None and number >= cut_after:
+            raise ConnectionResetError
+        yield content[start : start + size]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    content=st.binary(min_size=1, max_size=5000),
+    cuts=st.lists(st.tuples(st.integers(1, 700), st.integers(0, 6), st.booleans()), max_size=6),
+)
+def test_upload_cut_anywhere_ends_whole(content: bytes, cuts: list[tuple[int, int, bool]]):
+    async def history(home: Path) -> None:
+        store, blob = repository(home), blob_of(content)
+        for size, cut, restart in cuts:
+            if restart:
+                store = repository(home)
+            offset = store.received_bytes(1)
+            try:
+                await store.receive(1, blob, offset, pieces(content[offset:], size, cut))
+            except ConnectionResetError:
+                assert store.received_bytes(1) == min(len(content), offset + size * cut)
+        offset = store.received_bytes(1)
+        await store.receive(1, blob, offset, pieces(content[offset:], 1000))
+        await store.finish(1, blob)
+        assert store.path(blob.sha256).read_bytes() == content
+        assert list((home / "uploads").iterdir()) == []
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(history(Path(folder)))
+
+
+async def test_wrong_bytes_are_forgotten(tmp_path: Path):
+    store, blob = repository(tmp_path), blob_of(b"right")
+    await store.receive(1, blob, 0, pieces(b"wrong", 5))
+    with pytest.raises(InvalidInput, match="sha256"):
+        await store.finish(1, blob)
+    assert store.received_bytes(1) == 0
+    with pytest.raises(NotFound):
+        store.path(blob.sha256)
+
+
+async def test_more_bytes_than_announced_are_refused(tmp_path: Path):
+    store = repository(tmp_path)
+    with pytest.raises(InvalidInput, match="more bytes"):
+        await store.receive(1, blob_of(b"abc"), 0, pieces(b"abcd", 4))
+
+
+async def test_upload_at_another_offset_is_refused(tmp_path: Path):
+    store = repository(tmp_path)
+    with pytest.raises(Conflict):
+        await store.receive(1, blob_of(b"abc"), 2, pieces(b"c", 1))
+
+
+async def test_upload_larger_than_the_free_space_is_refused_at_its_beginning(tmp_path: Path):
+    store = Repository(tmp_path, reserve_bytes=0, max_bytes=1 << 62)
+    with pytest.raises(StoreUnavailable, match="full"):
+        store.admit(Blob(sha256=Sha256("0" * 64), size_bytes=1 << 60))
+
+
+async def test_disk_that_fills_up_during_an_upload_is_told_and_the_upload_goes_on_later(tmp_path: Path, monkeypatch):
+    import deskgrid.server.repository as module
+
+    store, blob = repository(tmp_path), blob_of(b"abcdef")
+    real = module._append
+
+    def full(output, piece, digest):
+        real(output, piece[:2], digest)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def translated(output, piece, digest):
+        try:
+            full(output, piece, digest)
+        except OSError as error:
+            raise StoreUnavailable("the server's disk is full") from error
+
+    monkeypatch.setattr(module, "_append", translated)
+    with pytest.raises(StoreUnavailable):
+        await store.receive(1, blob, 0, pieces(b"abcdef", 6))
+    monkeypatch.setattr(module, "_append", real)
+    await store.receive(1, blob, 2, pieces(b"cdef", 4))
+    await store.finish(1, blob)
+    assert store.path(blob.sha256).read_bytes() == b"abcdef"
+
+
+async def test_repeated_finish_and_remove_do_no_harm(tmp_path: Path):
+    store, blob = repository(tmp_path), blob_of(b"abc")
+    await store.receive(1, blob, 0, pieces(b"abc", 3))
+    await store.finish(1, blob)
+    await store.finish(1, blob)
+    await store.remove(blob.sha256)
+    await store.remove(blob.sha256)
+    assert not store.holds(blob)
