@@ -1,0 +1,124 @@
+"""Write the parts of the documentation that are made from the code.
+
+python docs/generate.py          write them
+python docs/generate.py --check  exit with 1 and name what is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deskgrid import settings
+from deskgrid.client.jobfile import spec_reference
+from deskgrid.core.lifecycle import TRANSITIONS
+from deskgrid.model import wire
+from deskgrid.units import format_duration, format_size
+
+DOCS = Path(__file__).parent
+
+
+def lifecycle_diagram(text: str) -> str:
+    """Return `text` with the diagram between its marks drawn anew from the transition table."""
+    edges: dict[tuple[str, str], list[str]] = {}
+    for (source, event), target in TRANSITIONS.items():
+        if source is not target:
+            edges.setdefault((source, target), []).append(event)
+    lines = [f"    {source} --> {target}: {', '.join(events)}" for (source, target), events in edges.items()]
+    diagram = "\n".join(["```mermaid", "stateDiagram-v2", "    [*] --> leased", *lines, "```"])
+    head, _, rest = text.partition("<!-- lifecycle:begin -->")
+    _, _, tail = rest.partition("<!-- lifecycle:end -->")
+    return f"{head}<!-- lifecycle:begin -->\n{diagram}\n<!-- lifecycle:end -->{tail}"
+
+
+def settings_reference() -> str:
+    """Return the reference of both settings files."""
+    server = _settings_table(settings.ServerSettings, "DESKGRID_SERVER")
+    worker = _settings_table(settings.WorkerSettings, "DESKGRID_WORKER")
+    return (
+        "# Settings\n\nGenerated from `src/deskgrid/settings.py`.\n\n"
+        "Sizes and durations may be written for people: `8GiB`, `10m`. The environment wins over the file.\n\n"
+        f"## Server: HOME/server.toml\n\n{server}\n\n## Worker: HOME/worker.toml\n\n{worker}\n"
+    )
+
+
+def _settings_table(kind: Any, prefix: str) -> str:
+    docs = _field_docs(kind)
+    rows = ["| setting | environment | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in msgspec.structs.fields(kind):
+        shown = _shown(field.name, field.default)
+        rows.append(f"| `{field.name}` | `{prefix}_{field.name.upper()}` | `{shown}` | {docs.get(field.name, '')} |")
+    return "\n".join(rows)
+
+
+def _field_docs(kind: Any) -> dict[str, str]:
+    """Return the string that stands below each field in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(node.target, ast.Name):
+            found[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
+    return found
+
+
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("_bytes") and value:
+        return format_size(value)
+    if name.endswith("_s"):
+        return format_duration(value)
+    return ", ".join(value) if isinstance(value, tuple) else repr(value)
+
+
+def api_reference() -> str:
+    """Return the table of all calls."""
+    rows = ["| call | does | takes | gives | who |", "| --- | --- | --- | --- | --- |"]
+    for route in wire.ROUTES.values():
+        roles = ", ".join(sorted(route.roles)) or "anybody"
+        rows.append(
+            f"| `{route.method} {route.path}` | {route.summary} | {route.request.__name__} | {route.answer.__name__} | {roles} |"
+        )
+    return (
+        "# HTTP API\n\nGenerated from `src/deskgrid/model/wire.py`. A running server has the whole, with every message, at "
+        "`/openapi.json`, and as a page at `/docs`.\n\n" + "\n".join(rows) + "\n"
+    )
+
+
+def _rewritten(file: Path, change: Callable[[str], str]) -> str:
+    return change(file.read_text(encoding="utf-8"))
+
+
+def documents() -> dict[Path, str]:
+    """Return every generated file with its content."""
+    architecture = DOCS / "architecture.md"
+    return {
+        architecture: _rewritten(architecture, lifecycle_diagram),
+        DOCS / "reference" / "settings.md": settings_reference(),
+        DOCS / "reference" / "job-spec.md": spec_reference(),
+        DOCS / "reference" / "api.md": api_reference(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [file for file, text in documents().items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+    for file in stale:
+        if not check:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(documents()[file], encoding="utf-8")
+        print(f"{'out of date' if check else 'wrote'}: docs/{file.relative_to(DOCS)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

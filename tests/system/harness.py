@@ -1,0 +1,285 @@
+"""A whole grid of real processes, driven as a user and an owner would: by the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deskgrid.client.grid import Grid
+from deskgrid.client.transport import load_credentials
+
+LIMIT_S = 60.0
+
+
+def until(condition: Callable[[], Any], *, what: str, limit_s: float = LIMIT_S) -> Any:
+    """Poll until `condition` gives something true, and return that; fail after `limit_s`."""
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {limit_s:.0f} s: {what}")
+
+
+class Program:
+    """One `deskgrid ...` process that runs until it is ended. What it says goes to a file."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, prefix: tuple[str, ...] = ()) -> None:
+        self.arguments, self.environment, self.log, self.prefix = arguments, environment, log, prefix
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            command = [*self.prefix, sys.executable, "-m", "deskgrid", *self.arguments]
+            self.process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the process (and what runs it, if it was started through another program)."""
+        assert self.process is not None
+        for child in psutil.Process(self.process.pid).children(recursive=True) if self.prefix else []:
+            if "deskgrid" in child.cmdline() and "run" in child.cmdline():
+                child.send_signal(number)
+        self.process.send_signal(number)
+        self.process.wait(LIMIT_S)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class System:
+    """A server and workers in one folder, with an admin logged in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.programs: list[Program] = []
+        self.workers: dict[str, Program] = {}
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("DESKGRID_")},
+            "DESKGRID_SERVER_HOME": str(folder / "server"),
+            "DESKGRID_CLIENT_HOME": str(folder / "client"),
+            "DESKGRID_SERVER_RESERVE_BYTES": "1000000",
+            "DESKGRID_SERVER_LEASE_S": "3",
+            "DESKGRID_SERVER_INTERVAL_S": "1",
+            "DESKGRID_SERVER_SWEEP_S": "0.5",
+            "DESKGRID_WORKER_RESERVE_BYTES": "1000000",
+            "DESKGRID_WORKER_BACKOFF_S": "0.2",
+            "DESKGRID_WORKER_MAX_BACKOFF_S": "1",
+            "DESKGRID_WORKER_DRIVERS": "fake",
+            "DESKGRID_WORKER_CPUS": "2",
+        }
+        self.server: Program | None = None
+        self.address = ""
+
+    # Programs
+
+    def cli(self, *arguments: str | Path, expect: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run one command to its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "deskgrid", *map(str, arguments)],
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if expect is not None:
+            assert done.returncode == expect, f"deskgrid {arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *arguments: str | Path, expect: int | None = 0) -> Any:
+        return json.loads(self.cli(*arguments, "--json", expect=expect).stdout)
+
+    def start_server(self, *, prefix: tuple[str, ...] = (), init: bool = True) -> None:
+        link = self.json("server", "init")["login_link"] if init else ""
+        self.server = Program(
+            ["server", "run", "--listen", "127.0.0.1:0", "--json"], self.environment, self.folder / "server.log", prefix
+        )
+        self.programs.append(self.server)
+        self.server.start()
+        self.address = until(self._listening, what="the server listens")
+        if link:
+            self.cli("login", link.replace(link.split("/")[2], self.address))
+
+    def _listening(self) -> str:
+        assert self.server is not None
+        assert self.server.alive, self.server.said()
+        for line in self.server.said().splitlines():
+            with suppress(ValueError):
+                if address := json.loads(line).get("address"):
+                    return str(address)
+        return ""
+
+    def restart_server(self) -> None:
+        """Start the killed server again, on the port that it had."""
+        assert self.server is not None
+        self.server.arguments[3] = self.address
+        self.server.start()
+        until(lambda: self.cli("status", "--json", expect=None).returncode == 0, what="the server answers again")
+
+    def add_worker(
+        self, name: str = "pc", *, address: str = "", prefix: tuple[str, ...] = (), start: bool = True, **environment: str
+    ) -> Program:
+        home = self.folder / name
+        link = self.json("server", "join-link")["link"]
+        if address:
+            link = link.replace(self.address, address)
+        self.cli("worker", "join", link, "--name", name, "--home", home)
+        program = Program(
+            ["worker", "run", "--home", str(home), "--verbose"],
+            {**self.environment, **environment},
+            self.folder / f"{name}.log",
+            prefix,
+        )
+        self.programs.append(program)
+        self.workers[name] = program
+        if start:
+            program.start()
+        return program
+
+    def stop(self) -> None:
+        for program in reversed(self.programs):
+            program.stop()
+
+    # What is there
+
+    def grid(self) -> Grid:
+        return Grid(load_credentials(self.folder / "client" / "credentials.json"))
+
+    def publish(self, name: str = "tiny", content: bytes | None = None) -> None:
+        """Publish a small ISO that the fake driver does not read."""
+        file = self.folder / f"{name}.iso"
+        file.write_bytes(content or bytes(32769) + b"CD001" + bytes(32768))
+        self.cli("disk", "publish", file, "--name", name)
+
+    def job_file(self, plan: str = "", *, name: str = "job", limits: str = "", **machine: str) -> Path:
+        """Write a job whose fake machine follows `plan` (see machines/fake.py)."""
+        folder = self.folder / f"{name}-job"
+        (folder / "context").mkdir(parents=True)
+        (folder / "context" / "context.sh").write_text("echo never run by the fake driver\n")
+        (folder / "context" / "fake.toml").write_text(plan)
+        fields = {"disk": '"tiny"', "context": '"context"', "scratch": '"64MiB"', **machine}
+        lines = "\n".join(f"{key} = {value}" for key, value in fields.items())
+        file = folder / "job.toml"
+        file.write_text(f'name = "{name}"\n[machine]\n{lines}\n[limits]\n{limits}\n')
+        return file
+
+    def submit(self, plan: str = "", *, name: str = "job", limits: str = "", **machine: str) -> int:
+        return int(self.json("job", "submit", self.job_file(plan, name=name, limits=limits, **machine))["id"])
+
+    def job(self, number: int) -> Any:
+        return self.json("job", "show", str(number))
+
+    def states(self, number: int) -> tuple[str, list[str]]:
+        detail = self.job(number)
+        return detail["job"]["state"], [attempt["state"] for attempt in detail["attempts"]]
+
+    def wait_for(self, number: int, state: str, attempts: list[str] | None = None, limit_s: float = LIMIT_S) -> Any:
+        def there() -> bool:
+            found, of = self.states(number)
+            return found == state and (attempts is None or of == attempts)
+
+        try:
+            until(there, what=f"job {number} is {state} with {attempts}", limit_s=limit_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{json.dumps(self.job(number), indent=1)}\n{self.logs()}") from None
+        return self.job(number)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {program.log.name}\n{program.said()[-6000:]}" for program in self.programs)
+
+    def machines(self, worker: str = "pc") -> list[psutil.Process]:
+        """Return the processes of a worker's machines: those that work in its attempts folder."""
+        folder = str(self.folder / worker / "attempts")
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(folder):
+                    found.append(process)
+        return found
+
+    def leftovers(self, worker: str = "pc") -> list[str]:
+        """Return what an idle worker should not have: processes, working folders, journal entries."""
+        home = self.folder / worker
+        files = [str(file) for part in ("attempts", "journal") for file in (home / part).glob("*")]
+        return [*files, *(f"process {process.pid}" for process in self.machines(worker))]
+
+    def nothing_left(self, worker: str = "pc", limit_s: float = LIMIT_S) -> None:
+        try:
+            until(lambda: not self.leftovers(worker), what="nothing is left over", limit_s=limit_s)
+        except AssertionError:
+            raise AssertionError(f"left over: {self.leftovers(worker)}\n{self.logs()}") from None
+
+
+class Gate:
+    """A TCP door between worker and server that can be shut, as a pulled cable would."""
+
+    def __init__(self, target: str) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
+        self._open = True
+        self._streams: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.address = ""
+
+    async def __aenter__(self) -> Gate:
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        self.address = "127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.shut()
+        assert self._server is not None
+        self._server.close()
+
+    def shut(self) -> None:
+        """Break what is open and let nothing in."""
+        self._open = False
+        for stream in list(self._streams):
+            stream.transport.abort()
+
+    def open(self) -> None:
+        self._open = True
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._open:
+            writer.transport.abort()
+            return
+        there, back = await asyncio.open_connection(self._host, self._port)
+        self._streams |= {writer, back}
+        with suppress(OSError):
+            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        self._streams -= {writer, back}
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while chunk := await source.read(65536):
+                target.write(chunk)
+                await target.drain()
+        finally:
+            target.close()
