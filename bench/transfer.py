@@ -100,9 +100,14 @@ def _curl(folder: Path, port: int, source: Path, *, upload: bool) -> float:
     target = folder / "curled"
     target.unlink(missing_ok=True)
     url = f"https://server.deskgrid:{port}/{'up' if upload else 'disk'}"
-    trust = ["--cacert", folder / "server" / "authority" / "authority.pem", "--resolve", f"server.deskgrid:{port}:127.0.0.1"]
+    trust: list[str | Path] = [
+        "--cacert",
+        folder / "server" / "authority" / "authority.pem",
+        "--resolve",
+        f"server.deskgrid:{port}:127.0.0.1",
+    ]
     start = time.perf_counter()
-    way = ["-T", source, "-o", "/dev/null"] if upload else ["-o", target]
+    way: list[str | Path] = ["-T", source, "-o", "/dev/null"] if upload else ["-o", target]
     subprocess.run(["curl", "-sSf", *trust, *way, url], check=True)
     subprocess.run(["sha256sum", source if upload else target], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

@@ -153,7 +153,7 @@ class Grid:
         progress: Progress | None = None,
     ) -> Data:
         """Upload a file and name it; a name that exists gets a new version."""
-        sent = blob or await asyncio.to_thread(describe_file, file)
+        sent = await asyncio.to_thread(describe_file, file) if blob is None else blob
         await self.transport.upload(file, sent, progress)
         request = wire.RegisterData(name=name, kind=kind, blob=sent, visibility=visibility, disk=disk)
         return await self.transport.call(wire.REGISTER_DATA, request)

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import msgspec
 from msgspec import Struct
 
 from deskgrid.model.machines import ContextLabel, DiskFormat, Fingerprint, MachineKind, Network
@@ -38,6 +39,8 @@ __all__ = [
     "Running",
     "Stream",
     "Suspendable",
+    "decode_handle",
+    "encode_handle",
 ]
 
 
@@ -73,6 +76,16 @@ class MachineHandle(Struct, frozen=True):
     spec: MachineSpec
     token: str
     """Unguessable mark of this machine, found again in its process's arguments or environment."""
+
+
+def encode_handle(handle: MachineHandle) -> bytes:
+    """Return a handle as it is journalled (JSON)."""
+    return msgspec.json.encode(handle, enc_hook=str)
+
+
+def decode_handle(data: bytes) -> MachineHandle:
+    """Return the handle that `encode_handle` wrote. Raise msgspec.DecodeError for anything else."""
+    return msgspec.json.decode(data, type=MachineHandle, dec_hook=lambda kind, value: kind(value))
 
 
 class Stream(StrEnum):
@@ -150,7 +163,10 @@ class Driver(Protocol):
         ...
 
     async def prepare(self, spec: MachineSpec, workdir: Path) -> MachineHandle:
-        """Create `workdir` and all files of the machine. Raise NoSpace, BadImage or MachineFailed; then nothing is left."""
+        """Create `workdir` and all files of the machine.
+
+        Raise NoSpace, BadImage, InvalidInput (of the context) or MachineFailed; then, and if cancelled, nothing is left.
+        """
         ...
 
     async def start(self, handle: MachineHandle) -> None:

@@ -1,0 +1,470 @@
+"""Job files: what a user writes in TOML, or as options, becomes a JobSpec and a context folder.
+
+`KEYS` lists all that can be written; parsing, the options of the command line and the reference page are derived from it.
+A file is read without running anything and whole: the first thing that is wrong is refused with its line and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from deskgrid.core.submission import check_spec
+from deskgrid.errors import DeskgridError, InvalidInput
+from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
+from deskgrid.model.machines import MachineKind, Network
+from deskgrid.units import format_duration, format_size, parse_duration, parse_size
+
+N = TypeVar("N", int, float)
+
+__all__ = ["KEYS", "JobFile", "Key", "job_from_options", "parse_job", "read_job", "spec_reference"]
+
+_LARGEST_FILE_BYTES = 1 << 20
+_LARGEST_NUMBER = 1 << 62
+
+
+class JobFile(Struct, frozen=True, kw_only=True):
+    """A job as a user wrote it."""
+
+    spec: JobSpec
+    context: Path | None = None
+    """The context folder, on the user's PC."""
+
+
+class Kind(Struct, frozen=True):
+    """A kind of value: how it is called, how it is read, how a default is shown."""
+
+    name: str
+    read: Callable[[Any], Any]
+    show: Callable[[Any], str] = str
+
+
+class Key(Struct, frozen=True, kw_only=True):
+    """One key of a job file."""
+
+    section: str
+    """The TOML table; "" for the top of the file."""
+    name: str
+    field: str
+    """Of the struct of the section; "" for the context, which is no part of what is submitted as the spec."""
+    kind: Kind
+    doc: str
+
+    @property
+    def path(self) -> str:
+        """The key with its section, as in machine.memory."""
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    @property
+    def option(self) -> str:
+        """The key as an option of the command line, as in --wall-time."""
+        return "--" + self.name.replace("_", "-")
+
+
+# ---- kinds of values: each takes what TOML or an option gave, and raises InvalidInput
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not _encodable(value):
+        raise InvalidInput(f"{_shown(value)} is not a text", hint='in quotes, as in "tiny"')
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, str):
+        raise InvalidInput(f"{_shown(value)} is not a size", hint='a text with a unit, as in "8GiB"')
+    return _bounded(parse_size, value)
+
+
+def _duration(value: Any) -> float:
+    if not isinstance(value, str):
+        raise InvalidInput(f"{_shown(value)} is not a duration", hint='a text with a unit, as in "10m" or "1h30m"')
+    return _bounded(parse_duration, value)
+
+
+def _bounded(parse: Callable[[str], N], text: str) -> N:
+    try:
+        number = parse(text)
+    except OverflowError as error:
+        raise InvalidInput(f"{_shown(text)} is too large") from error
+    if number > _LARGEST_NUMBER:
+        raise InvalidInput(f"{_shown(text)} is too large")
+    return number
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidInput(f"{_shown(value)} is not a whole number", hint="without quotes, as in 2")
+    if abs(value) > _LARGEST_NUMBER:
+        raise InvalidInput("the number is too large")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise InvalidInput(f"{_shown(value)} is not a list", hint='as in ["**"]')
+    return tuple(_text(item) for item in value)
+
+
+def _choice(allowed: type[MachineKind] | type[Network]) -> Callable[[Any], Any]:
+    names = [str(member) for member in allowed]
+
+    def read(value: Any) -> Any:
+        if value not in names:
+            raise InvalidInput(f"{_shown(value)} is not known", hint=_allowed(value, names))
+        return allowed(value)
+
+    return read
+
+
+def _folder(value: Any) -> Path:
+    text = _text(value)
+    if not text or "\0" in text:
+        raise InvalidInput(f"{_shown(value)} is not the name of a folder", hint='as in "context/"')
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody who is not here
+        raise InvalidInput(f"{_shown(value)}: {error}", hint='as in "context/"') from error
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # too long a name, or a folder that we may not look into
+        return False
+
+
+TEXT = Kind("text", _text, lambda value: f'"{value}"')
+SIZE = Kind("size", _size, lambda value: f'"{format_size(value)}"')
+DURATION = Kind("duration", _duration, lambda value: f'"{format_duration(value)}"')
+INTEGER = Kind("whole number", _integer)
+TEXTS = Kind("list of texts", _texts, lambda value: str(list(value)).replace("'", '"'))
+FOLDER = Kind("folder", _folder)
+
+KEYS: tuple[Key, ...] = (
+    Key(section="", name="name", field="name", kind=TEXT, doc="Name of the job, for people."),
+    Key(
+        section="machine",
+        name="kind",
+        field="kind",
+        kind=Kind('"vm"', _choice(MachineKind), lambda value: f'"{value}"'),
+        doc="What the job runs in.",
+    ),
+    Key(
+        section="machine",
+        name="disk",
+        field="disk",
+        kind=TEXT,
+        doc="Disk to boot: name, name@version or sha256 (`deskgrid disk list`).",
+    ),
+    Key(
+        section="machine",
+        name="context",
+        field="",
+        kind=FOLDER,
+        doc="Folder whose files are mounted on /context; its context.sh runs at the end of the boot. Relative to the job file.",
+    ),
+    Key(
+        section="machine",
+        name="scratch",
+        field="scratch_bytes",
+        kind=SIZE,
+        doc="Size of the empty disk mounted on /scratch. Only what is written to it takes space.",
+    ),
+    Key(section="machine", name="memory", field="memory_bytes", kind=SIZE, doc="Memory of the machine."),
+    Key(section="machine", name="cpus", field="cpus", kind=INTEGER, doc="CPUs of the machine."),
+    Key(
+        section="machine",
+        name="network",
+        field="network",
+        kind=Kind('"none", "overlay" or "internet"', _choice(Network), lambda value: f'"{value}"'),
+        doc="What the machine can reach. Only `none` is offered so far.",
+    ),
+    Key(
+        section="limits",
+        name="wall_time",
+        field="wall_time_s",
+        kind=DURATION,
+        doc="Time that one attempt may run, from the start of its machine; time suspended does not count.",
+    ),
+    Key(
+        section="limits",
+        name="boot_time",
+        field="boot_time_s",
+        kind=DURATION,
+        doc="Time from the start of the machine to the first sign of the agent in it.",
+    ),
+    Key(section="limits", name="attempts", field="attempts", kind=INTEGER, doc="Failed attempts after which the job has failed."),
+    Key(
+        section="limits",
+        name="max_lost",
+        field="max_lost",
+        kind=INTEGER,
+        doc="Lost attempts (a PC went away) after which the job has failed.",
+    ),
+    Key(
+        section="limits",
+        name="max_suspend",
+        field="max_suspend_s",
+        kind=DURATION,
+        doc="Time that a suspended attempt (the PC's owner needs it) is waited for.",
+    ),
+    Key(
+        section="results",
+        name="paths",
+        field="paths",
+        kind=TEXTS,
+        doc="Which files of /scratch come back: globs, `**` for all.",
+    ),
+)
+"""All that can be written in a job file."""
+
+_STRUCTS: dict[str, type[Struct]] = {"": JobSpec, "machine": Machine, "limits": Limits, "results": Results}
+_BY_PATH = {key.path: key for key in KEYS}
+_BY_NAME = {key.name: key for key in KEYS}
+
+
+class _Written(Struct, frozen=True):
+    """A value as it was read, and where it stands, for messages about it."""
+
+    value: Any
+    where: str
+
+
+# ---- what others call
+
+
+def read_job(file: Path | None, options: Mapping[str, Any] | None = None) -> JobFile:
+    """Read a job file; `options` (see job_from_options) win over it. Without a file, options are all there is."""
+    if file is None:
+        return job_from_options(options or {})
+    try:
+        if file.stat().st_size > _LARGEST_FILE_BYTES:
+            raise InvalidInput("this is too large for a job file", where=str(file))
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput("this is not a text in UTF-8", where=str(file)) from error
+    except OSError as error:
+        raise InvalidInput(f"cannot read the job file: {error.strerror}", where=str(file)) from error
+    return parse_job(text, str(file), folder=file.parent, options=options)
+
+
+def parse_job(text: str, source_name: str, *, folder: Path | None = None, options: Mapping[str, Any] | None = None) -> JobFile:
+    """Read the text of a job file. Raise InvalidInput with `source_name`, the line and what is allowed.
+
+    The context is looked for in `folder` (by default where `source_name` is).
+    """
+    lines = text.splitlines()
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError as error:
+        raise InvalidInput("this is nested too deeply", where=source_name) from error
+    except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
+        raise _syntax_error(error, source_name) from error
+    written = dict(_written(tables, lambda section, name: f"{source_name}:{_line_of(lines, section, name)}"))
+    beside = Path(source_name).parent if folder is None else folder
+    if "machine.context" in written:
+        found = written["machine.context"]
+        written["machine.context"] = _Written(beside / found.value, found.where)
+    written.update(_from_options(options or {}))
+    return _assemble(written, lambda path: f"{source_name}:{_line_of(lines, *_split(path))}")
+
+
+def job_from_options(options: Mapping[str, Any]) -> JobFile:
+    """Make a job of options: names of KEYS without section ("wall_time": "10m"); None stands for an option not given."""
+    return _assemble(_from_options(options), lambda path: _BY_PATH[path].option)
+
+
+def spec_reference() -> str:
+    """Return the reference of the job file, in Markdown."""
+    parts = [
+        "# The job file",
+        "",
+        "A job file is [TOML](https://toml.io). Sizes are written as `8GiB`, durations as `10m` or `1h30m`.",
+    ]
+    for section in _STRUCTS:
+        parts += [
+            "",
+            f"## [{section}]" if section else "## At the top",
+            "",
+            "| key | value | default | |",
+            "| --- | --- | --- | --- |",
+        ]
+        parts += [
+            f"| `{key.name}` | {key.kind.name} | {_default_text(key)} | {key.doc} |" for key in KEYS if key.section == section
+        ]
+    return "\n".join(parts) + "\n"
+
+
+# ---- from tables and options to values
+
+
+def _written(tables: Mapping[str, Any], where: Callable[[str, str], str]) -> Iterator[tuple[str, _Written]]:
+    """Yield path and value of all keys. Raise InvalidInput for a key that is not known or has a wrong value."""
+    for name, value in tables.items():
+        if name in _STRUCTS and name:
+            if not isinstance(value, dict):
+                raise InvalidInput(f"{name} is a section", where=where("", name), hint=f"write [{name}] on a line of its own")
+            for inner, inner_value in value.items():
+                yield _value(name, inner, inner_value, where(name, inner))
+        else:
+            yield _value("", name, value, where("", name))
+
+
+def _value(section: str, name: str, value: Any, where: str) -> tuple[str, _Written]:
+    path = f"{section}.{name}" if section else name
+    key = _BY_PATH.get(path)
+    if key is None:
+        raise InvalidInput(f"unknown key {_shown(name)}{_inside(section)}", where=where, hint=_instead(section, name))
+    return path, _Written(_read(key, value, where), where)
+
+
+def _read(key: Key, value: Any, where: str) -> Any:
+    try:
+        return key.kind.read(value)
+    except InvalidInput as error:
+        raise InvalidInput(f"{key.name}: {error.message}", where=where, hint=error.hint) from error
+
+
+def _from_options(options: Mapping[str, Any]) -> dict[str, _Written]:
+    given = {_BY_NAME[name]: value for name, value in options.items() if value is not None}
+    return {key.path: _Written(_read(key, value, key.option), key.option) for key, value in given.items()}
+
+
+def _assemble(written: Mapping[str, _Written], where: Callable[[str], str]) -> JobFile:
+    """Make the job of values that are of the right kind. Raise InvalidInput for what is missing or out of bounds."""
+    if "machine.disk" not in written:
+        raise InvalidInput("a disk is needed", where=where("machine.disk"), hint='machine.disk = "tiny", or --disk tiny')
+    context = written.get("machine.context")
+    if context is not None and not _is_folder(context.value):
+        raise InvalidInput(f"there is no folder {_shown(str(context.value))}", where=context.where, hint="with context.sh in it")
+    parts: dict[str, dict[str, Any]] = {section: {} for section in _STRUCTS}
+    for path, found in written.items():
+        key = _BY_PATH[path]
+        if key.field:
+            parts[key.section][key.field] = found.value
+    spec = JobSpec(
+        **parts[""],
+        machine=Machine(**parts["machine"]),
+        limits=Limits(**parts["limits"]),
+        results=Results(**parts["results"]),
+    )
+    try:
+        check_spec(spec)
+    except InvalidInput as error:
+        raise _placed(error, written, where) from error
+    return JobFile(spec=spec, context=context.value if context else None)
+
+
+def _placed(error: InvalidInput, written: Mapping[str, _Written], where: Callable[[str], str]) -> DeskgridError:
+    """Return an error about a field as one about the place where the user wrote it."""
+    path = error.where
+    message = error.message.removeprefix(f"{path}: ")
+    if path not in _BY_PATH:
+        return error
+    place = written[path].where if path in written else where(path)
+    return InvalidInput(f"{_BY_PATH[path].name}: {message}", where=place, hint=error.hint)
+
+
+# ---- messages
+
+
+def _shown(value: Any) -> str:
+    """Return a value short enough for a message."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a table"
+    # Python refuses to print a number of thousands of digits.
+    text = "the number" if isinstance(value, int) and abs(value) > _LARGEST_NUMBER else ascii(value)
+    if isinstance(value, str) and value.isprintable():
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _allowed(given: Any, names: Iterable[str]) -> str:
+    names = list(names)
+    close = difflib.get_close_matches(str(given)[:60], names, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}allowed: {', '.join(names)}"
+
+
+def _inside(section: str) -> str:
+    return f" in [{section}]" if section else ""
+
+
+def _instead(section: str, name: str) -> str:
+    """Return what is allowed in a section; a key that belongs to another section is told so."""
+    if name in _BY_NAME:
+        key = _BY_NAME[name]
+        return f"{name} belongs in [{key.section}]" if key.section else f"{name} belongs at the top of the file"
+    names = [key.name for key in KEYS if key.section == section]
+    return _allowed(name, names if section else [*names, *(f"[{other}]" for other in _STRUCTS if other)])
+
+
+def _default_text(key: Key) -> str:
+    if not key.field:
+        return "none"
+    default = next(field.default for field in msgspec.structs.fields(_STRUCTS[key.section]) if field.name == key.field)
+    return "required" if default is msgspec.NODEFAULT else f"`{key.kind.show(default)}`"
+
+
+def _syntax_error(error: ValueError, source_name: str) -> InvalidInput:
+    """Return tomllib's error with the line in front, where editors and people look for it."""
+    match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error), re.DOTALL)
+    if match:
+        return InvalidInput(f"not TOML: {match[1]} (column {match[3]})", where=f"{source_name}:{match[2]}")
+    return InvalidInput(f"not TOML: {error}", where=source_name)
+
+
+# ---- where a key stands: tomllib does not tell
+
+
+_HEADER = re.compile(r"\s*\[\[?\s*(?P<name>[^\]]*?)\s*\]\]?\s*(?:#.*)?")
+
+
+def _split(path: str) -> tuple[str, str]:
+    section, _, name = path.rpartition(".")
+    return section, name
+
+
+def _line_of(lines: list[str], section: str, name: str) -> int:
+    """Return the line (from 1) of a key: `name =` below [section], or section.name, else the section's, else the first.
+
+    Good for TOML as people write it; a text over several lines that looks like TOML can mislead it.
+    """
+    now, section_line = "", 0
+    for number, line in enumerate(lines, start=1):
+        header = _HEADER.fullmatch(line)
+        if header:
+            now = _bare(header["name"])
+            if now in (section or name, f"{section}.{name}") and not section_line:
+                section_line = number
+            continue
+        key = _bare(line.partition("=")[0]) if "=" in line else ""
+        path = f"{now}.{key}" if now else key
+        if key and (path == (f"{section}.{name}" if section else name) or path.startswith(f"{section or name}.{name}.")):
+            return number
+        if key and path.split(".")[0] == (section or name) and not section_line:
+            section_line = number
+    return section_line or 1
+
+
+def _bare(name: str) -> str:
+    """Return a key without quotes and spaces around its parts."""
+    return ".".join(part.strip().strip("\"'") for part in name.split("."))

@@ -1,0 +1,315 @@
+"""What drivers share whose machine is one process with its files in one folder: QEMU, and the fake.
+
+The folder of a machine (its `workdir`):
+
+    scratch.img  context.iso  disk.qcow2      its disks
+    channel.log  console.log  process.log     what the agent tells, the console, the words of the process itself
+    journal.in  journal.out                   why it ended (qmp.py)
+    process.json                              which process it is
+    stopped                                   there if we asked it to end
+
+Everything that has to be known after a restart of the worker is in these files, so `events`, `recover` and `destroy` need
+no memory of `start`. Removal first renames the folder to NAME.removed: a kill in between leaves nothing that looks alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from deskgrid.clock import Clock
+from deskgrid.errors import MachineFailed
+from deskgrid.machines import processes, qmp
+from deskgrid.machines.channel import ChannelParser
+from deskgrid.machines.disks import check_space, wrap_disk_error
+from deskgrid.machines.driver import (
+    ExitCause,
+    Exited,
+    Gone,
+    MachineEvent,
+    MachineHandle,
+    MachineSpec,
+    Output,
+    Recovery,
+    Running,
+    Stream,
+)
+from deskgrid.machines.processes import ProcessIdentity
+from deskgrid.model.machines import DriverName, Fingerprint, Network
+
+__all__ = ["CHANNEL_LOG", "CONSOLE_LOG", "CONTEXT_DISK", "OVERLAY_DISK", "SCRATCH_DISK", "ProcessDriver"]
+
+SCRATCH_DISK = "scratch.img"
+CONTEXT_DISK = "context.iso"
+OVERLAY_DISK = "disk.qcow2"
+CHANNEL_LOG = "channel.log"
+CONSOLE_LOG = "console.log"
+PROCESS_LOG = "process.log"
+STOPPED_MARK = "stopped"
+
+_READ_BYTES = 256 << 10
+_POLL_MIN_S = 0.01
+_POLL_MAX_S = 0.1
+LOG_MAX_BYTES = 64 << 20
+"""What a guest may write to a serial line, or make QEMU write; then it is cut off, so that it cannot fill the owner's disk."""
+
+
+class ProcessDriver(ABC):
+    """The Driver protocol (driver.py) over one process; subclasses say how to make and control it."""
+
+    name: DriverName
+
+    def __init__(self, clock: Clock, *, nice: int = 19) -> None:
+        self._clock = clock
+        self._nice = nice
+
+    # ---- what a subclass says
+
+    @abstractmethod
+    async def fingerprint(self) -> Fingerprint:
+        """See Driver."""
+
+    @abstractmethod
+    def _make_files(self, handle: MachineHandle) -> None:
+        """Make the machine's files in its workdir. Runs in a thread; may raise OSError."""
+
+    @abstractmethod
+    async def _command(self, handle: MachineHandle) -> list[str]:
+        """Return the command line of the process, with the handle's token in it."""
+
+    @abstractmethod
+    async def _ask_to_stop(self, handle: MachineHandle, identity: ProcessIdentity) -> bool:
+        """Ask the guest to power off; False if it cannot hear."""
+
+    async def _cut(self, handle: MachineHandle, log: str) -> None:
+        """Stop the guest from writing on to `log`, which has become too long. This one ends the machine."""
+        identity = self._identity(handle)
+        if identity is not None:
+            await processes.kill(identity, self._clock)
+
+    # ---- the protocol
+
+    async def prepare(self, spec: MachineSpec, workdir: Path) -> MachineHandle:
+        """See Driver."""
+        self._check(spec)
+        handle = MachineHandle(self.name.value, str(workdir.absolute()), spec, secrets.token_hex(16))
+        making = asyncio.create_task(asyncio.to_thread(self._prepare, handle))
+        try:
+            await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The thread cannot be interrupted; what it makes has to be removed after it.
+            await asyncio.wait({making})
+            if making.cancelled() or making.exception() is None:
+                await self.destroy(handle)
+            raise
+        return handle
+
+    async def start(self, handle: MachineHandle) -> None:
+        """See Driver. Idempotent while it runs; raise MachineFailed if it ran already or was removed."""
+        workdir = Path(handle.workdir)
+        identity = self._identity(handle)
+        if identity is not None:
+            if processes.is_alive(identity):
+                return
+            raise MachineFailed("the machine has ended: it starts only once")
+        if not workdir.is_dir():
+            raise MachineFailed("the machine was removed")
+        command = processes.gently(await self._command(handle), nice=self._nice, cpu_time_s=handle.spec.cpu_time_s)
+        processes.write_identity(workdir, processes.spawn(command, cwd=workdir, log=workdir / PROCESS_LOG))
+
+    async def events(self, handle: MachineHandle) -> AsyncIterator[MachineEvent]:
+        """See Driver. What the machine wrote before is yielded again."""
+        workdir = Path(handle.workdir)
+        logs = _Logs(workdir)
+        identity = self._identity(handle)
+        delay_s = _POLL_MIN_S
+        while True:
+            # Asked before reading: what it wrote before its end is then read in this round.
+            alive = identity is not None and processes.is_alive(identity)
+            news = False
+            for event in logs.read():
+                news = True
+                yield event
+            if identity is None or (not alive and not news):
+                break
+            if alive and logs.journal().io_error:
+                await processes.kill(identity, self._clock)
+                continue
+            for log in logs.overlong():
+                await self._cut(handle, log)
+            delay_s = _POLL_MIN_S if news else min(delay_s * 1.5, _POLL_MAX_S)
+            if alive and not logs.more:
+                await self._clock.sleep(delay_s)
+        yield self._exit(handle)
+
+    async def stop(self, handle: MachineHandle, *, grace_s: float) -> None:
+        """See Driver."""
+        identity = self._identity(handle)
+        if identity is None or not processes.is_alive(identity):
+            return
+        (Path(handle.workdir) / STOPPED_MARK).touch()
+        if grace_s > 0 and await self._ask_to_stop(handle, identity):
+            await processes.wait_gone(identity, self._clock, limit_s=grace_s)
+        await processes.kill(identity, self._clock)
+
+    async def destroy(self, handle: MachineHandle) -> None:
+        """See Driver. Raise MachineFailed only if the process cannot be ended or the files cannot be removed."""
+        identity = self._identity(handle)
+        if identity is not None:
+            await processes.kill(identity, self._clock)
+        await asyncio.to_thread(_remove, Path(handle.workdir))
+
+    async def recover(self, handle: MachineHandle) -> Recovery:
+        """See Driver."""
+        workdir = Path(handle.workdir)
+        if not workdir.is_dir():
+            # A removal may have been cut short.
+            await self.destroy(handle)
+            return Gone()
+        identity = self._identity(handle)
+        if identity is None:
+            return Gone()
+        if not processes.is_alive(identity):
+            return self._exit(handle)
+        processes.write_identity(workdir, identity)
+        return Running()
+
+    def scratch(self, handle: MachineHandle) -> Path:
+        """See Driver."""
+        return Path(handle.workdir) / SCRATCH_DISK
+
+    # ---- shared parts
+
+    def _check(self, spec: MachineSpec) -> None:
+        if spec.network is not Network.NONE:
+            raise MachineFailed(f"the {self.name} driver does not offer network {spec.network}")
+
+    def _prepare(self, handle: MachineHandle) -> None:
+        workdir = Path(handle.workdir)
+        try:
+            workdir.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise wrap_disk_error(error) from error
+        try:
+            check_space(workdir)
+            self._make_files(handle)
+        except BaseException as error:
+            _remove(workdir)
+            if isinstance(error, OSError):
+                raise wrap_disk_error(error) from error
+            raise
+
+    def _identity(self, handle: MachineHandle) -> ProcessIdentity | None:
+        """Return the machine's process, alive or not; found by its token if nobody came to write it down."""
+        return processes.read_identity(Path(handle.workdir)) or processes.find_by_token(handle.token)
+
+    def _exit(self, handle: MachineHandle) -> Exited:
+        """Say why the machine, which is off, ended."""
+        workdir = Path(handle.workdir)
+        if not workdir.is_dir():
+            return Exited(ExitCause.STOPPED, "the machine was removed")
+        journal = qmp.read_journal(workdir)
+        told = journal.exit()
+        if told is not None and told.cause is ExitCause.IO_ERROR:
+            return told
+        if (workdir / STOPPED_MARK).exists():
+            return Exited(ExitCause.STOPPED)
+        if told is not None:
+            return told
+        words = _last_words(workdir)
+        return Exited(ExitCause.KILLED, words) if journal.began else Exited(ExitCause.START_FAILED, words or "it was never started")
+
+
+class _Tail:
+    """Reads on in a file that another process writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+
+    def read(self) -> bytes:
+        """Return at most _READ_BYTES of what is new; nothing if there is no file, or after the bound."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(min(_READ_BYTES, LOG_MAX_BYTES - self.offset))
+        except OSError:
+            return b""
+        self.offset += len(data)
+        return data
+
+
+class _Logs:
+    """The two serial lines of a machine."""
+
+    def __init__(self, workdir: Path) -> None:
+        self._workdir = workdir
+        self._journal = (-1, qmp.Journal())
+        self._channel = _Tail(workdir / CHANNEL_LOG)
+        self._console = _Tail(workdir / CONSOLE_LOG)
+        self._parser = ChannelParser()
+        self._cut: set[str] = set()
+        self.more = False
+        """The last read did not come to the end."""
+
+    def read(self) -> Iterator[MachineEvent]:
+        """Yield what is new, the console first: the guest says there why it cannot go on."""
+        console = self._console.read()
+        if console:
+            yield Output(Stream.CONSOLE, console)
+        channel = self._channel.read()
+        yield from self._parser.feed(channel)
+        self.more = _READ_BYTES in (len(console), len(channel))
+
+    def journal(self) -> qmp.Journal:
+        """Return the journal, read anew only if it has grown."""
+        size = qmp.journal_size(self._workdir)
+        if size != self._journal[0]:
+            self._journal = (size, qmp.read_journal(self._workdir))
+        return self._journal[1]
+
+    def overlong(self) -> list[str]:
+        """Return the files that have come to their bound since the last call."""
+        names = (CHANNEL_LOG, CONSOLE_LOG, PROCESS_LOG, qmp.JOURNAL_OUTPUT)
+        found = [name for name in names if name not in self._cut and _size(self._workdir / name) >= LOG_MAX_BYTES]
+        self._cut.update(found)
+        return found
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _last_words(workdir: Path) -> str:
+    try:
+        lines = (workdir / PROCESS_LOG).read_bytes()[-2000:].decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "; ".join(lines[-3:])
+
+
+def _remove(workdir: Path) -> None:
+    """Remove a folder such that it is either whole or not there under its name. Idempotent."""
+    removed = workdir.with_name(f"{workdir.name}.removed")
+    try:
+        _remove_tree(removed)
+        if workdir.exists():
+            workdir.rename(removed)
+            _remove_tree(removed)
+    except FileNotFoundError:
+        # Somebody else is removing it too.
+        return
+    except OSError as error:
+        raise MachineFailed(f"the machine's files cannot be removed: {error}") from error
+
+
+def _remove_tree(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,147 @@
+"""A driver without virtual machines, for tests and for trying deskgrid out: it runs none of the user's code.
+
+Its machine is a small process of its own that plays what `fake.toml` in the context folder says, and leaves what QEMU and the
+agent would leave: the channel, the journal, and a real ext4 scratch disk with the report on it. So everything around the driver (kill -9,
+recovery, taking results out of the disk) is the real thing.
+
+    exit_code = 0               of the context.sh that is not run
+    stdout = "text"             and stderr
+    duration_s = 0.0            from the start of the context to its end
+    boot_s = 0.0
+    tick_s = 0.0                write the line "tick" this often, without end
+    hangs = false               also: never_boots, crashes, reboots, refuses (to start), io_error (as if the disk were full)
+    [files]                     what is left in scratch: path -> text
+"a/b.txt" = "text"
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+from pathlib import Path, PurePosixPath
+
+import msgspec
+from msgspec import Struct
+
+from deskgrid.clock import Clock
+from deskgrid.errors import InvalidInput
+from deskgrid.machines import fake_machine, processes, qmp
+from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, SCRATCH_DISK, ProcessDriver
+from deskgrid.machines.channel import channel_lines
+from deskgrid.machines.context import create_context
+from deskgrid.machines.disks import create_scratch
+from deskgrid.machines.driver import MachineHandle, Stream
+from deskgrid.machines.processes import ProcessIdentity
+from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
+
+__all__ = ["PLAN_FILE", "FakeDriver", "FakePlan"]
+
+PLAN_FILE = "fake.toml"
+_OUTPUT = "output"
+_FINISHED_DISK = "finished.img"
+
+
+class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a fake machine does; see the module's text."""
+
+    exit_code: int = 0
+    stdout: str = ""
+    stderr: str = ""
+    duration_s: float = 0.0
+    boot_s: float = 0.0
+    tick_s: float = 0.0
+    hangs: bool = False
+    never_boots: bool = False
+    crashes: bool = False
+    reboots: bool = False
+    refuses: bool = False
+    io_error: bool = False
+    files: dict[str, str] = {}
+
+
+class FakeDriver(ProcessDriver):
+    """The Driver and Suspendable protocols without a hypervisor."""
+
+    name = DriverName.FAKE
+
+    def __init__(self, clock: Clock, *, nice: int = 19) -> None:
+        super().__init__(clock, nice=nice)
+
+    async def fingerprint(self) -> Fingerprint:
+        """See Driver."""
+        return Fingerprint(DriverName.FAKE, (MachineKind.VM,), usable=True, version="1")
+
+    async def pause(self, handle: MachineHandle) -> None:
+        """See Suspendable."""
+        self._signal(handle, signal.SIGSTOP)
+
+    async def resume(self, handle: MachineHandle) -> None:
+        """See Suspendable."""
+        self._signal(handle, signal.SIGCONT)
+
+    def _signal(self, handle: MachineHandle, number: signal.Signals) -> None:
+        identity = self._identity(handle)
+        if identity is not None:
+            processes.send_signal(identity, number)
+
+    def _make_files(self, handle: MachineHandle) -> None:
+        spec, workdir = handle.spec, Path(handle.workdir)
+        plan = _read_plan(spec.context)
+        create_scratch(workdir / SCRATCH_DISK, spec.scratch_bytes)
+        with tempfile.TemporaryDirectory(dir=workdir) as folder:
+            _leave_result(Path(folder), plan)
+            create_scratch(workdir / _FINISHED_DISK, spec.scratch_bytes, content=Path(folder))
+        create_context(workdir / CONTEXT_DISK, spec, instance=handle.token)
+        qmp.create_journal(workdir)
+        output = channel_lines(Stream.STDOUT, plan.stdout.encode()) + channel_lines(Stream.STDERR, plan.stderr.encode())
+        (workdir / _OUTPUT).write_bytes(output)
+        (workdir / "plan.json").write_bytes(msgspec.json.encode(_orders(plan)))
+
+    async def _command(self, handle: MachineHandle) -> list[str]:
+        # -I -S: no site packages to search, so that it starts in 10 ms.
+        return [sys.executable, "-I", "-S", str(Path(fake_machine.__file__)), handle.workdir, handle.token]
+
+    async def _ask_to_stop(self, handle: MachineHandle, identity: ProcessIdentity) -> bool:
+        processes.send_signal(identity, signal.SIGTERM)
+        return True
+
+
+def _read_plan(context: Path | None) -> FakePlan:
+    path = context / PLAN_FILE if context else None
+    if path is None or not path.is_file():
+        return FakePlan()
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=FakePlan)
+    except msgspec.DecodeError as error:
+        raise InvalidInput(str(error), where=PLAN_FILE) from error
+
+
+def _leave_result(folder: Path, plan: FakePlan) -> None:
+    report = folder / ".deskgrid"
+    report.mkdir()
+    (report / "stdout").write_text(plan.stdout)
+    (report / "stderr").write_text(plan.stderr)
+    (report / "exit").write_text(f"{plan.exit_code}\n")
+    for name, text in plan.files.items():
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise InvalidInput(f"{name!r} is not a path inside scratch", where=PLAN_FILE)
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        (folder / relative).write_text(text)
+
+
+def _orders(plan: FakePlan) -> dict[str, object]:
+    """Return what the process is told: the plan, the names of its files, and the words for its journal."""
+    return {
+        **msgspec.structs.asdict(plan),
+        "journal": qmp.JOURNAL_OUTPUT,
+        "channel": CHANNEL_LOG,
+        "console": CONSOLE_LOG,
+        "scratch": SCRATCH_DISK,
+        "finished": _FINISHED_DISK,
+        "output": _OUTPUT,
+        "power_off": qmp.journal_event("SHUTDOWN", guest=True, reason="guest-shutdown").decode(),
+        "reset": qmp.journal_event("SHUTDOWN", guest=True, reason="guest-reset").decode(),
+        "full": qmp.journal_event("BLOCK_IO_ERROR", action="stop", operation="write", nospace=True).decode(),
+    }

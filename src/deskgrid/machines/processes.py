@@ -1,0 +1,184 @@
+"""Processes that outlive us: started in a session of their own, found again after a restart, never mistaken for another.
+
+A process is known by its id and the moment it began, since ids are used again. What we start has its machine's token among
+its arguments, so it is found even if we were killed between starting it and writing its identity down.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+from msgspec import Struct
+
+from deskgrid.clock import Clock
+from deskgrid.errors import MachineFailed
+
+__all__ = [
+    "ProcessIdentity",
+    "find_by_token",
+    "find_program",
+    "gently",
+    "is_alive",
+    "kill",
+    "read_identity",
+    "send_signal",
+    "spawn",
+    "wait_gone",
+    "write_identity",
+]
+
+_POLL_S = 0.01
+_IDENTITY_FILE = "process.json"
+_SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/opt/homebrew/bin")
+"""Where mke2fs and the like may be without being on an ordinary user's PATH."""
+
+_children: dict[int, subprocess.Popen[bytes]] = {}
+"""Those of our own that may have to be reaped; a worker started later is not their parent and has none."""
+
+
+class ProcessIdentity(Struct, frozen=True):
+    """One process of this machine since it was switched on."""
+
+    pid: int
+    began: str
+    """When it began, in the system's own terms; compared, never computed with."""
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of a program, also from the folders that only root has on PATH; None if there is none."""
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(_SYSTEM_FOLDERS))
+
+
+def gently(command: Sequence[str], *, nice: int, cpu_time_s: float = 0.0) -> list[str]:
+    """Return a command line that runs `command` at low CPU and IO priority, within a CPU time and without core dumps.
+
+    Each program in front replaces itself by the next, so the process id stays. Those that this PC lacks are left out.
+    """
+    bounds = ["--core=0", *([f"--cpu={int(cpu_time_s) + 1}"] if cpu_time_s > 0 else [])]
+    chain = (("nice", "-n", str(nice)), ("ionice", "-c", "3"), ("prlimit", *bounds, "--"))
+    found = [(program, arguments) for name, *arguments in chain if (program := find_program(name))]
+    return [word for program, arguments in found for word in (program, *arguments)] + list(command)
+
+
+def spawn(command: Sequence[str], *, cwd: Path, log: Path) -> ProcessIdentity:
+    """Start a process in a new session, its output appended to `log`. Raise MachineFailed if it cannot be started."""
+    try:
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+    except OSError as error:
+        raise MachineFailed(f"{command[0]} cannot be started: {error.strerror}") from error
+    _children[child.pid] = child
+    # A child of ours keeps its id until we reap it, even if it ended already.
+    return ProcessIdentity(child.pid, _began(child.pid) or "ended")
+
+
+def is_alive(identity: ProcessIdentity) -> bool:
+    """Tell whether the process runs (or is frozen); one that only waits to be reaped does not."""
+    child = _children.get(identity.pid)
+    if child is not None and child.poll() is not None:
+        del _children[identity.pid]
+    return _began(identity.pid) == identity.began
+
+
+def send_signal(identity: ProcessIdentity, number: signal.Signals) -> None:
+    """Send a signal to this very process; nothing happens if it is gone."""
+    try:
+        if not hasattr(os, "pidfd_open"):
+            if is_alive(identity):
+                os.kill(identity.pid, number)
+            return
+        # Open first, compare then: the descriptor cannot come to mean another process.
+        descriptor = os.pidfd_open(identity.pid)
+        try:
+            if is_alive(identity):
+                signal.pidfd_send_signal(descriptor, number)
+        finally:
+            os.close(descriptor)
+    except ProcessLookupError:
+        return
+
+
+async def wait_gone(identity: ProcessIdentity, clock: Clock, *, limit_s: float) -> bool:
+    """Wait until the process is gone; False if it still runs after `limit_s`."""
+    deadline = clock.monotonic() + limit_s
+    while is_alive(identity):
+        if clock.monotonic() >= deadline:
+            return False
+        await clock.sleep(_POLL_S)
+    return True
+
+
+async def kill(identity: ProcessIdentity, clock: Clock, *, limit_s: float = 20.0) -> None:
+    """End the process and wait for it. Idempotent. Raise MachineFailed if the system cannot end it in time."""
+    send_signal(identity, signal.SIGKILL)
+    if not await wait_gone(identity, clock, limit_s=limit_s):
+        raise MachineFailed(f"process {identity.pid} does not end", hint="it may hang in a broken disk or driver; restart the PC")
+
+
+def find_by_token(token: str) -> ProcessIdentity | None:
+    """Return the process of our own user that has `token` within its arguments."""
+    for process in psutil.process_iter(["cmdline"]):
+        if process.pid == os.getpid() or not any(token in word for word in process.info["cmdline"] or ()):
+            continue
+        began = _began(process.pid)
+        if began is not None and _is_ours(process):
+            return ProcessIdentity(process.pid, began)
+    return None
+
+
+def write_identity(workdir: Path, identity: ProcessIdentity) -> None:
+    """Keep the identity in `workdir`, whole or not at all."""
+    temporary = workdir / f"{_IDENTITY_FILE}.new"
+    temporary.write_bytes(msgspec.json.encode(identity))
+    temporary.replace(workdir / _IDENTITY_FILE)
+
+
+def read_identity(workdir: Path) -> ProcessIdentity | None:
+    """Return what `write_identity` kept, or None."""
+    try:
+        return msgspec.json.decode((workdir / _IDENTITY_FILE).read_bytes(), type=ProcessIdentity)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return None
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    if not hasattr(os, "getuid"):
+        return True
+    try:
+        return bool(process.uids().real == os.getuid())
+    except psutil.Error:
+        return False
+
+
+def _began(pid: int) -> str | None:
+    """Return the mark of a living process's beginning, None if there is none."""
+    if sys.platform == "linux":
+        return _began_linux(pid)
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def _began_linux(pid: int) -> str | None:
+    """Clock ticks since the boot, and which boot (proc(5)): unlike psutil's time of day, these never move with the clock."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    # The name in parentheses may itself have blanks and parentheses; the state follows it.
+    fields = stat[stat.rindex(")") + 2 :].split()
+    state, start_ticks = fields[0], fields[19]
+    return None if state in "ZX" else f"{boot}:{start_ticks}"

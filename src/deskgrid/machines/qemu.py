@@ -1,0 +1,305 @@
+"""Virtual machines by QEMU, as an ordinary user.
+
+The guest sees a PC with IDE disks (VirtualBox guests and old kernels know them, too):
+
+    hda  the job's disk: an overlay of the attempt's own over the read-only cached file; an ISO as a CD
+    hdb  scratch: raw, sparse, ext4; what the guest trims is given back to the owner's disk
+    hdd  the context CD
+    ttyS0 console, ttyS1 the agent's channel; no network card, no display, no USB
+
+QEMU runs in its seccomp sandbox, at low priority, within bounds on memory (the guest's) and CPU time. Formats are always
+given, so QEMU never guesses what an image is, and an image cannot name another file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from deskgrid.clock import Clock
+from deskgrid.errors import DriverUnusable, MachineFailed
+from deskgrid.machines import processes, qmp
+from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK, ProcessDriver
+from deskgrid.machines.context import create_context
+from deskgrid.machines.disks import create_overlay, create_scratch, qcow2_virtual_size
+from deskgrid.machines.driver import MachineHandle, MachineSpec
+from deskgrid.machines.processes import ProcessIdentity
+from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, MachineKind
+
+__all__ = ["DEFAULT_BINARY", "QemuDriver", "command_line"]
+
+DEFAULT_BINARY = "qemu-system-x86_64"
+SOFTWARE = "tcg"
+_HARDWARE = {"linux": "kvm", "darwin": "hvf"}
+"""sys.platform -> what lets a guest run on the CPU itself there."""
+_CHARDEV_OF = {CONSOLE_LOG: "console", CHANNEL_LOG: "channel"}
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_VERSION_LIMIT_S = 10.0
+_PAUSE_LIMIT_S = 5.0
+
+
+class QemuDriver(ProcessDriver):
+    """The Driver and Suspendable protocols by QEMU.
+
+    `accelerator` ("kvm", "hvf", "tcg") overrides what `fingerprint` finds; without either, the first `start` tries it out.
+    """
+
+    name = DriverName.QEMU
+
+    def __init__(self, clock: Clock, *, binary: str = DEFAULT_BINARY, accelerator: str | None = None, nice: int = 19) -> None:
+        super().__init__(clock, nice=nice)
+        self._binary = binary
+        self._forced = accelerator
+        self._found: str | None = None
+
+    async def fingerprint(self) -> Fingerprint:
+        """See Driver. Takes 0.5 s with working hardware support, up to 20 s without; run it when the worker starts."""
+        found = await asyncio.to_thread(_fingerprint, self._binary, self._forced)
+        self._found = found.accelerator or None
+        return found
+
+    async def pause(self, handle: MachineHandle) -> None:
+        """See Suspendable. Nothing happens if the machine is off."""
+        await self._control(handle, "stop")
+
+    async def resume(self, handle: MachineHandle) -> None:
+        """See Suspendable. Nothing happens if the machine is off."""
+        await self._control(handle, "cont")
+
+    async def _control(self, handle: MachineHandle, command: str) -> None:
+        identity = self._identity(handle)
+        if identity is None or not processes.is_alive(identity):
+            return
+        try:
+            await qmp.execute(Path(handle.workdir), command, limit_s=_PAUSE_LIMIT_S)
+        except MachineFailed:
+            # It may have ended under our hands, which is no failure.
+            if processes.is_alive(identity):
+                raise
+
+    def _make_files(self, handle: MachineHandle) -> None:
+        spec, workdir = handle.spec, Path(handle.workdir)
+        if spec.disk is None:
+            raise MachineFailed("a virtual machine needs a disk")
+        if spec.disk_format is DiskFormat.QCOW2:
+            create_overlay(workdir / OVERLAY_DISK, qcow2_virtual_size(spec.disk))
+        create_scratch(workdir / SCRATCH_DISK, spec.scratch_bytes)
+        create_context(workdir / CONTEXT_DISK, spec, instance=handle.token)
+        qmp.create_journal(workdir)
+
+    async def _command(self, handle: MachineHandle) -> list[str]:
+        accelerator = self._forced or self._found
+        if accelerator is None:
+            found = await self.fingerprint()
+            if not found.usable:
+                raise DriverUnusable(found.reason)
+            accelerator = found.accelerator
+        return command_line(handle.spec, binary=self._binary, accelerator=accelerator, token=handle.token)
+
+    async def _ask_to_stop(self, handle: MachineHandle, identity: ProcessIdentity) -> bool:
+        workdir = Path(handle.workdir)
+        try:
+            status = await qmp.execute(workdir, "query-status")
+            if not status.get("running"):
+                return False
+            await qmp.execute(workdir, "system_powerdown")
+        except MachineFailed:
+            return False
+        return True
+
+    async def _cut(self, handle: MachineHandle, log: str) -> None:
+        """Lead a serial line to nowhere: the guest runs on, and what counts of its output is on scratch."""
+        if log not in _CHARDEV_OF:
+            await super()._cut(handle, log)
+            return
+        arguments: dict[str, object] = {"id": _CHARDEV_OF[log], "backend": {"type": "null", "data": {}}}
+        try:
+            await qmp.execute(Path(handle.workdir), "chardev-change", arguments)
+        except MachineFailed:
+            await super()._cut(handle, log)
+
+
+# ---- the command line
+
+
+def command_line(spec: MachineSpec, *, binary: str, accelerator: str, token: str, platform: str = sys.platform) -> list[str]:
+    """Return QEMU's command line. File names are relative to the machine's folder, except that of the cached disk."""
+    return [
+        *(binary, "-name", f"guest={_plain(spec.name)}@{token}"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-msg", "timestamp=on"),
+        *(("-sandbox", _SANDBOX) if platform == "linux" else ()),
+        *("-machine", "pc,usb=off,vmport=off", "-accel", accelerator, "-cpu", "max"),
+        *("-m", f"{spec.memory_bytes >> 20}M", "-smp", str(spec.cpus)),
+        *("-boot", "menu=off,strict=on"),
+        *_disks(spec),
+        *_file_port("console", CONSOLE_LOG),
+        *_file_port("channel", CHANNEL_LOG),
+        *("-chardev", f"pipe,id=journal,path={qmp.JOURNAL_NAME}", "-mon", "chardev=journal,mode=control"),
+        *("-chardev", f"socket,id=qmp,path={qmp.SOCKET_NAME},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+    ]
+
+
+def _plain(name: str) -> str:
+    """Return a name without what would have a meaning in QEMU's option syntax."""
+    return re.sub(r"[^A-Za-z0-9._/-]", "_", name)[:100]
+
+
+def _file_port(chardev: str, name: str) -> tuple[str, ...]:
+    return ("-chardev", f"file,id={chardev},path={name}", "-device", f"isa-serial,chardev={chardev}")
+
+
+def _disks(spec: MachineSpec) -> list[str]:
+    first = _cd_nodes("disk", str(spec.disk)) if spec.disk_format is DiskFormat.ISO else _overlay_nodes(str(spec.disk))
+    kind = "ide-cd" if spec.disk_format is DiskFormat.ISO else "ide-hd"
+    scratch = _node("scratch", "raw", {"driver": "file", "filename": SCRATCH_DISK, "discard": "unmap"}, discard="unmap")
+    return [
+        *first,
+        *_device(kind, "disk", bus="ide.0", unit=0, bootindex=0),
+        *scratch,
+        *_device("ide-hd", "scratch", bus="ide.0", unit=1),
+        *_cd_nodes("context", CONTEXT_DISK),
+        *_device("ide-cd", "context", bus="ide.1", unit=1),
+    ]
+
+
+def _overlay_nodes(base: str) -> list[str]:
+    """The overlay and its base, both with their formats given; the base may have no backing file of its own."""
+    file = {"driver": "file", "filename": base, "read-only": True, "auto-read-only": False}
+    return [
+        *_node("base", "qcow2", file, **{"read-only": True, "backing": None}),
+        *_node("disk", "qcow2", {"driver": "file", "filename": OVERLAY_DISK, "discard": "unmap"}, backing="base", discard="unmap"),
+    ]
+
+
+def _cd_nodes(name: str, file: str) -> list[str]:
+    return _node(name, "raw", {"driver": "file", "filename": file, "read-only": True}, **{"read-only": True})
+
+
+def _node(name: str, driver: str, file: dict[str, object], **options: object) -> list[str]:
+    # no-flush: a host that loses power has lost the attempt anyway, so the guest need not wait for the owner's disk.
+    node = {"driver": driver, "node-name": name, "file": file, "cache": {"no-flush": True}, **options}
+    return ["-blockdev", msgspec.json.encode(node).decode()]
+
+
+def _device(kind: str, node: str, **properties: object) -> list[str]:
+    # A disk error freezes the machine: a guest that went on would write a result that looks whole.
+    stop = {"werror": "stop", "rerror": "stop"} if kind == "ide-hd" else {}
+    words = {"drive": node, "id": f"{node}-device", **properties, **stop}
+    return ["-device", ",".join([kind, *(f"{key}={value}" for key, value in words.items())])]
+
+
+# ---- what this PC can do
+
+
+class _Trial(Struct, frozen=True):
+    """How the probe guest fared. `seconds` is its time if it came to its end."""
+
+    seconds: float | None
+    words: str = ""
+
+
+_EXIT_PORT = 0xF4
+_EXIT_VALUE = 0x10
+_EXIT_STATUS = _EXIT_VALUE << 1 | 1
+_PROBE_LOOPS = 200_000_000
+KVM_DEVICE = Path("/dev/kvm")
+HARDWARE_LIMIT_S = 5.0
+SOFTWARE_LIMIT_S = 15.0
+
+
+def _boot_sector() -> bytes:
+    """A guest of 512 bytes that counts, then ends QEMU through its debug port.
+
+    It counts because there are PCs (VMs in a cloud, mostly) whose KVM starts any guest but interprets every instruction, so
+    that a kernel never comes up: hardware counts to this in 0.1 s, QEMU's own translator in 0.5 s, such a KVM in minutes.
+    """
+    code = (
+        b"\x66\xb9" + _PROBE_LOOPS.to_bytes(4, "little")  # mov ecx, loops
+        + b"\x66\x49"  # again: dec ecx
+        + b"\x75\xfc"  # jnz again
+        + bytes([0xB0, _EXIT_VALUE])  # mov al, value
+        + bytes([0xE6, _EXIT_PORT])  # out port, al
+        + b"\xf4\xeb\xfd"  # halt: hlt; jmp halt
+    )  # fmt: skip
+    return code.ljust(510, b"\0") + b"\x55\xaa"
+
+
+def _fingerprint(binary: str, forced: str | None) -> Fingerprint:
+    def result(usable: bool, reason: str, version: str = "", accelerator: str = "") -> Fingerprint:
+        return Fingerprint(DriverName.QEMU, (MachineKind.VM,), usable, reason, version, accelerator)
+
+    program = processes.find_program(binary)
+    if program is None:
+        return result(False, f"{binary} is not installed (on Debian: sudo apt-get install qemu-system-x86)")
+    if processes.find_program("mke2fs") is None:
+        return result(False, "mke2fs is not installed (on Debian: sudo apt-get install e2fsprogs)")
+    version = _version(program)
+    if not version:
+        return result(False, f"{program} does not run")
+    accelerator, doubt = (forced, "") if forced else _choose_hardware(program)
+    if accelerator and not forced:
+        return result(True, "", version, accelerator)
+    trial = _try_out(program, accelerator or SOFTWARE, SOFTWARE_LIMIT_S)
+    if trial.seconds is None:
+        return result(False, f"QEMU cannot run even the smallest guest with {accelerator or SOFTWARE}: {trial.words}", version)
+    return result(True, doubt, version, accelerator or SOFTWARE)
+
+
+def _version(program: str) -> str:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=_VERSION_LIMIT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    match = re.search(r"version (\d+(?:\.\d+)+)", done.stdout)
+    return match[1] if match else ""
+
+
+def _choose_hardware(program: str) -> tuple[str, str]:
+    """Return the hardware accelerator that works here, or "" and why there is none, in words for the owner."""
+    slow = "; machines run in software emulation, about ten times slower"
+    name = _HARDWARE.get(sys.platform)
+    if name is None:
+        return "", f"no hardware acceleration is known for this system{slow}"
+    if name == "kvm" and not KVM_DEVICE.exists():
+        return "", f"there is no /dev/kvm: virtualisation may be switched off in the firmware{slow}"
+    if name == "kvm" and not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        return "", f"this user may not use /dev/kvm (on Debian: sudo adduser $USER kvm, and log in again){slow}"
+    trial = _try_out(program, name, HARDWARE_LIMIT_S)
+    return (name, "") if trial.seconds is not None else ("", f"{name} does not work here: {trial.words}{slow}")
+
+
+def _try_out(program: str, accelerator: str, limit_s: float) -> _Trial:
+    with tempfile.TemporaryDirectory(prefix="deskgrid-probe-") as folder:
+        disk = Path(folder, "probe.img")
+        disk.write_bytes(_boot_sector())
+        began = time.monotonic()
+        try:
+            done = subprocess.run(_probe_line(program, accelerator), cwd=folder, capture_output=True, timeout=limit_s, check=False)
+        except subprocess.TimeoutExpired:
+            return _Trial(None, f"a guest of 512 bytes was not done after {limit_s:.0f} s")
+        except OSError as error:
+            return _Trial(None, f"{error}")
+        seconds = time.monotonic() - began
+    if done.returncode != _EXIT_STATUS:
+        return _Trial(None, done.stderr.decode(errors="replace").strip()[-200:] or f"QEMU ended with {done.returncode}")
+    return _Trial(seconds)
+
+
+def _probe_line(program: str, accelerator: str) -> Sequence[str]:
+    return [
+        *(program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "pc", "-m", "16M"),
+        *("-accel", accelerator, "-cpu", "max"),
+        *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=0x04"),
+        *_node("probe", "raw", {"driver": "file", "filename": "probe.img"}, **{"read-only": False}),
+        *("-device", "ide-hd,bus=ide.0,unit=0,drive=probe,bootindex=0"),
+    ]

@@ -1,0 +1,381 @@
+"""What every driver must do, as tests: subclass DriverContract in tests/contract and say how to make a driver and a spec.
+
+Each job is described twice, once as a script for a real guest and once as the plan of the fake, and does the same in both.
+A guest needs seconds to boot in software emulation, so what can be claimed of one machine is claimed of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import pytest
+from msgspec import Struct
+
+from deskgrid.errors import MachineFailed
+from deskgrid.machines import processes
+from deskgrid.machines.driver import (
+    Booted,
+    ContextExited,
+    ContextStarted,
+    Driver,
+    ExitCause,
+    Exited,
+    Gone,
+    MachineEvent,
+    MachineHandle,
+    MachineSpec,
+    Output,
+    Running,
+    Stream,
+    Suspendable,
+    decode_handle,
+    encode_handle,
+)
+from deskgrid.machines.processes import ProcessIdentity, find_by_token
+from deskgrid.machines.qmp import read_journal
+from deskgrid.model.machines import Network
+
+__all__ = [
+    "BROKEN",
+    "TICKING",
+    "ContractJob",
+    "DriverContract",
+    "SuspendableDriver",
+    "events_until_exit",
+    "output_of",
+    "read_scratch",
+]
+
+BOOT_LIMIT_S = 90.0
+"""Generous: a busy machine in software emulation."""
+QUIET_S = 0.7
+"""How long a frozen machine is watched; it would speak several times in that."""
+
+
+class SuspendableDriver(Driver, Suspendable, Protocol):
+    """The drivers that this suite is for."""
+
+
+class Prepare(Protocol):
+    """Makes a machine for a job, with changes to the spec; removed at the end of the test whatever happens."""
+
+    async def __call__(self, job: ContractJob, **changes: Any) -> MachineHandle: ...
+
+
+class ContractJob(Struct, frozen=True):
+    """The same job for a guest and for the fake."""
+
+    script: str
+    plan: dict[str, object]
+
+    def write(self, folder: Path) -> Path:
+        """Write it as a context folder."""
+        folder.mkdir()
+        (folder / "context.sh").write_text(self.script)
+        (folder / "fake.toml").write_text(_as_toml(self.plan))
+        return folder
+
+
+BROKEN = ContractJob(
+    script=(
+        "printf 'first\\n\\nthird without end'\n"
+        "printf 'trouble: \\303\\274\\n' >&2\n"
+        "mkdir out; echo result >out/file\n"
+        "test $PWD = /scratch || exit 99\n"
+        "exit 7\n"
+    ),
+    plan={
+        "stdout": "first\n\nthird without end",
+        "stderr": "trouble: ü\n",
+        "files": {"out/file": "result\n"},
+        "exit_code": 7,
+    },
+)
+TICKING = ContractJob(script="while :; do echo tick; sleep 0.1; done\n", plan={"tick_s": 0.1})
+
+
+async def events_until_exit(driver: Driver, handle: MachineHandle) -> list[MachineEvent]:
+    """Return all events of a machine that ends by itself."""
+    async with asyncio.timeout(BOOT_LIMIT_S):
+        return [event async for event in driver.events(handle)]
+
+
+def output_of(events: list[MachineEvent], stream: Stream) -> bytes:
+    """Return what was told of one stream."""
+    return b"".join(event.data for event in events if isinstance(event, Output) and event.stream is stream)
+
+
+def _without_console(events: list[MachineEvent]) -> list[MachineEvent]:
+    """Leave out what comes in pieces of any size."""
+    return [event for event in events if not (isinstance(event, Output) and event.stream is Stream.CONSOLE)]
+
+
+def read_scratch(image: Path, path: str) -> bytes:
+    """Return a file of a scratch image, read by e2fsprogs (not by our own reader)."""
+    program = processes.find_program("debugfs")
+    assert program is not None, "debugfs (package e2fsprogs) is needed"
+    return subprocess.run([program, "-R", f"cat {path}", str(image)], capture_output=True, check=True).stdout
+
+
+def _as_toml(plan: dict[str, Any]) -> str:
+    """Write scalars and one level of tables: a scalar of JSON is one of TOML."""
+    scalars = {key: value for key, value in plan.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in plan.items() if isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in scalars.items()]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines)
+
+
+class DriverContract:
+    """The claims. Names of tests say them."""
+
+    @pytest.fixture
+    def new_driver(self) -> Callable[[], SuspendableDriver]:
+        """Return what makes a driver as a restarted worker would: without memory of the one before."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def spec(self) -> MachineSpec:
+        """Return a spec for a machine that can boot; its context is set by the test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def driver(self, new_driver: Callable[[], SuspendableDriver]) -> SuspendableDriver:
+        """Return the driver of the worker that prepares and starts."""
+        return new_driver()
+
+    @pytest.fixture
+    async def prepare(self, driver: SuspendableDriver, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[Prepare]:
+        """Make machines, and hold each test to leaving no process."""
+        handles: list[MachineHandle] = []
+
+        async def make(job: ContractJob, **changes: Any) -> MachineHandle:
+            context = job.write(tmp_path / f"job-{len(handles)}")
+            changed: MachineSpec = msgspec.structs.replace(spec, context=context, **changes)
+            handles.append(await driver.prepare(changed, tmp_path / f"machine-{len(handles)}"))
+            return handles[-1]
+
+        yield make
+        for handle in handles:
+            await driver.destroy(handle)
+            assert find_by_token(handle.token) is None
+
+    # ---- names and files first
+
+    async def test_prepare_starts_no_process_and_makes_the_scratch_disk(self, driver: SuspendableDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        assert find_by_token(handle.token) is None
+        assert driver.scratch(handle).stat().st_size == handle.spec.scratch_bytes
+        assert await driver.recover(handle) == Gone()
+
+    async def test_handle_survives_the_journal(self, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        assert decode_handle(encode_handle(handle)) == handle
+
+    async def test_network_that_is_not_offered_is_refused_and_leaves_nothing(
+        self, driver: SuspendableDriver, spec: MachineSpec, tmp_path: Path
+    ) -> None:
+        offered = (await driver.fingerprint()).networks
+        for network in set(Network) - set(offered):
+            with pytest.raises(MachineFailed):
+                await driver.prepare(msgspec.structs.replace(spec, network=network), tmp_path / "refused")
+            assert not (tmp_path / "refused").exists()
+
+    async def test_prepare_does_not_touch_a_folder_that_is_there(
+        self, driver: SuspendableDriver, spec: MachineSpec, tmp_path: Path
+    ) -> None:
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "file").write_text("keep")
+        with pytest.raises(MachineFailed):
+            await driver.prepare(spec, tmp_path / "taken")
+        assert (tmp_path / "taken" / "file").read_text() == "keep"
+
+    @pytest.mark.parametrize("steps", [1, 2, 5])
+    async def test_prepare_that_is_cancelled_leaves_nothing(
+        self, driver: SuspendableDriver, spec: MachineSpec, tmp_path: Path, steps: int
+    ) -> None:
+        preparing = asyncio.create_task(driver.prepare(spec, tmp_path / "machine"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        preparing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await preparing
+        assert not list(tmp_path.glob("machine*"))
+
+    # ---- a job from beginning to end
+
+    async def test_job_runs_is_told_in_order_and_leaves_its_result(
+        self, driver: SuspendableDriver, new_driver: Callable[[], SuspendableDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(BROKEN)
+        await driver.start(handle)
+        events = await events_until_exit(driver, handle)
+        told = [event for event in events if not isinstance(event, Output)]
+        assert told == [Booted(), ContextStarted(), ContextExited(7), Exited(ExitCause.POWERED_OFF)]
+        assert events[-1] == Exited(ExitCause.POWERED_OFF)
+        assert output_of(events, Stream.STDOUT) == b"first\n\nthird without end"
+        assert output_of(events, Stream.STDERR) == "trouble: ü\n".encode()
+        scratch = driver.scratch(handle)
+        assert read_scratch(scratch, "/.deskgrid/exit") == b"7\n"
+        assert read_scratch(scratch, "/.deskgrid/stdout") == b"first\n\nthird without end"
+        assert read_scratch(scratch, "/.deskgrid/stderr") == "trouble: ü\n".encode()
+        assert read_scratch(scratch, "/out/file") == b"result\n"
+        # A worker that was away sees the same, in its own time.
+        later = new_driver()
+        assert await later.recover(handle) == Exited(ExitCause.POWERED_OFF)
+        again = await events_until_exit(later, handle)
+        assert _without_console(again) == _without_console(events)
+        assert output_of(again, Stream.CONSOLE) == output_of(events, Stream.CONSOLE)
+        with pytest.raises(MachineFailed):
+            await later.start(handle)
+
+    # ---- control
+
+    async def test_pause_freezes_resume_thaws_and_a_restarted_worker_can_do_both(
+        self, driver: SuspendableDriver, new_driver: Callable[[], SuspendableDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        async with asyncio.timeout(BOOT_LIMIT_S):
+            await _next_tick(driver.events(handle))
+        later = new_driver()
+        assert await later.recover(handle) == Running()
+        events = later.events(handle)
+        await later.pause(handle)
+        await later.pause(handle)
+        # What was written before the pause may still be read; then nothing comes.
+        pending = asyncio.ensure_future(_next_tick(events))
+        while (await asyncio.wait({pending}, timeout=QUIET_S))[0]:
+            await pending
+            pending = asyncio.ensure_future(_next_tick(events))
+        await later.resume(handle)
+        await later.resume(handle)
+        async with asyncio.timeout(BOOT_LIMIT_S):
+            await pending
+        await later.stop(handle, grace_s=0.2)
+        await later.stop(handle, grace_s=0.2)
+        assert find_by_token(handle.token) is None
+        assert await later.recover(handle) == Exited(ExitCause.STOPPED)
+        assert (await events_until_exit(later, handle))[-1] == Exited(ExitCause.STOPPED)
+        await later.pause(handle)
+        await later.resume(handle)
+
+    async def test_killed_process_is_told_as_killed(self, driver: SuspendableDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        identity = await _start_fully(driver, handle)
+        os.kill(identity.pid, signal.SIGKILL)
+        events = await events_until_exit(driver, handle)
+        assert len([event for event in events if isinstance(event, Exited)]) == 1
+        assert isinstance(events[-1], Exited)
+        assert events[-1].cause is ExitCause.KILLED
+
+    async def test_paused_machine_can_be_stopped(self, driver: SuspendableDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        await _start_fully(driver, handle)
+        await driver.pause(handle)
+        await driver.stop(handle, grace_s=0.1)
+        assert await driver.recover(handle) == Exited(ExitCause.STOPPED)
+
+    async def test_start_again_while_it_runs_changes_nothing(self, driver: SuspendableDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        identity = await _start_fully(driver, handle)
+        await driver.start(handle)
+        assert find_by_token(handle.token) == identity
+
+    # ---- removal and recovery
+
+    async def test_destroy_before_start_removes_all_files(
+        self, driver: SuspendableDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        await self._destroy_leaves_nothing(driver, await prepare(TICKING), tmp_path)
+
+    async def test_destroy_right_after_start_removes_process_and_files(
+        self, driver: SuspendableDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        await self._destroy_leaves_nothing(driver, handle, tmp_path)
+
+    async def test_destroy_by_a_restarted_worker_removes_process_and_files(
+        self, driver: SuspendableDriver, new_driver: Callable[[], SuspendableDriver], prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(TICKING)
+        await _start_fully(driver, handle)
+        await self._destroy_leaves_nothing(new_driver(), handle, tmp_path)
+
+    async def test_destroy_while_events_are_read_ends_them(self, driver: SuspendableDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        reading = asyncio.create_task(events_until_exit(driver, handle))
+        await asyncio.sleep(0)
+        await driver.destroy(handle)
+        assert isinstance((await reading)[-1], Exited)
+
+    async def test_destroy_that_was_cut_short_is_finished_by_recover(
+        self, driver: SuspendableDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(TICKING)
+        workdir = Path(handle.workdir)
+        workdir.rename(workdir.with_name(f"{workdir.name}.removed"))
+        assert await driver.recover(handle) == Gone()
+        assert not list(tmp_path.glob("machine-*"))
+
+    async def test_machine_whose_process_was_not_yet_written_down_is_found(
+        self, driver: SuspendableDriver, new_driver: Callable[[], SuspendableDriver], prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(TICKING)
+        identity = await _start_fully(driver, handle)
+        # As if the worker had been killed between starting the process and writing it down.
+        (Path(handle.workdir) / "process.json").unlink()
+        later = new_driver()
+        assert await later.recover(handle) == Running()
+        assert processes.read_identity(Path(handle.workdir)) == identity
+        await self._destroy_leaves_nothing(later, handle, tmp_path)
+
+    async def test_another_process_with_the_same_number_is_not_touched(
+        self, driver: SuspendableDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(TICKING)
+        stranger = await asyncio.create_subprocess_exec("sleep", "600")
+        try:
+            processes.write_identity(Path(handle.workdir), ProcessIdentity(stranger.pid, "another boot:1"))
+            await driver.stop(handle, grace_s=0)
+            await self._destroy_leaves_nothing(driver, handle, tmp_path)
+            assert stranger.returncode is None
+        finally:
+            stranger.kill()
+            assert await stranger.wait() == -signal.SIGKILL
+
+    async def _destroy_leaves_nothing(self, driver: SuspendableDriver, handle: MachineHandle, folder: Path) -> None:
+        await driver.destroy(handle)
+        await driver.destroy(handle)
+        assert find_by_token(handle.token) is None
+        assert not list(folder.glob("machine-*"))
+        assert await driver.recover(handle) == Gone()
+
+
+async def _next_tick(events: AsyncIterator[MachineEvent]) -> None:
+    async for event in events:
+        if isinstance(event, Output) and event.stream is Stream.STDOUT:
+            return
+    raise AssertionError("the machine ended instead of ticking")
+
+
+async def _start_fully(driver: SuspendableDriver, handle: MachineHandle) -> ProcessIdentity:
+    """Start a machine and wait until its process has opened its files."""
+    await driver.start(handle)
+    async with asyncio.timeout(BOOT_LIMIT_S):
+        while not read_journal(Path(handle.workdir)).began:  # noqa: ASYNC110 - another process's file
+            await asyncio.sleep(0.005)
+    identity = find_by_token(handle.token)
+    assert identity is not None
+    return identity

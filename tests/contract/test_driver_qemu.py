@@ -1,0 +1,244 @@
+"""The QEMU driver keeps the contract with the tiny template, and does right by guests that behave badly.
+
+Guests of one sector stand for whatever a guest can do to the machine; they run within a second, where a kernel needs five.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from deskgrid.clock import SystemClock
+from deskgrid.errors import BadImage
+from deskgrid.machines import base, processes
+from deskgrid.machines.driver import ContextExited, ExitCause, Exited, MachineHandle, MachineSpec, Output, Running, Stream
+from deskgrid.machines.qemu import QemuDriver
+from deskgrid.model.machines import DiskFormat, MachineKind
+from deskgrid.templates.tiny import TinyBuild
+from deskgrid.testing.driver_contract import (
+    ContractJob,
+    DriverContract,
+    Prepare,
+    SuspendableDriver,
+    events_until_exit,
+    output_of,
+    read_scratch,
+)
+from deskgrid.testing.tiny_template import tiny_template
+from deskgrid.units import GIB, MIB
+
+POWER_OFF = bytes.fromhex("ba0406 b80020 ef f4ebfd")  # mov dx,0x604; mov ax,0x2000; out dx,ax: what ACPI's power button does
+RESET = bytes.fromhex("b0fe e664 f4ebfd")  # mov al,0xfe; out 0x64,al: the keyboard controller's reset line
+CHATTER = bytes.fromhex("baf803 b041 ee ebfd")  # mov dx,0x3f8; mov al,'A'; again: out dx,al; jmp again: the console, for ever
+IDLE = bytes.fromhex("f4ebfd")  # halt: hlt; jmp halt
+
+NO_JOB = ContractJob("", {})
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TinyBuild:
+    return tiny_template()
+
+
+def boot_disk(path: Path, code: bytes) -> Path:
+    """Make a qcow2 disk of one megabyte whose first sector is `code`."""
+    raw = path.with_suffix(".raw")
+    raw.write_bytes((code.ljust(510, b"\0") + b"\x55\xaa").ljust(MIB, b"\0"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
+    return path
+
+
+async def run(driver: QemuDriver, handle: MachineHandle) -> Exited:
+    """Start a machine and return how it ended."""
+    await driver.start(handle)
+    end = (await events_until_exit(driver, handle))[-1]
+    assert isinstance(end, Exited)
+    return end
+
+
+class TestQemuDriver(DriverContract):
+    @pytest.fixture
+    def new_driver(self) -> Callable[[], SuspendableDriver]:
+        return lambda: QemuDriver(SystemClock(), accelerator="tcg")
+
+    @pytest.fixture
+    def spec(self, tiny: TinyBuild) -> MachineSpec:
+        return MachineSpec(
+            "job-1/attempt-1", MachineKind.VM, memory_bytes=256 * MIB, cpus=1, scratch_bytes=8 * GIB, disk=tiny.qcow2
+        )
+
+    # ---- real guests
+
+    async def test_iso_boots_and_without_context_script_the_job_succeeds(
+        self, driver: QemuDriver, spec: MachineSpec, tiny: TinyBuild, tmp_path: Path
+    ) -> None:
+        context = tmp_path / "context"
+        context.mkdir()
+        handle = await driver.prepare(
+            msgspec.structs.replace(spec, disk=tiny.iso, disk_format=DiskFormat.ISO, context=context), tmp_path / "machine"
+        )
+        try:
+            await driver.start(handle)
+            events = await events_until_exit(driver, handle)
+            assert events[-1] == Exited(ExitCause.POWERED_OFF)
+            assert ContextExited(0) in events
+            assert b"no context.sh" in output_of(events, Stream.STDERR)
+            assert read_scratch(driver.scratch(handle), "/.deskgrid/exit") == b"0\n"
+        finally:
+            await driver.destroy(handle)
+
+    async def test_guest_sees_its_disks_environment_and_context_and_changes_only_its_overlay(
+        self, driver: QemuDriver, prepare: Prepare, tiny: TinyBuild
+    ) -> None:
+        before = tiny.qcow2.read_bytes()
+        script = (
+            "ls /dev/hda /dev/hdb /dev/hdd; grep -c ' /context iso9660 ro' /proc/mounts\n"
+            'printf \'<%s>\' "$PLAIN" "$ODD"; echo\n'
+            "ls /sys/class/net | tr '\\n' ' '; echo\n"
+            # Writing to the first disk must be possible, and end in the overlay.
+            "dd if=/dev/zero of=/dev/hda bs=64k count=16 2>/dev/null && sync && echo written\n"
+            # Ten megabytes come and go: the image gives them back.
+            "dd if=/dev/urandom of=big bs=1M count=10 2>/dev/null && sync && rm big && sync\n"
+            "head -c 300000 /dev/zero | tr '\\0' x; echo\n"
+            "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done >&2\n"
+        )
+        odd = 'it\'s; $(reboot) `x` "y" \\ \n ü'
+        handle = await prepare(ContractJob(script, {}), environment=(("PLAIN", "value"), ("ODD", odd)))
+        await driver.start(handle)
+        events = await events_until_exit(driver, handle)
+        assert events[-1] == Exited(ExitCause.POWERED_OFF)
+        lines = output_of(events, Stream.STDOUT)
+        told = f"/dev/hda\n/dev/hdb\n/dev/hdd\n1\n<value><{odd}>\nlo \nwritten\n".encode()
+        assert lines == told + b"x" * 300000 + b"\n"
+        assert output_of(events, Stream.STDERR) == b"".join(b"line %d\n" % number for number in range(3000))
+        assert tiny.qcow2.read_bytes() == before
+        assert driver.scratch(handle).stat().st_blocks * 512 < 5 * MIB
+
+    async def test_full_host_disk_is_told_as_io_error_and_the_guest_gets_no_chance_to_go_on(
+        self, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        driver = FullDiskDriver(SystemClock(), accelerator="tcg")
+        handle = await prepare(ContractJob("dd if=/dev/zero of=big bs=1M count=8; sync; echo went on\n", {}))
+        end = await run(driver, handle)
+        assert end.cause is ExitCause.IO_ERROR
+        assert "full" in end.detail
+        assert read_scratch(driver.scratch(handle), "/.deskgrid/exit") == b""
+
+    # ---- guests of one sector
+
+    @pytest.mark.parametrize(("code", "cause"), [(POWER_OFF, ExitCause.POWERED_OFF), (RESET, ExitCause.RESET)])
+    async def test_end_that_nobody_watched_is_known_afterwards(
+        self,
+        driver: QemuDriver,
+        new_driver: Callable[[], SuspendableDriver],
+        prepare: Prepare,
+        tmp_path: Path,
+        code: bytes,
+        cause: ExitCause,
+    ) -> None:
+        handle = await prepare(NO_JOB, disk=boot_disk(tmp_path / "disk.qcow2", code))
+        await driver.start(handle)
+        identity = processes.read_identity(Path(handle.workdir))
+        assert identity is not None
+        assert await processes.wait_gone(identity, SystemClock(), limit_s=30)
+        end = await new_driver().recover(handle)
+        assert isinstance(end, Exited)
+        assert end.cause is cause
+
+    async def test_guest_that_writes_without_end_is_cut_off_and_runs_on(
+        self, driver: QemuDriver, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bound = 256 << 10
+        monkeypatch.setattr(base, "LOG_MAX_BYTES", bound)
+        handle = await prepare(NO_JOB, disk=boot_disk(tmp_path / "disk.qcow2", CHATTER))
+        await driver.start(handle)
+        log = Path(handle.workdir) / base.CONSOLE_LOG
+        read = 0
+        reading = driver.events(handle)
+        async with asyncio.timeout(60):
+            while read < bound:
+                event = await anext(reading)
+                read += len(event.data) if isinstance(event, Output) else 0
+            waiting = asyncio.ensure_future(anext(reading))
+            size = -1
+            while size != (size := log.stat().st_size):
+                await asyncio.wait({waiting}, timeout=0.5)
+        assert not waiting.done()
+        assert await driver.recover(handle) == Running()
+        await driver.stop(handle, grace_s=0)
+        assert await waiting == Exited(ExitCause.STOPPED)
+        assert read == bound
+
+    async def test_cpu_time_bound_ends_a_machine_without_a_worker(
+        self, driver: QemuDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        busy = bytes.fromhex("ebfe")  # jmp to itself
+        handle = await prepare(NO_JOB, disk=boot_disk(tmp_path / "disk.qcow2", busy), cpu_time_s=1.0)
+        assert (await run(driver, handle)).cause is ExitCause.KILLED
+
+    async def test_path_longer_than_a_socket_address_can_be_controlled(
+        self, driver: QemuDriver, spec: MachineSpec, tmp_path: Path
+    ) -> None:
+        disk = boot_disk(tmp_path / "disk.qcow2", IDLE)
+        handle = await driver.prepare(msgspec.structs.replace(spec, disk=disk), tmp_path / ("long" * 30) / "machine")
+        try:
+            await driver.start(handle)
+            await driver.pause(handle)
+            await driver.resume(handle)
+            assert await driver.recover(handle) == Running()
+        finally:
+            await driver.destroy(handle)
+
+    # ---- failures to start
+
+    async def test_command_line_that_qemu_refuses_is_told_with_its_words(self, prepare: Prepare, tmp_path: Path) -> None:
+        driver = QemuDriver(SystemClock(), accelerator="no-such-accelerator")
+        end = await run(driver, await prepare(NO_JOB))
+        assert end.cause is ExitCause.START_FAILED
+        assert "no-such-accelerator" in end.detail
+
+    async def test_disk_that_names_another_file_is_refused_and_leaves_nothing(
+        self, driver: QemuDriver, spec: MachineSpec, tiny: TinyBuild, tmp_path: Path
+    ) -> None:
+        disk = tmp_path / "disk.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", tiny.qcow2, disk], check=True)
+        with pytest.raises(BadImage):
+            await driver.prepare(msgspec.structs.replace(spec, disk=disk), tmp_path / "machine")
+        assert not (tmp_path / "machine").exists()
+
+    async def test_disk_that_is_garbage_behind_its_header_does_not_start(
+        self, driver: QemuDriver, prepare: Prepare, tiny: TinyBuild, tmp_path: Path
+    ) -> None:
+        disk = tmp_path / "disk.qcow2"
+        disk.write_bytes(tiny.qcow2.read_bytes()[:104] + b"\xff" * 4096)
+        end = await run(driver, await prepare(NO_JOB, disk=disk))
+        assert end.cause is ExitCause.START_FAILED
+        assert end.detail
+
+    # ---- what this PC can do
+
+    async def test_fingerprint_finds_an_accelerator_that_really_runs_a_guest(self) -> None:
+        found = await QemuDriver(SystemClock()).fingerprint()
+        assert found.usable, found.reason
+        assert found.accelerator in {"kvm", "tcg", "hvf"}
+        assert found.version
+        assert bool(found.reason) == (found.accelerator == "tcg")
+
+
+class FullDiskDriver(QemuDriver):
+    """QEMU on whose scratch disk every write finds the host's disk full."""
+
+    async def _command(self, handle: MachineHandle) -> list[str]:
+        command = await super()._command(handle)
+        full = {"event": "none", "errno": 28, "iotype": "write"}
+        for index, word in enumerate(command):
+            if word.startswith("{") and '"node-name":"scratch"' in word:
+                node = msgspec.json.decode(word)
+                node["file"] = {"driver": "blkdebug", "image": node["file"], "inject-error": [full]}
+                command[index] = msgspec.json.encode(node).decode()
+        return command

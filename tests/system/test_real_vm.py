@@ -1,0 +1,155 @@
+"""The main job and its faults in real virtual machines: QEMU, the tiny template, everything real from submit to result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deskgrid.testing.tiny_template import tiny_template
+from tests.system.harness import System, until
+
+SCRIPT = """
+echo "hello from $(uname -s), $1"
+echo oops >&2
+test -b /dev/hda && test -b /dev/hdb && echo "disks by their names"
+df -k /scratch | tail -1
+pwd
+cat /context/data/input.txt > copied.txt
+ln -s copied.txt link
+mkdir deep && echo x > deep/executable && chmod 750 deep/executable
+dd if=/dev/zero of=sparse bs=1 count=1 seek=50000000 2>/dev/null
+ls /sys/class/net
+"""
+LIMIT_S = 180.0
+
+
+@pytest.fixture
+def vm_system(system: System) -> System:
+    """A grid with one QEMU worker and the published tiny template."""
+    template = tiny_template()
+    system.cli("disk", "publish", template.qcow2, "--name", "tiny", "--agent")
+    system.cli("disk", "publish", template.iso, "--name", "tiny-iso", "--agent")
+    system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
+    return system
+
+
+def vm_job(system: System, script: str, *, name: str = "job", limits: str = "", **machine: str) -> Path:
+    file = system.job_file(name=name, limits=limits, **{"scratch": '"8GiB"', "memory": '"256MiB"', **machine})
+    context = file.parent / "context"
+    (context / "context.sh").write_text(script)
+    (context / "data").mkdir()
+    (context / "data" / "input.txt").write_text("from the user\n")
+    return file
+
+
+@pytest.mark.parametrize("disk", ["tiny", "tiny-iso"])
+def test_main_job_in_a_real_virtual_machine(vm_system: System, disk: str):
+    job = vm_job(vm_system, SCRIPT, disk=f'"{disk}"')
+    out = vm_system.folder / "out"
+    vm_system.cli("run", job, "-o", out)
+    assert (out / "copied.txt").read_text() == "from the user\n"
+    assert os.readlink(out / "link") == "copied.txt"
+    assert (out / "deep" / "executable").stat().st_mode & 0o777 == 0o750
+    sparse = (out / "sparse").stat()
+    assert (sparse.st_size, sparse.st_blocks * 512 < 1_000_000) == (50_000_001, True)
+    printed = vm_system.cli("job", "logs", "1").stdout.splitlines()
+    assert printed[0].startswith("hello from Linux")
+    assert "disks by their names" in printed
+    assert "/scratch" in printed
+    assert printed[-1] == "lo"  # no network card
+    assert int(printed[2].split()[1]) > 8_000_000  # kilobytes: the scratch that was asked for
+    assert vm_system.cli("job", "logs", "1", "--stderr").stdout == "oops\n"
+    detail = vm_system.job(1)["job"]
+    assert detail["result_bytes"] < 100_000
+    vm_system.nothing_left()
+
+
+def test_killed_worker_finds_its_running_virtual_machine_again(vm_system: System):
+    job = vm_system.json("job", "submit", vm_job(vm_system, "echo began; sleep 8; echo ended > done"))["id"]
+    until(lambda: "began" in vm_system.cli("job", "logs", str(job)).stdout, what="context.sh runs", limit_s=LIMIT_S)
+    [machine] = vm_system.machines()
+    worker = vm_system.workers["pc"]
+    worker.kill()
+    assert machine.is_running()
+    worker.start()
+    detail = vm_system.wait_for(job, "completed", ["succeeded"], limit_s=LIMIT_S)
+    assert len(detail["attempts"]) == 1
+    vm_system.nothing_left()
+
+
+def test_cancelled_and_paused_virtual_machines_obey(vm_system: System):
+    job = vm_system.json("job", "submit", vm_job(vm_system, "while :; do echo tick; sleep 1; done"))["id"]
+    until(lambda: "tick" in vm_system.cli("job", "logs", str(job)).stdout, what="context.sh runs", limit_s=LIMIT_S)
+    [machine] = vm_system.machines()
+    home = ("--home", str(vm_system.folder / "pc"))
+    vm_system.cli("worker", "pause", *home)
+    before = sum(machine.cpu_times()[:2])
+    vm_system.wait_for(job, "active", ["suspended"])
+    assert sum(machine.cpu_times()[:2]) - before < 0.3
+    vm_system.cli("worker", "resume", *home)
+    vm_system.wait_for(job, "active", ["running"])
+    assert machine.nice() == 19
+    vm_system.cli("job", "cancel", str(job))
+    vm_system.wait_for(job, "cancelled", ["cancelled"])
+    vm_system.nothing_left()
+
+
+def test_virtual_machine_that_is_killed_or_hangs_fails_with_its_reason(vm_system: System):
+    job = vm_system.json("job", "submit", vm_job(vm_system, "sleep 1000", name="killed", limits="attempts = 1"))["id"]
+    [machine] = until(lambda: vm_system.machines(), what="the machine runs", limit_s=LIMIT_S)
+    until(lambda: vm_system.states(job)[1] == ["running"], what="the server knows that it runs")
+    machine.kill()
+    detail = vm_system.wait_for(job, "failed", ["failed"], limit_s=LIMIT_S)
+    assert "killed" in detail["job"]["message"]
+    limits = 'attempts = 1\nwall_time = "12s"'
+    job = vm_system.json("job", "submit", vm_job(vm_system, "while :; do :; done", name="hangs", limits=limits))["id"]
+    assert "wall time" in vm_system.wait_for(job, "failed", ["failed"], limit_s=LIMIT_S)["job"]["message"]
+    vm_system.nothing_left()
+
+
+def test_disk_that_never_boots_ends_at_the_boot_time(vm_system: System):
+    empty = vm_system.folder / "empty.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", empty, "64M"], check=True)
+    vm_system.cli("disk", "publish", empty, "--name", "empty")
+    limits = 'attempts = 1\nboot_time = "4s"'
+    job = vm_system.json("job", "submit", vm_job(vm_system, "true", disk='"empty"', limits=limits))["id"]
+    assert "did not boot" in vm_system.wait_for(job, "failed", ["failed"], limit_s=LIMIT_S)["job"]["message"]
+    vm_system.nothing_left()
+
+
+def test_killed_server_while_a_virtual_machine_runs(vm_system: System):
+    job = vm_system.json("job", "submit", vm_job(vm_system, "echo began; sleep 5; echo ended > done"))["id"]
+    until(lambda: "began" in vm_system.cli("job", "logs", str(job)).stdout, what="context.sh runs", limit_s=LIMIT_S)
+    assert vm_system.server is not None
+    vm_system.server.kill()
+    vm_system.restart_server()
+    vm_system.wait_for(job, "completed", ["succeeded"], limit_s=LIMIT_S)
+    vm_system.cli("job", "results", str(job), "-o", vm_system.folder / "out")
+    assert (vm_system.folder / "out" / "done").read_text() == "ended\n"
+    vm_system.nothing_left()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(5))
+def test_kill_storm_on_a_real_virtual_machine_leaves_nothing(vm_system: System, seed: int):
+    """kill -9 of the worker at random moments of a job's life, from the download to the result."""
+    import random
+    import time
+
+    rng = random.Random(seed)
+    shutil.rmtree(vm_system.folder / "pc" / "cache", ignore_errors=True)
+    script = "echo began; sleep 2; dd if=/dev/urandom of=big bs=1M count=20 2>/dev/null"
+    job = vm_system.json("job", "submit", vm_job(vm_system, script, limits="max_lost = 100"))["id"]
+    worker = vm_system.workers["pc"]
+    for _ in range(6):
+        time.sleep(rng.uniform(0.1, 6.0))  # the moment of the kill is what varies
+        worker.kill()
+        worker.start()
+    vm_system.wait_for(job, "completed", limit_s=2 * LIMIT_S)
+    vm_system.cli("job", "results", str(job), "-o", vm_system.folder / "out")
+    assert (vm_system.folder / "out" / "big").stat().st_size == 20 << 20
+    vm_system.nothing_left()
