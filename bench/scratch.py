@@ -1,0 +1,189 @@
+"""Scratch disks: making one, and getting the results out of it, against `tar | zstd` of the same files in a plain folder.
+
+    python bench/scratch.py [--quick] [--runs N] [--folder DIR] [--plot FILE.svg]
+
+Ours and the yardstick run in turn on the same files with warm caches; medians are compared. Ours includes starting the confined
+child, reading ext4, hashing the archive and fsync; the yardstick is `tar -c . | zstd -3` into a file, without hash or fsync.
+The files: half random bytes, half words, in sizes from 2 KB to 32 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deskgrid.machines.disks import create_scratch
+from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
+from deskgrid.machines.sandbox import sandbox_status
+
+MB = 10**6
+GIB = 1 << 30
+SCRATCH_BYTES = 8 * GIB
+FILE_BYTES = (2_000, 30_000, 400_000, 4_000_000, 32 << 20)
+
+
+def make_files(folder: Path, size_bytes: int, rng: random.Random) -> None:
+    """Fill a folder with files of many sizes, every other one incompressible."""
+    words = [bytes(rng.choices(b"etaoinshrdlucmfw", k=rng.randint(2, 9))) for _ in range(4000)]
+    text = b" ".join(rng.choices(words, k=2_000_000))
+    left, number = size_bytes, 0
+    while left > 0:
+        size = min(left, FILE_BYTES[number % len(FILE_BYTES)])
+        path = folder / f"folder{number % 7}" / f"file{number}"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(rng.randbytes(size) if number % 2 else piece_of(text, size, rng))
+        left, number = left - size, number + 1
+
+
+def piece_of(text: bytes, size: int, rng: random.Random) -> bytes:
+    """Return `size` bytes of text that does not repeat from file to file."""
+    start = rng.randrange(len(text))
+    return (text[start:] + text * (size // len(text) + 1))[:size]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long something takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def tar_zstd(folder: Path, output: Path, *options: str) -> None:
+    """Run the yardstick."""
+    with output.open("wb") as target:
+        tar = subprocess.Popen(["tar", "-c", "-C", folder, "."], stdout=subprocess.PIPE)
+        subprocess.run(["zstd", "-q", "-3", *options, "-c"], stdin=tar.stdout, stdout=target, check=True)
+        assert tar.stdout is not None
+        tar.stdout.close()
+        assert tar.wait() == 0
+
+
+def figure(name: str, value: float, unit: str, yardstick: float, target: str, met: bool) -> dict[str, Any]:
+    """Return one figure as the benchmarks print them."""
+    ratio = round(value / yardstick, 3) if yardstick else None
+    return {
+        "name": name,
+        "value": round(value, 4),
+        "unit": unit,
+        "yardstick": round(yardstick, 4),
+        "ratio": ratio,
+        "target": target,
+        "met": met,
+    }
+
+
+def measure_creation(folder: Path, runs: int) -> list[dict[str, Any]]:
+    """Time empty 8 GiB scratch disks, against mke2fs by hand."""
+    ours: list[float] = []
+    by_hand: list[float] = []
+    image = folder / "empty.img"
+
+    def yardstick() -> None:
+        with image.open("xb") as file:
+            file.truncate(SCRATCH_BYTES)
+        options = ["-q", "-F", "-t", "ext4", "-m0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard"]
+        subprocess.run(["mke2fs", *options, image], check=True)
+
+    for _ in range(runs):
+        ours.append(seconds(lambda: create_scratch(image, SCRATCH_BYTES)))
+        image.unlink()
+        by_hand.append(seconds(yardstick))
+        stored = image.stat().st_blocks * 512
+        image.unlink()
+    value = statistics.median(ours)
+    return [
+        figure("create 8 GiB scratch", value, "s", statistics.median(by_hand), "", True),
+        figure("8 GiB scratch on the host's disk", stored / MB, "MB", SCRATCH_BYTES / MB, "", True),
+    ]
+
+
+def measure_results(folder: Path, label: str, size_bytes: int, runs: int, *, allowed_s: float = 0.0) -> list[dict[str, Any]]:
+    """Time getting `size_bytes` of files out. The target is `allowed_s` more than the yardstick, or 1.3 times it."""
+    files, image, archive, tarball = (folder / name for name in ("files", "scratch.img", "result.tar.zst", "yardstick.tar.zst"))
+    files.mkdir()
+    make_files(files, size_bytes, random.Random(size_bytes))
+    create_scratch(image, SCRATCH_BYTES, content=files)
+    os.sync()
+    reports: list[ResultReport] = []
+    ours: list[float] = []
+    yard: list[float] = []
+    yard_2: list[float] = []
+    # Once unmeasured: caches, byte code.
+    for measured in range(runs + 1):
+        times = (
+            seconds(lambda: reports.append(asyncio.run(extract_results(image, archive, limits=ExtractLimits())))),
+            seconds(lambda: tar_zstd(files, tarball)),
+            seconds(lambda: tar_zstd(files, tarball, "-T2")),
+        )
+        if measured:
+            for series, value in zip((ours, yard, yard_2), times, strict=True):
+                series.append(value)
+        print(f"{label}: ours {times[0]:.3f} s, tar | zstd {times[1]:.3f} s, tar | zstd -T2 {times[2]:.3f} s", flush=True)
+        tar_zstd(files, tarball)
+    value, yardstick = statistics.median(ours), statistics.median(yard)
+    met = value <= yardstick + allowed_s if allowed_s else value <= 1.3 * yardstick
+    target = f"yardstick + {allowed_s} s" if allowed_s else "1.3 x"
+    sent, expected = reports[-1].archive_bytes, tarball.stat().st_size
+    figures = [
+        figure(f"extract and pack {label}", value, "s", yardstick, target, met),
+        figure(f"extract and pack {label}, against zstd -T2", value, "s", statistics.median(yard_2), "", True),
+        figure(f"bytes sent for {label}", sent / MB, "MB", expected / MB, "1.05 x", sent <= 1.05 * expected),
+    ]
+    subprocess.run(["rm", "-rf", *map(str, (files, image, archive, tarball))], check=True)
+    return figures
+
+
+def plot(figures: list[dict[str, Any]], output: Path) -> None:
+    """Draw value and yardstick of the timed figures as bars, by hand: no library needed."""
+    timed = [f for f in figures if f["unit"] == "s"]
+    scale = 420 / max(max(f["value"], f["yardstick"]) for f in timed)
+    parts = []
+    for row, f in enumerate(timed):
+        y = 20 + 52 * row
+        parts.append(f'<text x="10" y="{y + 10}">{f["name"]}</text>')
+        for offset, key, colour in ((14, "value", "#2f6f9f"), (28, "yardstick", "#b9b9b9")):
+            width = max(1, f[key] * scale)
+            parts.append(f'<rect x="10" y="{y + offset}" width="{width:.1f}" height="12" fill="{colour}"/>')
+            parts.append(f'<text x="{16 + width:.1f}" y="{y + offset + 10}">{f[key]:.3f} s</text>')
+    height = 40 + 52 * len(timed)
+    note = f'<text x="10" y="{height - 8}">blue: deskgrid, grey: yardstick of the same run; median</text>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="560" height="{height}" font-family="sans-serif" font-size="11">'
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(head + '<rect width="100%" height="100%" fill="white"/>' + "".join(parts) + note + "</svg>\n")
+
+
+def main() -> None:
+    """Measure and print; the last line is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="50 MB and 200 MB, 3 runs")
+    parser.add_argument("--runs", type=int, default=0, help="measured runs each (5; quick: 3)")
+    parser.add_argument("--folder", type=Path, help="where the files are made (about 15 GB; quick: 1 GB)")
+    parser.add_argument("--plot", type=Path, help="write a drawing (SVG)")
+    arguments = parser.parse_args()
+    runs = arguments.runs or (3 if arguments.quick else 5)
+    large = ("200 MB", 200 * MB) if arguments.quick else ("2 GB", 2000 * MB)
+    print("confined by:", ", ".join(sandbox_status()) or "nothing")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        figures = measure_creation(folder, runs)
+        figures += measure_results(folder, "50 MB", 50 * MB, max(runs, 5), allowed_s=0.3)
+        figures += measure_results(folder, *large, runs)
+    for f in figures:
+        print(f"{f['name']:42} {f['value']:>9.3f} {f['unit']:3} yardstick {f['yardstick']:>9.3f}  x{f['ratio']:<6} {f['target']}")
+    if arguments.plot:
+        plot(figures, arguments.plot)
+    print(json.dumps({"bench": "scratch", "figures": figures}))
+
+
+if __name__ == "__main__":
+    main()
