@@ -338,7 +338,7 @@ def _read(key: Key, value: Any, where: str) -> Any:
     try:
         return key.kind.read(value)
     except InvalidInput as error:
-        raise InvalidInput(f"{key.name}: {error.message}", where=where, hint=error.hint) from error
+        raise InvalidInput(_named(key, error.message, where), where=where, hint=error.hint) from error
 
 
 def _from_options(options: Mapping[str, Any]) -> dict[str, _Written]:
@@ -378,7 +378,12 @@ def _placed(error: InvalidInput, written: Mapping[str, _Written], where: Callabl
     if path not in _BY_PATH:
         return error
     place = written[path].where if path in written else where(path)
-    return InvalidInput(f"{_BY_PATH[path].name}: {message}", where=place, hint=error.hint)
+    return InvalidInput(_named(_BY_PATH[path], message, place), where=place, hint=error.hint)
+
+
+def _named(key: Key, message: str, where: str) -> str:
+    """Return a message that names the key, unless the place does already."""
+    return message if where == key.option else f"{key.name}: {message}"
 
 
 # ---- messages

@@ -1,0 +1,37 @@
+"""Logs of the programs that run for long: to stderr, so that stdout has only what was asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+__all__ = ["configure_logs"]
+
+
+def configure_logs(*, json: bool, verbose: bool) -> None:
+    """Write logs to stderr: for people on a terminal, as key=value lines into files, as JSON lines with --json."""
+    import structlog
+
+    renderer: structlog.typing.Processor
+    if json:
+        renderer = structlog.processors.JSONRenderer()
+    elif sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer()
+    else:
+        renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
+    level = logging.DEBUG if verbose else logging.INFO
+    processors: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if not sys.stderr.isatty() or json:
+        processors.append(structlog.processors.format_exc_info)  # the console renderer draws tracebacks itself
+    structlog.configure(
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    # Libraries log in their own way; what they find wrong must be seen too.
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -1,0 +1,161 @@
+"""deskgrid server: make and run the grid's server."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from cyclopts import App, Parameter
+
+from deskgrid.cli.logs import configure_logs
+from deskgrid.cli.output import NO_NEGATIVES, Json, print_json, print_lines, warn
+from deskgrid.cli.user import lifetime_of
+from deskgrid.errors import InvalidInput
+from deskgrid.settings import ServerSettings, load_settings, server_home
+
+__all__ = ["app", "load_server_settings"]
+
+app = App(default_parameter=NO_NEGATIVES, name="server", help="Make and run a grid's server.")
+
+Home = Annotated[
+    Path | None, Parameter(help="Folder of the server. By default $DESKGRID_SERVER_HOME or one in the user's data folder.")
+]
+Listen = Annotated[str | None, Parameter(help="HOST:PORT to listen on; 0.0.0.0 for all interfaces, port 0 for a free one.")]
+Address = Annotated[str | None, Parameter(help="HOST:PORT that workers and users dial, if it is another one.")]
+Database = Annotated[str | None, Parameter(help="SQLAlchemy URL of the database; by default SQLite in the folder.")]
+Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, help="Log every call.")]
+
+
+def load_server_settings(home: Path, **options: str | None) -> ServerSettings:
+    """Return HOME/server.toml and the environment, with options of the command line over both."""
+    settings = load_settings(ServerSettings, home / "server.toml", "DESKGRID_SERVER")
+    return msgspec.structs.replace(settings, **{name: value for name, value in options.items() if value is not None})
+
+
+@app.command
+async def init(
+    *,
+    home: Home = None,
+    listen: Listen = None,
+    address: Address = None,
+    database: Database = None,
+    name: str | None = None,
+    admin: str = "admin",
+    json: Json = False,
+) -> None:
+    """Make a grid: its keys, its database and its first admin. What is there already stays.
+
+    Options are kept in HOME/server.toml, where all other settings go too.
+
+    For example:
+
+        deskgrid server init
+        deskgrid server init --listen 0.0.0.0:8470 --address grid.example.org:8470 --name physics
+
+    Parameters
+    ----------
+    name
+        Name of the grid, for people.
+    admin
+        Name of the first user, who is an admin.
+    """
+    from deskgrid.server.setup import init_server, make_login_link
+
+    configure_logs(json=json, verbose=False)
+    folder = home or server_home()
+    given = {"name": name, "listen": listen, "address": address, "database": database}
+    settings = load_server_settings(folder, **given)
+    _require_same_settings(folder, settings)
+    user = await init_server(folder, settings, admin=admin)
+    _keep_settings(folder, given)
+    link = await make_login_link(folder, settings, user.name)
+    if json:
+        print_json({"home": str(folder), "user": user, "login_link": str(link)})
+        return
+    flag = f" --home {folder}" if home else ""
+    print_lines(
+        f"The grid {settings.name!r} is in {folder}. Next:",
+        "",
+        f"  deskgrid server run{flag}",
+        f"  deskgrid login '{link}'",
+        f"  deskgrid server join-link{flag}        for each PC that lends itself",
+    )
+
+
+def _require_same_settings(home: Path, wanted: ServerSettings) -> None:
+    """Raise InvalidInput if the file says something else than the options: which of the two counts would be a guess."""
+    file = home / "server.toml"
+    if file.exists() and load_server_settings(home) != wanted:
+        raise InvalidInput("the settings there differ from the options", where=str(file), hint="edit the file instead")
+
+
+def _keep_settings(home: Path, given: dict[str, str | None]) -> None:
+    file = home / "server.toml"
+    # JSON's quoting is also TOML's.
+    lines = [f"{name} = {json_format.dumps(value)}\n" for name, value in given.items() if value is not None]
+    if lines and not file.exists():
+        file.write_text("".join(lines), encoding="utf-8")
+
+
+@app.command
+async def run(
+    *,
+    home: Home = None,
+    listen: Listen = None,
+    address: Address = None,
+    database: Database = None,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Run the server until Ctrl-C or SIGTERM. Prints where it listens once it answers; logs go to stderr.
+
+    For example:
+
+        deskgrid server run
+        deskgrid server run --listen 127.0.0.1:0 --json
+    """
+    from deskgrid.server.setup import run_server
+
+    configure_logs(json=json, verbose=verbose)
+    folder = home or server_home()
+
+    def ready(where: str) -> None:
+        if json:
+            print_json({"address": where, "home": str(folder)}, indent=0)  # a line: programs wait for it
+        else:
+            print_lines(f"listening on {where}")
+
+    await run_server(folder, load_server_settings(folder, listen=listen, address=address, database=database), ready=ready)
+
+
+@app.command(name="join-link")
+async def join_link(*, uses: int = 1, lifetime: str = "7d", home: Home = None, json: Json = False) -> None:
+    """Print a link by which PCs become workers. Works on the server's machine, beside the running server.
+
+    For example:
+
+        deskgrid server join-link
+        deskgrid server join-link --uses 50 --lifetime 30d
+
+    Parameters
+    ----------
+    uses
+        How many PCs may use it.
+    lifetime
+        How long it may be used.
+    """
+    from deskgrid.server.setup import make_join_link
+
+    if uses < 1:
+        raise InvalidInput(f"{uses} is too few", where="--uses", hint="1 or more")
+    configure_logs(json=json, verbose=False)
+    folder = home or server_home()
+    lifetime_s = lifetime_of(lifetime)
+    link = await make_join_link(folder, load_server_settings(folder), uses=uses, lifetime_s=lifetime_s)
+    if json:
+        print_json({"link": str(link), "uses": uses, "lifetime_s": lifetime_s})
+        return
+    warn(f"for {uses} PC{'s' if uses > 1 else ''}, within {lifetime}: deskgrid worker join LINK, where LINK is")
+    print_lines(str(link))
