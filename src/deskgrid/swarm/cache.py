@@ -1,0 +1,221 @@
+"""The cache of disks: verified, bounded, on disk, shared by all attempts of a worker.
+
+    FOLDER/<sha256>            an unpacked disk, complete and verified, mode 0444; its mtime is when it was last used
+    FOLDER/partial/<sha256>    the transport file (by its own sha256) of a disk that is being downloaded, or was
+
+Rules:
+
+1. A file under its sha256 is complete: it appears by one rename, after it was verified and written to disk.
+2. What is in use is never removed. Of the rest, partial downloads go first, then the disk used longest ago.
+3. One fetch per disk at a time; others that want it wait, and go on with it if the first gives up.
+4. A partial download survives a restart and is continued. Any other file in the folder is removed when the cache is opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import stat
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from deskgrid.errors import BadImage, NoSpace, ProtocolError, Unreachable
+from deskgrid.model.data import DataRef
+from deskgrid.model.ids import Sha256
+from deskgrid.units import format_size
+
+__all__ = ["Cache", "Fetch"]
+
+Fetch = Callable[[Path, Path], Awaitable[object]]
+"""Called with (partial, output): goes on with the download in `partial`, then makes `output` appear complete and verified."""
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+_PARTIAL = "partial"
+
+
+class Cache:
+    """Verified disks in one folder. For one process and one event loop; `open` it before use.
+
+    `bound_bytes` holds for complete and partial files together; `reserve_bytes` stay free on the owner's disk.
+    """
+
+    def __init__(
+        self, folder: Path, *, bound_bytes: int, reserve_bytes: int = 0, free_bytes: Callable[[Path], int] | None = None
+    ) -> None:
+        self._folder = folder
+        self._partials = folder / _PARTIAL
+        self._bound_bytes = bound_bytes
+        self._reserve_bytes = reserve_bytes
+        self._free_bytes = free_bytes or _free_bytes
+        self._sizes: dict[Sha256, int] = {}
+        """Complete disks, the one used longest ago first."""
+        self._holds: Counter[Sha256] = Counter()
+        self._fetching: dict[Sha256, tuple[str, int]] = {}
+        """Disks being fetched: the name of the partial file, and the bytes promised to both files."""
+        self._locks: dict[Sha256, asyncio.Lock] = {}
+
+    def open(self) -> None:
+        """Look at what is there and remove what is no disk and no partial download. Blocks."""
+        self._partials.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = []
+        for path in self._folder.iterdir():
+            if path == self._partials:
+                continue
+            status = path.lstat()
+            if _is_entry(path, status):
+                found.append((status.st_mtime, Sha256(path.name), status.st_size))
+            else:
+                _remove(path)
+        for path in self._partials.iterdir():
+            if not (_NAME.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode)):
+                _remove(path)
+        self._sizes = {name: size for _, name, size in sorted(found)}
+
+    def entries(self) -> tuple[Sha256, ...]:
+        """Return the disks that are complete, the one used longest ago first."""
+        return tuple(self._sizes)
+
+    def size_bytes(self) -> int:
+        """Return what all files take, partial downloads included."""
+        partials = self._partials.iterdir() if self._partials.is_dir() else ()
+        return sum(self._sizes.values()) + sum(_size(path) for path in partials)
+
+    def hold(self, sha256: Sha256) -> Callable[[], None]:
+        """Keep a disk from being removed, whether it is complete or not, until the returned function is called (once or more)."""
+        self._holds[sha256] += 1
+        left = [sha256]
+
+        def release() -> None:
+            if left:
+                self._holds[left.pop()] -= 1
+
+        return release
+
+    @asynccontextmanager
+    async def use(self, ref: DataRef, fetch: Fetch) -> AsyncIterator[Path]:
+        """Yield the path of a disk, fetching it if it is not here; it stays while the block runs.
+
+        Raise NoSpace if it cannot be given room, ProtocolError if `fetch` made something else, and what `fetch` raises.
+        """
+        if ref.disk is None:
+            raise BadImage("this data is not a disk")
+        release = self.hold(ref.disk.sha256)
+        try:
+            async with self._locks.setdefault(ref.disk.sha256, asyncio.Lock()):
+                if not self._is_complete(ref.disk.sha256, ref.disk.size_bytes):
+                    await self._fetch(ref, ref.disk.sha256, ref.disk.size_bytes, fetch)
+                self._touch(ref.disk.sha256)
+            yield self._folder / ref.disk.sha256
+        finally:
+            release()
+
+    def shrink(self, wanted_bytes: int) -> int:
+        """Remove what is not in use until `wanted_bytes` are freed or nothing is left to remove; return the bytes freed."""
+        freed = 0
+        while freed < wanted_bytes:
+            victim = next(self._removable(), None)
+            if victim is None:
+                break
+            freed += self._forget(victim)
+        return freed
+
+    def _is_complete(self, sha256: Sha256, size_bytes: int) -> bool:
+        """Say whether the disk is here; one of another size was damaged and is removed."""
+        path = self._folder / sha256
+        if sha256 not in self._sizes:
+            return False
+        if path.is_file() and path.stat().st_size == size_bytes:
+            return True
+        self._forget(path)
+        return False
+
+    async def _fetch(self, ref: DataRef, sha256: Sha256, size_bytes: int, fetch: Fetch) -> None:
+        partial, output = self._partials / ref.blob.sha256, self._folder / sha256
+        self._fetching[sha256] = (partial.name, 0)
+        try:
+            self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
+            self._fetching[sha256] = (partial.name, ref.blob.size_bytes + size_bytes)
+            await fetch(partial, output)
+            if _size(output) != size_bytes:
+                _remove(output)
+                raise ProtocolError(f"disk {sha256[:12]} came with another size than it was promised with")
+            self._sizes[sha256] = size_bytes
+        except (asyncio.CancelledError, Unreachable):
+            raise  # what came so far is of use the next time
+        except BaseException:
+            _remove(partial)
+            raise
+        finally:
+            del self._fetching[sha256]
+        _remove(partial)
+
+    def _touch(self, sha256: Sha256) -> None:
+        os.utime(self._folder / sha256)
+        self._sizes[sha256] = self._sizes.pop(sha256)
+
+    def _make_room(self, need_bytes: int, *, there_bytes: int) -> None:
+        """Remove what is not in use until there is room. Raise NoSpace if there is too little to remove."""
+        while True:
+            over_bound = self._promised_bytes() + need_bytes - self._bound_bytes
+            over_disk = need_bytes - there_bytes + self._reserve_bytes - self._free_bytes(self._folder)
+            if over_bound <= 0 and over_disk <= 0:
+                return
+            if not self.shrink(1):
+                raise NoSpace(_why_no_room(need_bytes, self._bound_bytes, over_bound > 0))
+
+    def _promised_bytes(self) -> int:
+        """Return what the files take or may come to take."""
+        in_work = {name for name, _ in self._fetching.values()}
+        idle = sum(_size(path) for path in self._partials.iterdir() if path.name not in in_work)
+        return sum(self._sizes.values()) + idle + sum(size for _, size in self._fetching.values())
+
+    def _removable(self) -> Iterator[Path]:
+        in_work = {name for name, _ in self._fetching.values()}
+        yield from sorted(
+            (path for path in self._partials.iterdir() if path.name not in in_work), key=lambda path: path.stat().st_mtime
+        )
+        yield from (self._folder / sha256 for sha256 in list(self._sizes) if not self._holds[sha256])
+
+    def _forget(self, path: Path) -> int:
+        """Remove a file and return its size, at least 1 so that it counts as progress."""
+        size = _size(path)
+        _remove(path)
+        self._sizes.pop(Sha256(path.name), None)
+        return max(size, 1)
+
+
+def _is_entry(path: Path, status: os.stat_result) -> bool:
+    """Tell a complete disk: nobody can have written to it, for it never was writable under this name."""
+    plain = bool(_NAME.fullmatch(path.name)) and stat.S_ISREG(status.st_mode) and status.st_size > 0
+    return plain and (os.name == "nt" or not status.st_mode & 0o222)
+
+
+def _why_no_room(need_bytes: int, bound_bytes: int, by_bound: bool) -> str:
+    need = format_size(need_bytes)
+    if by_bound:
+        return f"the disk needs {need} of the cache, which may have {format_size(bound_bytes)} in all"
+    return f"the disk needs {need}, more than is free on this PC"
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()

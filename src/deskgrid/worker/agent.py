@@ -1,0 +1,586 @@
+"""The worker's loop: one call to the server carries all that changed, and brings all that is new.
+
+Rules:
+
+1. One sync at a time. It lists every attempt held, so what the server leased in an answer that got lost goes back at once.
+2. An assignment is journalled before anything is done for it. One that cannot be journalled is not held, so it goes back.
+3. A final report is repeated until the server acknowledges it; only then is the attempt forgotten.
+4. A lost connection changes nothing here: attempts go on, what they bring waits. A lease that ends meanwhile is the server's affair: it
+   takes a late result while the job has none.
+5. The owner comes first: paused means that no guest's CPU runs and no work is taken; the bounds hold by ending attempts.
+6. Whatever ends the worker, no machine stays behind, unless it was asked to keep them; those the next worker finds again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from deskgrid.client.transport import Transport, load_credentials
+from deskgrid.clock import Clock, SystemClock
+from deskgrid.core.backoff import delay_s
+from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NoSpace, Unauthenticated
+from deskgrid.machines.driver import Driver
+from deskgrid.model import wire
+from deskgrid.model.ids import AttemptId
+from deskgrid.model.jobs import AttemptState
+from deskgrid.model.workers import Assignment, AttemptReport, Capacity
+from deskgrid.settings import WorkerSettings
+from deskgrid.swarm.cache import Cache
+from deskgrid.worker.connection import Connect, Connection
+from deskgrid.worker.control import AttemptStatus, StatusAnswer, control_server
+from deskgrid.worker.drivers import Drivers, make_drivers
+from deskgrid.worker.home import Home, locked
+from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
+from deskgrid.worker.leave import attempt_status, destroy_strays, remove_files, say_goodbye
+from deskgrid.worker.owner import Owner
+from deskgrid.worker.probe import allocated_bytes, make_gentle, profile_of
+from deskgrid.worker.runner import Kit, Runner
+from deskgrid.worker.slots import NOTHING, excess_bytes, free_capacity
+from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
+
+__all__ = ["Agent", "run_worker"]
+
+_log = structlog.get_logger()
+
+_WAKE_HOLD_S = 25.0
+_WAKE_GAP_S = 0.1
+_BUSY_WAKE_GAP_S = 1.0
+"""Least time between syncs that only a hint asked for, with and without a free slot."""
+_MEASURE_S = 3.0
+"""Between looks at what attempts have written."""
+_FIRST_REST_S = 30.0
+_MAX_REST_S = 900.0
+"""Pauses in which no work is taken, after this PC could not do what it had taken."""
+_GOODBYE_S = 5.0
+_LOCK_S = 2.0
+_LOCK_RETRY_S = 0.1
+
+
+class _End(Enum):
+    """Why the worker ends."""
+
+    STOPPED = "stopped"
+    KEEPING = "keeping"
+    LEFT = "left"
+    REVOKED = "revoked"
+
+
+class Agent:
+    """One worker. `run` it once; the other methods are for the same event loop, and `status` for any time."""
+
+    def __init__(
+        self,
+        home: Home,
+        settings: WorkerSettings,
+        connection: Connection,
+        drivers: Sequence[Driver],
+        *,
+        clock: Clock,
+        rng: random.Random,
+        name: str = "",
+        address: str = "",
+        free_bytes: Callable[[Path], int] | None = None,
+        **kit: Any,
+    ) -> None:
+        self._home = home
+        self._settings = settings
+        self._connection = connection
+        self._clock = clock
+        self._rng = rng
+        self._name, self._address = name, address
+        self._free_bytes = free_bytes or (lambda folder: shutil.disk_usage(folder).free)
+        self._drivers = Drivers(drivers)
+        self._profile = profile_of(settings, ())
+        self._owner = Owner(home.paused)
+        self._journal = Journal(home.journal)
+        self._cache = Cache(
+            home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=self._free_bytes
+        )
+        self._kit = Kit(
+            home=home,
+            settings=settings,
+            journal=self._journal,
+            cache=self._cache,
+            connection=connection,
+            drivers=self._drivers,
+            owner=self._owner,
+            clock=clock,
+            rng=rng,
+            changed=self._note_change,
+            fault=self._rest,
+            result_room=self._result_room,
+            **kit,
+        )
+        self._runners: dict[AttemptId, Runner] = {}
+        self._tasks: dict[AttemptId, asyncio.Task[None]] = {}
+        self._going: set[AttemptId] = set()
+        """Being discarded: not listed any more, still counted."""
+        self._group: asyncio.TaskGroup | None = None
+        self._change = asyncio.Event()
+        self._ending = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._end: _End | None = None
+        self._goodbye = ""
+        self._owner_lock = asyncio.Lock()
+        # What is known of the server.
+        self._synced = asyncio.Event()
+        """Pulsed by each successful sync."""
+        self._failures = 0
+        self._trouble = ""
+        self._connected_since: float | None = None
+        self._last_sync_at: float | None = None
+        self._lease_until: float | None = None
+        self._resting_until = 0.0
+        self._rests = 0
+        self._rest_reason = ""
+
+    # ---- what others ask
+
+    def stop(self, *, keep: bool = False) -> None:
+        """Let `run` end. Attempts whose machine runs are given back, or with `keep` left running for the next worker."""
+        self._finish_as(_End.KEEPING if keep else _End.STOPPED)
+
+    async def leave(self) -> StatusAnswer:
+        """Leave the grid: everything is destroyed and removed, and `run` ends. Returns when that is done."""
+        self._finish_as(_End.LEFT)
+        await self._ended.wait()
+        return StatusAnswer(running=False, name="", address=self._address, paused=False, message=self._goodbye)
+
+    async def pause(self) -> None:
+        """Stop all guests' CPUs and take no work. What has not started goes back. Holds after a restart."""
+        async with self._owner_lock:
+            self._owner.paused = True
+            try:
+                self._owner.pause()
+            except OSError as error:
+                raise NoSpace(f"paused, but not for longer than the worker runs: {error}") from error
+            finally:
+                await asyncio.gather(*(self._pause_one(runner) for runner in list(self._runners.values())))
+                self._note_change()
+        _log.info("paused")
+
+    async def resume(self) -> None:
+        """Go on. Raise MachineFailed if a machine cannot."""
+        async with self._owner_lock:
+            self._owner.resume()
+            await asyncio.gather(*(runner.resume() for runner in list(self._runners.values())))
+            self._note_change()
+        _log.info("resumed")
+
+    async def answer(self, command: str) -> StatusAnswer:
+        """Carry out a command of control.py."""
+        if command == "leave":
+            return await self.leave()
+        if command == "pause":
+            await self.pause()
+        elif command == "resume":
+            await self.resume()
+        elif command != "status":
+            raise InvalidInput(f"there is no command {command!r}")
+        return self.status({"pause": "paused", "resume": "resumed"}.get(command, ""))
+
+    def status(self, message: str = "") -> StatusAnswer:
+        """Return what is going on."""
+        return StatusAnswer(
+            running=True,
+            name=self._name,
+            address=self._address,
+            paused=self._owner.paused,
+            message=message,
+            connected=self._connected_since is not None,
+            connected_since=self._connected_since,
+            last_sync_at=self._last_sync_at,
+            lease_until=self._lease_until,
+            trouble=self._trouble or (self._rest_reason if self._rests_now() else ""),
+            attempts=tuple(self._status_of(runner) for runner in self._runners.values()),
+            lent=self._profile.lent,
+            free=self._free(),
+            disk_bytes=sum(runner.disk_bytes for runner in self._runners.values()),
+            cache_bytes=self._cache.size_bytes() if self._home.cache.is_dir() else 0,
+            cached=len(self._cache.entries()),
+            drivers=self._drivers.fingerprints,
+            process_id=os.getpid(),
+        )
+
+    # ---- from beginning to end
+
+    async def run(self) -> None:
+        """Work until `stop`, `leave` or a token that is not valid any more. Raise Unauthenticated for the last.
+
+        However it ends, also by cancellation, machines are dealt with as rule 6 says.
+        """
+        try:
+            self._home.create()
+            await in_thread(self._cache.open)
+            await self._drivers.probe()
+            self._profile = profile_of(self._settings, self._drivers.fingerprints)
+            await self._read_journal()
+            try:
+                await self._work()
+            finally:
+                self._group = None
+                await finish(self._close())
+        finally:
+            self._ending.set()
+            self._ended.set()
+        if self._end is _End.REVOKED:
+            raise Unauthenticated(
+                "the server does not know this worker any more, so it has stopped and removed its machines",
+                hint="deskgrid worker leave, then deskgrid worker join LINK with a new link",
+            )
+
+    async def _read_journal(self) -> None:
+        entries = await in_thread(self._journal.read)
+        for entry in entries:
+            self._runners[entry.assignment.attempt_id] = Runner(self._kit, entry)
+        known = [runner.folder for runner in self._runners.values()]
+        await destroy_strays(self._home, self._drivers, known=known)
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            for runner in list(self._runners.values()):
+                self._begin(runner)
+            loops = [group.create_task(loop()) for loop in (self._keep_synced, self._keep_awake, self._keep_bounds)]
+            await self._ending.wait()
+            self._group = None
+            for task in (*loops, *self._tasks.values()):
+                task.cancel()
+
+    async def _close(self) -> None:
+        """Deal with what is held, by the reason of the end."""
+        _log.info("worker_ends", why=(self._end or _End.STOPPED).value, attempts=len(self._runners))
+        if self._end is _End.KEEPING:
+            return
+        if self._end in (_End.LEFT, _End.REVOKED):
+            await asyncio.gather(*(runner.discard() for runner in self._runners.values()))
+            self._runners.clear()
+        if self._end is _End.LEFT:
+            self._goodbye = await self._say_goodbye()
+            await in_thread(remove_files, self._home)
+        elif self._end is not _End.REVOKED:
+            await self._give_all_back()
+
+    async def _say_goodbye(self) -> str:
+        try:
+            return await within(say_goodbye(self._connection), self._clock, _GOODBYE_S)
+        except TimeoutError:
+            return "left, but the server was not told and will find out by itself: it does not answer"
+
+    async def _give_all_back(self) -> None:
+        """Destroy the machines and tell the server, if it can be reached. Results that are on the disk wait for the next start."""
+        runners = self._runners.values()
+        given = [runner.give_back("the worker was stopped") for runner in runners if runner.entry.phase in _GIVEN_BACK]
+        settled = [runner.remove_machine() for runner in runners if runner.entry.phase is Phase.SETTLED]
+        await asyncio.gather(*given, *settled)
+        with contextlib.suppress(DeskgridError, TimeoutError):
+            await within(self._sync(taking=False), self._clock, _GOODBYE_S)
+
+    def _finish_as(self, end: _End) -> None:
+        self._end = self._end or end
+        self._ending.set()
+
+    # ---- talking to the server
+
+    async def _keep_synced(self) -> None:
+        while True:
+            try:
+                interval_s = await self._sync()
+            except Unauthenticated as error:
+                self._trouble = str(error)
+                self._finish_as(_End.REVOKED)
+                return
+            except DeskgridError as error:
+                await self._wait_for_server(error)
+                continue
+            await wait_for_event(self._change, self._clock, interval_s)
+
+    async def _wait_for_server(self, error: DeskgridError) -> None:
+        self._failures += 1
+        if self._trouble != str(error):
+            _log.warning("server_not_reached", error=str(error), attempts=len(self._runners))
+        self._trouble, self._connected_since = str(error), None
+        first_s, max_s = self._settings.backoff_s, self._settings.max_backoff_s
+        await self._clock.sleep(delay_s(self._failures, first_s=first_s, max_s=max_s, rng=self._rng))
+
+    async def _sync(self, *, taking: bool = True) -> float:
+        """Make one call and act on the answer; return the seconds until the next."""
+        self._change.clear()
+        asked_at = self._clock.now()
+        reports = {runner.id: runner.report() for runner in self._listed()}
+        request = wire.Sync(
+            profile=self._profile,
+            paused=self._owner.paused,
+            attempts=tuple(reports.values()),
+            free=self._free() if taking else NOTHING,
+            cached=self._cache.entries(),
+        )
+        answer = await self._connection.call(wire.SYNC, request)
+        self._note_contact(asked_at, answer.lease_s)
+        for attempt_id in answer.acknowledged:
+            await self._acknowledged(attempt_id, reports.get(attempt_id))
+        for attempt_id in answer.cancelled:
+            self._discard(attempt_id)
+        if taking:
+            await self._take(answer.assignments)
+        pulse, self._synced = self._synced, asyncio.Event()
+        pulse.set()
+        return max(0.0, answer.interval_s)
+
+    def _listed(self) -> list[Runner]:
+        return [runner for runner in self._runners.values() if runner.id not in self._going]
+
+    def _note_contact(self, asked_at: float, lease_s: float) -> None:
+        """Note that the server answered. The lease counts from before we asked, so it never seems longer than it is."""
+        if self._connected_since is None:
+            _log.info("connected", address=self._address)
+            self._connected_since = self._clock.now()
+        self._failures, self._trouble = 0, ""
+        self._last_sync_at, self._lease_until = self._clock.now(), asked_at + lease_s
+
+    async def _keep_awake(self) -> None:
+        """Sync when the server hints that there is news."""
+        failures = 0
+        while True:
+            synced = self._synced
+            if self._connected_since is None:
+                await synced.wait()
+                continue
+            try:
+                wake = await self._connection.call(wire.WAKE, wait_s=_WAKE_HOLD_S)
+                failures = 0
+            except DeskgridError:
+                # The next sync finds out what it is; until then there is nobody to wait for.
+                failures += 1
+                self._note_change()
+                await synced.wait()
+                await self._clock.sleep(delay_s(failures, first_s=_WAKE_GAP_S, max_s=_WAKE_HOLD_S, rng=self._rng))
+                continue
+            if wake.changed:
+                self._note_change()
+                await synced.wait()
+                await self._clock.sleep(_WAKE_GAP_S if self._free().cpus else _BUSY_WAKE_GAP_S)
+
+    def _note_change(self) -> None:
+        self._change.set()
+
+    # ---- attempts
+
+    async def _take(self, assignments: Iterable[Assignment]) -> None:
+        """Journal what was assigned, all of it, and begin."""
+        new = [Entry(assignment=one) for one in assignments if one.attempt_id not in self._runners]
+        try:
+            await in_thread(self._journal.write, new)
+        except (NoSpace, OSError) as error:
+            # Not held, so not listed, so the server has them back with the next call.
+            for entry in new:
+                await in_thread(self._journal.remove, entry.assignment.attempt_id)
+            self._rest(f"the journal cannot be written: {error}")
+            self._note_change()
+            return
+        for entry in new:
+            runner = Runner(self._kit, entry)
+            self._runners[runner.id] = runner
+            _log.info("attempt_taken", attempt_id=runner.id, job_id=entry.assignment.job_id, number=entry.assignment.number)
+            if self._owner.paused:
+                self._spawn(runner, runner.give_back(""))
+            else:
+                self._begin(runner)
+
+    def _begin(self, runner: Runner) -> None:
+        self._spawn(runner, runner.run())
+
+    def _spawn(self, runner: Runner, work: Coroutine[Any, Any, None]) -> None:
+        """Let a task work on an attempt; there is one per attempt at most."""
+        if self._group is None:
+            work.close()
+            return
+        self._tasks[runner.id] = self._group.create_task(work)
+
+    async def _acknowledged(self, attempt_id: AttemptId, sent: AttemptReport | None) -> None:
+        runner = self._runners.get(attempt_id)
+        if runner is None or sent is None or runner.entry.report != sent:
+            return
+        await runner.forget()
+        self._runners.pop(attempt_id, None)
+        self._tasks.pop(attempt_id, None)
+        if sent.state in (AttemptState.SUCCEEDED, AttemptState.FAILED):
+            self._rests = 0
+
+    def _discard(self, attempt_id: AttemptId) -> None:
+        """Stop, destroy and forget an attempt that the server does not want any more."""
+        runner = self._runners.get(attempt_id)
+        if runner is None or attempt_id in self._going or self._group is None:
+            return
+        _log.info("attempt_cancelled", attempt_id=attempt_id, job_id=runner.entry.assignment.job_id)
+        self._going.add(attempt_id)
+        self._group.create_task(self._discard_one(runner))
+
+    async def _discard_one(self, runner: Runner) -> None:
+        async with self._owner_lock:
+            await self._halt(runner)
+        await runner.discard(grace_s=self._settings.stop_grace_s)
+        self._runners.pop(runner.id, None)
+        self._going.discard(runner.id)
+        self._note_change()
+
+    async def _halt(self, runner: Runner) -> None:
+        """Cancel the attempt's task and wait for its end."""
+        task = self._tasks.pop(runner.id, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _pause_one(self, runner: Runner) -> None:
+        """Freeze its machine; without one, give it back."""
+        if runner.entry.phase in (Phase.FETCHING, Phase.PREPARED) and runner.id not in self._going:
+            await self._halt(runner)
+            if runner.entry.phase in (Phase.FETCHING, Phase.PREPARED):
+                self._spawn(runner, runner.give_back(""))
+                return
+            self._begin(runner)  # its machine came up under our hands
+        await runner.suspend()
+
+    def _status_of(self, runner: Runner) -> AttemptStatus:
+        return msgspec.structs.replace(
+            attempt_status(runner.entry),
+            state=runner.report().state.value,
+            ran_s=runner.ran_s(),
+            disk_bytes=runner.disk_bytes,
+            fetched_bytes=runner.fetched_bytes,
+        )
+
+    # ---- the owner's bounds
+
+    def _free(self) -> Capacity:
+        """Return what new attempts may use now."""
+        if self._owner.paused or self._rests_now() or self._ending.is_set():
+            return NOTHING
+        return free_capacity(
+            self._profile.lent,
+            [runner.usage() for runner in self._runners.values()],
+            disk_free_bytes=self._free_bytes(self._home.folder),
+            reserve_bytes=self._settings.reserve_bytes,
+        )
+
+    def _result_room(self) -> int:
+        """Return how many bytes a packed result may take without passing the bounds."""
+        used = sum(runner.disk_bytes for runner in self._runners.values())
+        free = self._free_bytes(self._home.folder) - self._settings.reserve_bytes
+        return min(self._profile.lent.disk_bytes - used, free)
+
+    def _rests_now(self) -> bool:
+        return self._clock.monotonic() < self._resting_until
+
+    def _rest(self, reason: str) -> None:
+        """Take no work for a while, longer each time, so that nothing is taken only to be refused."""
+        if self._rests_now():
+            return
+        self._rests += 1
+        rest_s = delay_s(self._rests, first_s=_FIRST_REST_S, max_s=_MAX_REST_S, rng=self._rng)
+        self._resting_until, self._rest_reason = self._clock.monotonic() + rest_s, reason
+        _log.warning("resting", seconds=round(rest_s), reason=reason)
+
+    async def _keep_bounds(self) -> None:
+        """Measure what attempts have written, and end the largest one when that is more than the owner lends."""
+        while True:
+            for runner in list(self._runners.values()):
+                runner.disk_bytes = await in_thread(allocated_bytes, runner.folder)
+            await self._hold_bounds()
+            await self._clock.sleep(_MEASURE_S)
+
+    async def _hold_bounds(self) -> None:
+        used = sum(runner.disk_bytes for runner in self._runners.values())
+        free = self._free_bytes(self._home.folder)
+        over, short = excess_bytes(self._profile.lent, used, disk_free_bytes=free, reserve_bytes=self._settings.reserve_bytes)
+        if short:
+            short -= await in_thread(self._cache.shrink, short)
+        running = [runner for runner in self._runners.values() if runner.entry.phase is Phase.STARTED and not runner.entry.verdict]
+        if running and (over > 0 or short > 0):
+            largest = max(running, key=lambda runner: runner.disk_bytes)
+            reason = "disk bound of the owner reached" if over > 0 else "the disk of the PC is nearly full"
+            await largest.end(Verdict(AttemptState.REFUSED, reason))
+
+
+_GIVEN_BACK = frozenset({Phase.FETCHING, Phase.PREPARED, Phase.STARTED})
+"""Phases whose work is lost when the worker stops; later ones have a result to bring."""
+
+
+# ---- the program
+
+
+async def run_worker(
+    home: Path,
+    settings: WorkerSettings,
+    *,
+    clock: Clock | None = None,
+    drivers: Sequence[Driver] | None = None,
+    transport_factory: Connect | None = None,
+    rng: random.Random | None = None,
+    keep: bool = False,
+) -> None:
+    """Be the worker of a folder until SIGTERM, SIGINT, `leave`, or a token that is not valid any more.
+
+    `keep`: on a signal leave the machines running for the next worker. Raise InvalidInput if the folder has no credentials, Conflict if a
+    worker uses it already, Unauthenticated if the server does not know the worker any more.
+    """
+    clock, rng = clock or SystemClock(), rng or random.Random()  # noqa: S311 - jitter
+    place = Home(home.absolute())
+    credentials = load_credentials(place.credentials)
+    chosen = make_drivers(settings, clock) if drivers is None else drivers
+    async with _locked(place, clock):
+        place.create()
+        make_gentle(settings.nice)
+        connect = transport_factory or (lambda found: Transport(found, rng=rng))
+        async with connect(credentials) as connection:
+            agent = Agent(
+                place, settings, connection, chosen, clock=clock, rng=rng, name=credentials.name, address=credentials.address
+            )
+            _log.info("worker_starts", home=str(place.folder), address=credentials.address, name=credentials.name)
+            with _signals(lambda: agent.stop(keep=keep)):
+                async with control_server(place, agent.answer):
+                    await agent.run()
+
+
+@contextlib.asynccontextmanager
+async def _locked(home: Home, clock: Clock) -> AsyncIterator[None]:
+    """Be the only worker; a command that works on the files may hold the lock for a moment."""
+    deadline = clock.monotonic() + _LOCK_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(home))
+                break
+            except Conflict:
+                if clock.monotonic() >= deadline:
+                    raise
+            await clock.sleep(_LOCK_RETRY_S)
+        yield
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` for signals that ask a program to end, where the system has such."""
+    loop = asyncio.get_running_loop()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        for number in numbers:
+            loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            for number in numbers:
+                loop.remove_signal_handler(number)

@@ -1,0 +1,84 @@
+"""The drivers of this PC: which there are, what they found out, which one takes a job."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import structlog
+
+from deskgrid.clock import Clock
+from deskgrid.errors import DriverUnusable, InvalidInput
+from deskgrid.machines.driver import Driver, MachineHandle, MachineSpec
+from deskgrid.machines.fake import FakeDriver
+from deskgrid.machines.qemu import QemuDriver
+from deskgrid.model.jobs import Machine
+from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
+from deskgrid.settings import WorkerSettings
+
+__all__ = ["Drivers", "make_drivers"]
+
+_log = structlog.get_logger()
+
+
+def make_drivers(settings: WorkerSettings, clock: Clock) -> list[Driver]:
+    """Return the drivers that the owner allows. Raise InvalidInput for a name that is none."""
+    makers: dict[str, Callable[[], Driver]] = {
+        DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, nice=settings.nice),
+        DriverName.FAKE: lambda: FakeDriver(clock, nice=settings.nice),
+    }
+    unknown = [name for name in settings.drivers if name not in makers]
+    if unknown:
+        raise InvalidInput(f"there is no driver {unknown[0]!r}", where="drivers", hint=f"allowed: {', '.join(makers)}")
+    return [makers[name]() for name in settings.drivers]
+
+
+class Drivers:
+    """Drivers with their fingerprints. Empty until `probe` has returned."""
+
+    def __init__(self, drivers: Iterable[Driver]) -> None:
+        self._drivers = list(drivers)
+        self._probed: list[tuple[Fingerprint, Driver]] = []
+
+    @property
+    def fingerprints(self) -> tuple[Fingerprint, ...]:
+        """What the drivers found out about this PC."""
+        return tuple(fingerprint for fingerprint, _ in self._probed)
+
+    async def probe(self) -> None:
+        """Let all drivers find out at the same time what they can do here."""
+        found = await asyncio.gather(*(driver.fingerprint() for driver in self._drivers))
+        self._probed = list(zip(found, self._drivers, strict=True))
+        for fingerprint in found:
+            _log.info(
+                "driver",
+                driver=fingerprint.driver.value,
+                usable=fingerprint.usable,
+                accelerator=fingerprint.accelerator,
+                version=fingerprint.version,
+                reason=fingerprint.reason,
+            )
+
+    def choose(self, machine: Machine) -> Driver:
+        """Return the first driver that can run a machine. Raise DriverUnusable if none can."""
+        for fingerprint, driver in self._probed:
+            if fingerprint.usable and machine.kind in fingerprint.kinds and machine.network in fingerprint.networks:
+                return driver
+        reasons = "; ".join(fingerprint.reason for fingerprint in self.fingerprints if fingerprint.reason)
+        raise DriverUnusable(f"no driver of this PC runs a {machine.kind} with network {machine.network}", hint=reasons)
+
+    def of(self, handle: MachineHandle) -> Driver:
+        """Return the driver that made a machine. Raise DriverUnusable if the owner has taken it away since."""
+        for fingerprint, driver in self._probed:
+            if fingerprint.driver == handle.driver:
+                return driver
+        raise DriverUnusable(f"the driver {handle.driver} is not in use on this PC any more")
+
+    async def destroy_unknown(self, workdir: Path) -> None:
+        """Remove a machine of which only the folder is known, whatever driver made it."""
+        # A token that nothing has: the machine is then found by what its folder says, and by nothing else.
+        spec = MachineSpec(name="unknown", kind=MachineKind.VM, memory_bytes=0, cpus=0, scratch_bytes=0)
+        for fingerprint, driver in self._probed:
+            await driver.destroy(MachineHandle(fingerprint.driver.value, str(workdir), spec, secrets.token_hex(16)))

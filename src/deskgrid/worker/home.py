@@ -1,0 +1,110 @@
+"""The folder of a worker, and the rule that one worker at a time uses it.
+
+credentials.json   worker.toml      who we are on which grid; what the owner lends
+journal/           attempts/<id>/   what we hold; their files
+cache/                              verified disks
+paused                              there while the owner wants no work done
+control.json                        where the running worker listens for commands of this user
+lock                                held by the running worker
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from msgspec import Struct
+
+from deskgrid.archive import sync_folder
+from deskgrid.errors import Conflict
+from deskgrid.model.ids import AttemptId
+
+__all__ = ["Home", "locked", "write_durably"]
+
+
+class Home(Struct, frozen=True):
+    """Where a worker's files are. `folder` is absolute."""
+
+    folder: Path
+
+    @property
+    def credentials(self) -> Path:
+        return self.folder / "credentials.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal"
+
+    @property
+    def attempts(self) -> Path:
+        return self.folder / "attempts"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def paused(self) -> Path:
+        return self.folder / "paused"
+
+    @property
+    def control(self) -> Path:
+        return self.folder / "control.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "lock"
+
+    def attempt(self, attempt_id: AttemptId) -> Path:
+        """Return the folder of one attempt."""
+        return self.attempts / str(attempt_id)
+
+    def create(self) -> None:
+        """Make the folders, for nobody's eyes but the owner's."""
+        for folder in (self.folder, self.journal, self.attempts, self.cache):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+@contextlib.contextmanager
+def locked(home: Home) -> Iterator[None]:
+    """Be the only worker of this folder. Raise Conflict if another is; the system ends a lock with its process."""
+    home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with home.lock.open("a+b") as file:
+        try:
+            _lock(file)
+        except OSError as error:
+            raise Conflict(f"a worker runs in {home.folder} already", hint="deskgrid worker status") from error
+        yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Write a file such that after a power cut it is there whole, or as it was before. Raise OSError."""
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

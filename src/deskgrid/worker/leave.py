@@ -1,0 +1,123 @@
+"""The end of a worker on this PC: machines destroyed, files removed; also what can be told and done while it does not run."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import structlog
+
+from deskgrid.client.transport import Transport, load_credentials
+from deskgrid.clock import SystemClock
+from deskgrid.errors import DeskgridError, InvalidInput, PeerError, Unauthenticated
+from deskgrid.model import wire
+from deskgrid.settings import WorkerSettings, load_settings
+from deskgrid.worker.connection import Connection
+from deskgrid.worker.control import AttemptStatus, StatusAnswer
+from deskgrid.worker.drivers import Drivers, make_drivers
+from deskgrid.worker.home import Home
+from deskgrid.worker.journal import Entry, Journal
+
+__all__ = ["destroy_strays", "leave_home", "remove_files", "say_goodbye", "status_of_home"]
+
+_log = structlog.get_logger()
+
+
+async def leave_home(home: Home) -> StatusAnswer:
+    """Leave the grid with the worker of a folder, which does not run. Raise InvalidInput if it has not joined one."""
+    credentials = load_credentials(home.credentials)
+    settings = load_settings(WorkerSettings, home.folder / "worker.toml", "DESKGRID_WORKER")
+    home.create()
+    drivers = Drivers(make_drivers(settings, SystemClock()))
+    await drivers.probe()
+    await destroy_journalled(Journal(home.journal).read(), drivers)
+    await destroy_strays(home, drivers, known=())
+    async with Transport(credentials, rng=random.Random()) as connection:  # noqa: S311 - jitter
+        told = await say_goodbye(connection)
+    remove_files(home)
+    return StatusAnswer(running=False, name="", address=credentials.address, paused=False, message=told)
+
+
+async def destroy_journalled(entries: Iterable[Entry], drivers: Drivers) -> None:
+    """Destroy the machines of journal entries."""
+    for entry in entries:
+        if entry.handle is not None:
+            try:
+                await drivers.of(entry.handle).destroy(entry.handle)
+            except DeskgridError as error:
+                _log.error("machine_not_removed", attempt_id=entry.assignment.attempt_id, error=str(error))
+
+
+async def destroy_strays(home: Home, drivers: Drivers, *, known: Iterable[Path]) -> None:
+    """Remove the folders below attempts/ that no journal entry names, with whatever machine is still in them."""
+    known = set(known)
+    for folder in sorted(home.attempts.iterdir()):
+        if folder in known:
+            continue
+        _log.warning("stray_attempt_removed", folder=folder.name)
+        try:
+            if folder.is_dir():
+                await drivers.destroy_unknown(folder / "machine")
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        except (DeskgridError, OSError) as error:
+            _log.error("stray_attempt_not_removed", folder=folder.name, error=str(error))
+
+
+async def say_goodbye(connection: Connection) -> str:
+    """Tell the server that we leave; return what has come of it, in words. Never raises."""
+    try:
+        await connection.call(wire.LEAVE, wire.Nothing())
+    except Unauthenticated:
+        return "left; the server did not know this worker any more"
+    except (PeerError, DeskgridError) as error:
+        return f"left, but the server was not told and will find out by itself: {error}"
+    return "left the grid"
+
+
+def remove_files(home: Home) -> None:
+    """Remove all that a worker has on this PC but its settings."""
+    for folder in (home.journal, home.attempts, home.cache):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in (home.credentials, home.paused, home.control):
+        file.unlink(missing_ok=True)
+
+
+def status_of_home(home: Home, message: str = "") -> StatusAnswer:
+    """Return what is on the disk about the worker of a folder, which does not run."""
+    name = address = ""
+    with contextlib.suppress(InvalidInput):
+        credentials = load_credentials(home.credentials)
+        name, address = credentials.name, credentials.address
+    disks = [path for path in home.cache.iterdir() if path.is_file()] if home.cache.is_dir() else []
+    entries = Journal(home.journal).read() if home.journal.is_dir() else []
+    return StatusAnswer(
+        running=False,
+        name=name,
+        address=address,
+        paused=home.paused.exists(),
+        message=message,
+        attempts=tuple(attempt_status(entry) for entry in entries),
+        cached=len(disks),
+        cache_bytes=sum(path.stat().st_size for path in disks),
+    )
+
+
+def attempt_status(entry: Entry) -> AttemptStatus:
+    """Return what the journal says of an attempt."""
+    assignment = entry.assignment
+    return AttemptStatus(
+        attempt_id=assignment.attempt_id,
+        job_id=assignment.job_id,
+        number=assignment.number,
+        name=assignment.spec.name,
+        phase=entry.phase.value,
+        state=entry.report.state.value if entry.report else "",
+        started_at=entry.started_at,
+        ran_s=entry.ran_s,
+        cpus=assignment.spec.machine.cpus,
+        memory_bytes=assignment.spec.machine.memory_bytes,
+        disk_bytes=0,
+    )

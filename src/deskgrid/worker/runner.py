@@ -1,0 +1,663 @@
+"""One attempt, from its assignment to its final report, in steps that a restarted worker can take up again.
+
+    fetching -> prepared -> started -> exited -> settled -> done
+                                any of them -> settled
+
+Whose fault it is decides what is reported. The job's: `failed`, which counts against its attempts. This PC's: `refused`, which
+does not (the server calls it lost if the machine had started): no space, a broken driver, a machine killed from outside,
+a bound of the owner's. A way to the server that is broken is nobody's fault: what has to be sent is tried for ever,
+with pauses, until it is there or the server says that it is not wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from deskgrid import archive
+from deskgrid.clock import Clock
+from deskgrid.core.backoff import delay_s
+from deskgrid.errors import (
+    BadArchive,
+    BadImage,
+    Conflict,
+    DeskgridError,
+    DriverUnusable,
+    InvalidInput,
+    MachineFailed,
+    NoSpace,
+    ProtocolError,
+    StoreUnavailable,
+    Unauthenticated,
+    Unreachable,
+)
+from deskgrid.machines.driver import (
+    Booted,
+    Driver,
+    ExitCause,
+    Exited,
+    Gone,
+    MachineHandle,
+    MachineSpec,
+    Output,
+    Running,
+    Stream,
+    Suspendable,
+)
+from deskgrid.machines.images import unpack_disk
+from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
+from deskgrid.model.data import Blob
+from deskgrid.model.ids import Sha256, attempt_name
+from deskgrid.model.jobs import AttemptState
+from deskgrid.model.workers import AttemptReport
+from deskgrid.settings import WorkerSettings
+from deskgrid.swarm.cache import Cache
+from deskgrid.units import GIB, format_duration
+from deskgrid.worker.connection import Connection
+from deskgrid.worker.drivers import Drivers
+from deskgrid.worker.home import Home
+from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
+from deskgrid.worker.output import LiveOutput
+from deskgrid.worker.owner import Owner
+from deskgrid.worker.slots import Usage, usage_of
+from deskgrid.worker.tasks import beside, in_thread
+
+__all__ = ["Kit", "Runner", "judge"]
+
+_log = structlog.get_logger()
+
+_CONTEXT_LIMITS = archive.UnpackLimits(bytes=2 * GIB, apparent_bytes=16 * GIB, files=200_000)
+_DOWNLOAD_TRIES = 8
+"""Failures in a row without a byte of progress after which a download is given up."""
+_RECHECK_S = 1.0
+_WHOLE_REPORT_BYTES = 1 << 20
+"""The report holds the last MiB of a stream; shorter ones are known to be whole."""
+_CPU_SLACK_S = 600.0
+_MACHINE, _CONTEXT, _CONTEXT_ARCHIVE, _RESULT = "machine", "context", "context.tar.zst", "result.tar.zst"
+_NOT_THE_JOB = {
+    ExitCause.START_FAILED: "the machine could not be started",
+    ExitCause.IO_ERROR: "the disk of the PC could not take what the machine wrote",
+    ExitCause.KILLED: "the machine was killed (out of memory?)",
+}
+_BEFORE_THE_END = {
+    ExitCause.RESET: "the guest reset or panicked before context.sh ended",
+    ExitCause.POWERED_OFF: "the guest powered off before context.sh ended",
+}
+
+
+class Extract(Protocol):
+    """Takes a result out of a scratch image; see machines.results.extract_results."""
+
+    async def __call__(self, image: Path, output: Path, *, paths: tuple[str, ...], limits: ExtractLimits) -> ResultReport: ...
+
+
+class Kit(Struct, frozen=True, kw_only=True):
+    """What all attempts of one worker share."""
+
+    home: Home
+    settings: WorkerSettings
+    journal: Journal
+    cache: Cache
+    connection: Connection
+    drivers: Drivers
+    owner: Owner
+    clock: Clock
+    rng: Random
+    changed: Callable[[], None]
+    """Tell the server soon."""
+    fault: Callable[[str], None]
+    """This PC could not do what was asked, for this reason: take no new work for a while."""
+    result_room: Callable[[], int]
+    """Bytes that a packed result may take now."""
+    unpack: Callable[..., Awaitable[object]] = unpack_disk
+    extract: Extract = extract_results
+
+
+class Runner:
+    """One attempt. `run` may be cancelled at any moment and called again, also by another process with the journalled entry.
+
+    `entry` is what is known; `disk_bytes` what its files take (measured by the agent). Everything but `run` returns quickly,
+    or waits only for the machine.
+    """
+
+    def __init__(self, kit: Kit, entry: Entry) -> None:
+        self._kit = kit
+        self._clock = kit.clock
+        self.entry = entry
+        self.id = entry.assignment.attempt_id
+        self.disk_bytes = 0
+        self.fetched_bytes = 0
+        self._folder = kit.home.attempt(self.id)
+        self._output = LiveOutput(self.id, kit.connection, kit.clock, kit.rng)
+        self._machine_lock = asyncio.Lock()
+        self._journal_lock = asyncio.Lock()
+        self._forgotten = False
+        self._let_go: Callable[[], None] | None = None
+        if entry.phase in (Phase.PREPARED, Phase.STARTED):
+            self._hold_disk()
+        self._ran_s = entry.ran_s
+        self._since: float | None = None
+        """Monotonic time since when the machine runs, which `_ran_s` does not have yet."""
+        if entry.ran_at is not None:
+            # It ran on while no worker watched.
+            self._ran_s += max(0.0, kit.clock.now() - entry.ran_at)
+            self._since = kit.clock.monotonic()
+
+    # ---- what others ask
+
+    def report(self) -> AttemptReport:
+        """Return what the server is told now."""
+        if self.entry.report is not None:
+            return self.entry.report
+        if self.entry.phase in (Phase.FETCHING, Phase.PREPARED):
+            return AttemptReport(attempt_id=self.id, state=AttemptState.LEASED)
+        suspended = self.entry.phase is Phase.STARTED and self._kit.owner.paused
+        return AttemptReport(attempt_id=self.id, state=AttemptState.SUSPENDED if suspended else AttemptState.RUNNING)
+
+    def usage(self) -> Usage:
+        """Return what it counts for in the owner's bounds."""
+        needs_machine = self.entry.phase not in (Phase.SETTLED, Phase.DONE)
+        return usage_of(self.entry.assignment.spec, disk_bytes=self.disk_bytes, needs_machine=needs_machine)
+
+    def ran_s(self) -> float:
+        """Return the seconds that its machine has run, suspensions left out."""
+        return self._ran_s + (self._clock.monotonic() - self._since if self._since is not None else 0.0)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self._folder
+
+    # ---- what the owner and the server want
+
+    async def suspend(self) -> None:
+        """Stop the CPUs of its machine. One that cannot be frozen is ended: the owner comes first."""
+        async with self._machine_lock:
+            if self.entry.phase is not Phase.STARTED or self._since is None:
+                return
+            frozen = await self._freeze()
+            self._stop_watch()
+            await self._note()
+        if not frozen:
+            await self.end(Verdict(AttemptState.REFUSED, "the PC was paused, and the machine could not be frozen"))
+
+    async def resume(self) -> None:
+        """Let its machine run on. Raise MachineFailed if it does not."""
+        async with self._machine_lock:
+            if self.entry.phase is not Phase.STARTED or self._since is not None or self._kit.owner.paused:
+                return
+            driver = self._driver()
+            if isinstance(driver, Suspendable):
+                await driver.resume(self._handle())
+            self._since = self._clock.monotonic()
+            await self._note()
+
+    async def end(self, verdict: Verdict, *, grace_s: float = 0.0) -> None:
+        """End its machine, if it runs, for a reason of ours. What follows is up to `run`."""
+        async with self._machine_lock:
+            if self.entry.phase is not Phase.STARTED or self.entry.verdict is not None:
+                return
+            _log.info("attempt_ends", **self._names(), reason=verdict.reason)
+            await self._note(verdict=verdict)
+        await self._driver().stop(self._handle(), grace_s=grace_s)
+
+    async def settle(
+        self, state: AttemptState, reason: str, *, exit_code: int | None = None, result: Blob | None = None, rests: bool = True
+    ) -> None:
+        """Decide how it ends. `rests`: a refusal lets this worker take no new work for a while."""
+        self._stop_watch()
+        # An owner's paths are nobody else's business.
+        clean = reason.replace(str(self._kit.home.folder), "HOME")
+        report = AttemptReport(attempt_id=self.id, state=state, exit_code=exit_code, reason=clean, result=result)
+        await self._note(phase=Phase.SETTLED, settled=report)
+        if state is AttemptState.REFUSED and rests:
+            self._kit.fault(reason)
+
+    async def give_back(self, reason: str) -> None:
+        """Let it end as refused, at once, its machine and files removed and the rest of its output unsent. `run` must not be running.
+
+        One that never started goes back without a reason: that says it was nothing about the job, which may be offered to us
+        again at once.
+        """
+        self._output.close()
+        await self.settle(AttemptState.REFUSED, reason if self.entry.phase is Phase.STARTED else "", rests=False)
+        await self.run()
+
+    async def discard(self, *, grace_s: float = 0.0) -> None:
+        """Remove its machine, its files and its journal entry. `run` must not be running. Idempotent."""
+        if grace_s and self.entry.phase is Phase.STARTED:
+            with contextlib.suppress(MachineFailed, DriverUnusable):
+                await self._driver().stop(self._handle(), grace_s=grace_s)
+        await self._clean()
+        await self.forget()
+
+    async def forget(self) -> None:
+        """Remove its journal entry; nothing is written for it any more. Idempotent."""
+        async with self._journal_lock:
+            self._forgotten = True
+            await in_thread(self._kit.journal.remove, self.id)
+
+    # ---- the way of an attempt
+
+    async def run(self) -> None:
+        """Go on from where the entry says, up to the final report. Raise only CancelledError."""
+        steps: dict[Phase, Callable[[], Coroutine[Any, Any, None]]] = {
+            Phase.FETCHING: self._prepare,
+            Phase.PREPARED: self._start,
+            Phase.STARTED: self._watch,
+            Phase.EXITED: self._collect,
+            Phase.SETTLED: self._deliver,
+        }
+        step = self._recover
+        while True:
+            try:
+                await step()
+            except Exception as error:
+                await self._settle_error(error)
+            if self.entry.phase is Phase.DONE:
+                return
+            step = steps[self.entry.phase]
+
+    async def _recover(self) -> None:
+        """Find the machine again, if there was one."""
+        if self.entry.phase not in (Phase.PREPARED, Phase.STARTED):
+            return
+        handle, driver = self._handle(), self._driver()
+        found = await driver.recover(handle)
+        if isinstance(found, Gone):
+            await self._settle_gone(driver)
+            return
+        _log.info("machine_found_again", **self._names(), running=isinstance(found, Running))
+        if self.entry.phase is Phase.PREPARED:
+            # Killed between its start and our note of it.
+            self._since = self._clock.monotonic()
+            await self._note(phase=Phase.STARTED, started_at=self._clock.now())
+        if not isinstance(found, Running):
+            # It is off since nobody knows when: only what we saw of its time counts.
+            self._ran_s, self._since = self.entry.ran_s, None
+            return
+        if self.entry.verdict is not None:
+            await driver.stop(handle, grace_s=0.0)
+        elif self._kit.owner.paused:
+            self._since = self._since or self._clock.monotonic()
+            await self.suspend()
+        else:
+            self._stop_watch()
+            await self.resume()
+
+    async def _settle_gone(self, driver: Driver) -> None:
+        verdict = self.entry.verdict
+        if verdict is not None:
+            await self.settle(verdict.state, verdict.reason, rests=False)
+        elif self.entry.phase is Phase.STARTED:
+            await self.settle(AttemptState.REFUSED, "the machine was gone when the worker came back", rests=False)
+        else:
+            # It never ran, so it can be made again.
+            await driver.destroy(self._handle())
+            self._release_disk()
+            await self._note(phase=Phase.FETCHING, handle=None)
+
+    async def _prepare(self) -> None:
+        """Fetch disk and context, and make the machine's files."""
+        if self._kit.owner.paused:
+            await self.settle(AttemptState.REFUSED, "", rests=False)
+            return
+        assignment = self.entry.assignment
+        driver = self._kit.drivers.choose(assignment.spec.machine)
+        await in_thread(_make_empty, self._folder)
+        context = await self._fetch_context()
+        async with self._kit.cache.use(assignment.disk, self._fetch_disk) as disk:
+            handle = await driver.prepare(self._machine_spec(disk, context), self._folder / _MACHINE)
+            # At once, so that whoever cancels us now knows what to remove.
+            self.entry = msgspec.structs.replace(self.entry, handle=handle)
+            self._hold_disk()
+        await self._note(durable=True, phase=Phase.PREPARED)
+        await in_thread(_remove, self._folder / _CONTEXT, self._folder / _CONTEXT_ARCHIVE)
+
+    async def _fetch_context(self) -> Path | None:
+        blob = self.entry.assignment.context
+        if blob is None:
+            return None
+        packed, folder = self._folder / _CONTEXT_ARCHIVE, self._folder / _CONTEXT
+        await self._download(blob, packed)
+        await in_thread(archive.unpack, packed, folder, limits=_CONTEXT_LIMITS)
+        return folder
+
+    async def _fetch_disk(self, partial: Path, output: Path) -> None:
+        ref = self.entry.assignment.disk
+        if ref.disk is None:
+            raise BadImage("this data is not a disk")
+        await self._download(ref.blob, partial)
+        try:
+            await self._kit.unpack(partial, output, sha256=ref.disk.sha256, size_bytes=ref.disk.size_bytes, format=ref.disk.format)
+        except ProtocolError as error:
+            # What came is what was published (its sha256 is right), so nobody else's copy is better.
+            raise BadImage(error.message, hint=error.hint) from error
+
+    async def _download(self, blob: Blob, file: Path) -> None:
+        """Fetch a blob, going on after interruptions. Raise Unreachable once tries without progress are used up."""
+        failures, have = 0, _size(file)
+        while True:
+            try:
+                await self._kit.connection.download(blob, file, self._note_progress)
+                return
+            except (Unreachable, StoreUnavailable):
+                failures = 1 if _size(file) > have else failures + 1
+                have = _size(file)
+                if failures >= _DOWNLOAD_TRIES:
+                    raise
+                await self._pause(failures)
+
+    def _note_progress(self, have_bytes: int) -> None:
+        self.fetched_bytes = have_bytes
+
+    def _machine_spec(self, disk: Path, context: Path | None) -> MachineSpec:
+        assignment = self.entry.assignment
+        machine, limits, known = assignment.spec.machine, assignment.spec.limits, assignment.disk.disk
+        if known is None:
+            raise BadImage("this data is not a disk")
+        return MachineSpec(
+            name=attempt_name(assignment.job_id, assignment.number),
+            kind=machine.kind,
+            memory_bytes=machine.memory_bytes,
+            cpus=machine.cpus,
+            scratch_bytes=machine.scratch_bytes,
+            disk=disk,
+            disk_format=known.format,
+            context=context,
+            context_label=known.context_label,
+            network=machine.network,
+            environment=(
+                ("DESKGRID_JOB", str(assignment.job_id)),
+                ("DESKGRID_ATTEMPT", str(assignment.number)),
+                ("DESKGRID_CPUS", str(machine.cpus)),
+            ),
+            # Emulation has threads besides those of the guest's CPUs.
+            cpu_time_s=(limits.wall_time_s + _CPU_SLACK_S) * (machine.cpus + 1),
+        )
+
+    async def _start(self) -> None:
+        async with self._machine_lock:
+            if self._kit.owner.paused:
+                await self.settle(AttemptState.REFUSED, "", rests=False)
+                return
+            await self._driver().start(self._handle())
+            self._since = self._clock.monotonic()
+            await self._note(phase=Phase.STARTED, started_at=self._clock.now())
+        _log.info("machine_started", **self._names())
+        self._kit.changed()
+
+    async def _watch(self) -> None:
+        """Follow the machine until it is off."""
+        exited = await beside(self._follow(), self._keep_limits(), self._output.run())
+        self._stop_watch()
+        _log.info("machine_exited", **self._names(), cause=exited.cause.value, detail=exited.detail, ran_s=round(self._ran_s, 1))
+        await self._note(phase=Phase.EXITED, exited=exited)
+        self._release_disk()
+
+    async def _follow(self) -> Exited:
+        events = self._driver().events(self._handle())
+        try:
+            async for event in events:
+                if isinstance(event, Output):
+                    self._output.feed(event.stream, event.data)
+                elif isinstance(event, Booted):
+                    await self._note(booted=True)
+                elif isinstance(event, Exited):
+                    return event
+        finally:
+            if isinstance(events, AsyncGenerator):
+                await events.aclose()
+        raise MachineFailed("the driver lost sight of the machine")
+
+    async def _keep_limits(self) -> None:
+        """End the machine when a limit of the job is passed."""
+        while True:
+            left_s, reason = self._limit()
+            if left_s <= 0:
+                grace_s = self._kit.settings.stop_grace_s if self.entry.booted else 0.0
+                await self.end(Verdict(AttemptState.FAILED, reason), grace_s=grace_s)
+                return
+            # While it is suspended its time stands still, so look again.
+            await self._clock.sleep(left_s if self._since is not None else max(left_s, _RECHECK_S))
+
+    def _limit(self) -> tuple[float, str]:
+        """Return the seconds left of the limit that comes first, and what to say when it has come."""
+        limits = self.entry.assignment.spec.limits
+        wall_s, boot_s = limits.wall_time_s - self.ran_s(), limits.boot_time_s - self.ran_s()
+        if not self.entry.booted and boot_s < wall_s:
+            return boot_s, f"the guest did not boot within {format_duration(limits.boot_time_s)}"
+        return wall_s, f"wall time of {format_duration(limits.wall_time_s)} exceeded"
+
+    async def _collect(self) -> None:
+        """Take the result out of the scratch disk of a machine that is off, and judge."""
+        exited, verdict = self.entry.exited, self.entry.verdict
+        if exited is None:
+            raise MachineFailed("nobody knows how the machine ended")
+        if verdict is not None and (verdict.state is AttemptState.REFUSED or not self.entry.booted):
+            await self.settle(verdict.state, verdict.reason)
+            return
+        if exited.cause in _NOT_THE_JOB or (exited.cause is ExitCause.STOPPED and verdict is None):
+            why = _NOT_THE_JOB.get(exited.cause, "the machine was stopped from outside")
+            await self.settle(AttemptState.REFUSED, f"{why}: {exited.detail}" if exited.detail else why)
+            return
+        try:
+            found = await self._extract()
+        except BadImage as error:
+            reason = verdict.reason if verdict else f"the scratch file system is damaged or past a limit: {error.message}"
+            await self.settle(AttemptState.FAILED, reason)
+            return
+        for stream, whole in ((Stream.STDOUT, found.stdout), (Stream.STDERR, found.stderr)):
+            if len(whole) < _WHOLE_REPORT_BYTES:
+                self._output.complete(stream, whole)
+        state, reason = judge(exited.cause, found, verdict)
+        result = Blob(sha256=Sha256(found.archive_sha256), size_bytes=found.archive_bytes)
+        await self.settle(state, reason, exit_code=found.exit_code, result=result)
+
+    async def _extract(self) -> ResultReport:
+        room = self._kit.result_room()
+        if room <= 0:
+            raise NoSpace("no room is left for the packed result")
+        limits = ExtractLimits(bytes=self._kit.settings.max_result_bytes, archive_bytes=room)
+        scratch = self._driver().scratch(self._handle())
+        paths = self.entry.assignment.spec.results.paths
+        return await self._kit.extract(scratch, self._folder / _RESULT, paths=paths, limits=limits)
+
+    async def _deliver(self) -> None:
+        """Remove the machine, then send what comes back; now the slot is free for another."""
+        report = self.entry.settled
+        if report is None:
+            raise MachineFailed("nobody knows how the attempt ended")
+        removed = await self.remove_machine()
+        if report.result is not None:
+            self._kit.changed()
+        await self._output.drain()
+        if report.result is not None:
+            report = await self._upload(report, report.result)
+        if removed:
+            await in_thread(_remove, self._folder)
+            self.disk_bytes = 0
+        await self._note(phase=Phase.DONE, report=report)
+        _log.info("attempt_done", **self._names(), state=report.state.value, exit_code=report.exit_code, reason=report.reason)
+        self._kit.changed()
+
+    async def _upload(self, report: AttemptReport, blob: Blob) -> AttemptReport:
+        """Send the packed result; return what is reported: without it, if the server will not have it."""
+        failures = 0
+        while True:
+            try:
+                await self._kit.connection.upload(self._folder / _RESULT, blob)
+                return report
+            except (Unreachable, StoreUnavailable, ProtocolError, Conflict, Unauthenticated) as error:
+                failures += 1
+                _log.info("result_not_sent_yet", **self._names(), error=str(error), failures=failures)
+            except FileNotFoundError:
+                return _without_result(report, AttemptState.REFUSED, "the packed result was removed from the PC")
+            except DeskgridError as error:
+                return _without_result(report, AttemptState.FAILED, f"the server does not take the result: {error}")
+            await self._pause(failures)
+
+    # ---- parts
+
+    async def _settle_error(self, error: Exception) -> None:
+        """Turn an error of a step into how the attempt ends."""
+        if self.entry.phase is Phase.SETTLED:
+            # Nothing may keep a report that is decided from being told; what is left over is removed at the next start.
+            _log.error("attempt_not_delivered", **self._names(), exc_info=error)
+            report = self.entry.settled or self.report()
+            await self._note(phase=Phase.DONE, report=_without_result(report, *_fault_of(error)))
+            self._kit.changed()
+            return
+        if not isinstance(error, DeskgridError | OSError):
+            _log.exception("attempt_broken", **self._names(), exc_info=error)
+        state, reason = _fault_of(error)
+        await self.settle(state, reason)
+
+    async def _note(self, *, durable: bool = False, **changes: Any) -> None:
+        """Change the entry and journal it. Raise NoSpace only if it must be durable before we go on."""
+        running = self._since is not None
+        self.entry = msgspec.structs.replace(
+            self.entry, **changes, ran_s=self.ran_s(), ran_at=self._clock.now() if running else None
+        )
+        async with self._journal_lock:
+            if self._forgotten:
+                return
+            try:
+                await in_thread(self._kit.journal.write, (self.entry,))
+            except (NoSpace, OSError) as error:
+                if durable:
+                    raise
+                _log.warning("journal_not_written", **self._names(), error=str(error))
+
+    async def _freeze(self) -> bool:
+        driver = self._driver()
+        if not isinstance(driver, Suspendable):
+            return False
+        try:
+            await driver.pause(self._handle())
+        except MachineFailed as error:
+            _log.warning("machine_not_frozen", **self._names(), error=str(error))
+            return False
+        return True
+
+    async def _clean(self) -> None:
+        """Remove the machine and all files. What cannot be removed now is at the next start."""
+        if await self.remove_machine():
+            try:
+                await in_thread(_remove, self._folder)
+            except OSError as error:
+                _log.error("files_not_removed", **self._names(), error=str(error))
+
+    async def remove_machine(self) -> bool:
+        """Destroy its machine; False if that cannot be done now. Then its folder is left for the next start to find it by."""
+        try:
+            if self.entry.handle is not None:
+                await self._driver().destroy(self.entry.handle)
+        except (DeskgridError, OSError) as error:
+            _log.error("machine_not_removed", **self._names(), error=str(error))
+            return False
+        self._release_disk()
+        return True
+
+    async def _pause(self, failures: int) -> None:
+        settings = self._kit.settings
+        await self._clock.sleep(delay_s(failures, first_s=settings.backoff_s, max_s=settings.max_backoff_s, rng=self._kit.rng))
+
+    def _stop_watch(self) -> None:
+        self._ran_s, self._since = self.ran_s(), None
+
+    def _hold_disk(self) -> None:
+        disk = self.entry.assignment.disk.disk
+        if disk is not None and self._let_go is None:
+            self._let_go = self._kit.cache.hold(disk.sha256)
+
+    def _release_disk(self) -> None:
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
+
+    def _handle(self) -> MachineHandle:
+        if self.entry.handle is None:
+            raise MachineFailed("there is no machine")
+        return self.entry.handle
+
+    def _driver(self) -> Driver:
+        return self._kit.drivers.of(self._handle())
+
+    def _names(self) -> dict[str, int]:
+        assignment = self.entry.assignment
+        return {"attempt_id": self.id, "job_id": assignment.job_id, "number": assignment.number}
+
+
+def judge(cause: ExitCause, found: ResultReport, verdict: Verdict | None) -> tuple[AttemptState, str]:
+    """Return state and reason of an attempt whose scratch could be read.
+
+    The exit code that the agent wrote counts most: it was written after everything that context.sh wrote was on the disk, so a guest
+    that hangs or panics while it powers off has done its work.
+    """
+    if found.exit_code == 0:
+        return AttemptState.SUCCEEDED, f"{found.dropped_count} entries of the result were left out" if found.dropped_count else ""
+    if found.exit_code is not None:
+        return AttemptState.FAILED, f"context.sh ended with {found.exit_code}"
+    if verdict is not None:
+        return verdict.state, verdict.reason
+    return AttemptState.FAILED, _BEFORE_THE_END.get(cause, "the machine ended before context.sh did")
+
+
+_JOBS_FAULTS: tuple[tuple[type[DeskgridError], str], ...] = (
+    (BadImage, "bad disk image"),
+    (BadArchive, "bad context"),
+    (InvalidInput, "the machine cannot be made"),
+)
+
+
+def _fault_of(error: Exception) -> tuple[AttemptState, str]:
+    """Return whose fault an error is, and what to say."""
+    for kind, words in _JOBS_FAULTS:
+        if isinstance(error, kind):
+            return AttemptState.FAILED, f"{words}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return AttemptState.REFUSED, "no space is left on the PC"
+    if isinstance(error, DeskgridError):
+        return AttemptState.REFUSED, str(error)
+    return AttemptState.REFUSED, f"the worker failed: {type(error).__name__}: {error}"
+
+
+def _without_result(report: AttemptReport, state: AttemptState, reason: str) -> AttemptReport:
+    """Return a report without result; one of success cannot do without, a failure keeps its own reason."""
+    if report.state is AttemptState.SUCCEEDED:
+        return msgspec.structs.replace(report, state=state, reason=reason, result=None)
+    return msgspec.structs.replace(report, result=None)
+
+
+def _make_empty(folder: Path) -> None:
+    _remove(folder)
+    folder.mkdir(parents=True, mode=0o700)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            # The user's folders may be read-only; they are ours now.
+            for parent, folders, _ in os.walk(path):
+                for inner in (Path(parent, name) for name in folders):
+                    if not inner.is_symlink():
+                        inner.chmod(0o700)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
