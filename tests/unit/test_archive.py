@@ -32,7 +32,7 @@ from deskgrid.archive import (
 )
 from deskgrid.errors import BadArchive, Conflict, InvalidInput, NoSpace
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def packed_tar(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
@@ -436,7 +436,7 @@ def resummed(tar: bytearray) -> bytes:
     return bytes(tar)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, len(SMALL_TAR) - 1), st.one_of(st.sampled_from(b"0123456789/.\n =\0\xff"), st.integers(0, 255))),
@@ -457,7 +457,7 @@ def test_mutated_archive_is_refused_or_stays_inside(changes: list[tuple[int, int
             assert os.listdir(name) == ["out"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=2000))
 def test_random_bytes_are_refused(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -4,7 +4,7 @@ Rules:
 
 1. A live attempt (leased, running, suspended) holds a lease. Expiry makes it lost.
 2. `failed` attempts count against the job's `attempts`, `lost` ones against `max_lost`, refused ones (never started) against nothing.
-3. A lost attempt that is heard of again while its job has no result lives on, and its result is accepted.
+3. A lost attempt that is heard of again while its job is not final lives on, and its result is accepted.
 4. A job completes once; final states are final; what is still live then is cancelled.
 """
 
@@ -23,6 +23,7 @@ __all__ = [
     "TRANSITIONS",
     "AttemptEvent",
     "Tally",
+    "applies",
     "event_of_report",
     "job_state",
     "next_state",
@@ -79,7 +80,6 @@ TRANSITIONS: dict[tuple[AttemptState, AttemptEvent], AttemptState] = {
     (_S.LOST, _E.STARTED): _S.RUNNING,
     (_S.LOST, _E.SUSPENDED): _S.SUSPENDED,
     (_S.LOST, _E.SUCCEEDED): _S.SUCCEEDED,
-    (_S.LOST, _E.CANCELLED): _S.CANCELLED,
 }
 """The only ways an attempt changes. Whatever is not here leaves it as it is."""
 
@@ -100,6 +100,13 @@ _EVENT_OF_REPORT = {
 def next_state(state: AttemptState, event: AttemptEvent) -> AttemptState | None:
     """Return the state after `event`, or None if the event does not apply."""
     return TRANSITIONS.get((state, event))
+
+
+def applies(state: AttemptState, event: AttemptEvent, job: JobState) -> AttemptState | None:
+    """Return the state after `event` given the job's state, or None: what is lost stays so once its job is final."""
+    if state is AttemptState.LOST and job in FINAL_JOB_STATES:
+        return None
+    return next_state(state, event)
 
 
 def sources(event: AttemptEvent) -> tuple[AttemptState, ...]:

@@ -202,7 +202,9 @@ def listen(settings: ServerSettings) -> socket.socket:
         server.listen(1024)
     except OSError as error:
         server.close()
-        raise OperatorError(f"cannot listen on {settings.listen}: {error.strerror}", hint="choose another port with --listen") from error
+        raise OperatorError(
+            f"cannot listen on {settings.listen}: {error.strerror}", hint="choose another port with --listen"
+        ) from error
     return server
 
 

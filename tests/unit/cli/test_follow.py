@@ -123,7 +123,7 @@ async def test_phases_of_a_job_that_succeeds_at_the_second_try():
     assert end.job.state is JobState.COMPLETED
     assert recorder.told == [
         "wait for a worker",
-        "prepare on pc-1",
+        "download and prepare on pc-1",
         "boot on pc-1",
         "= failed, exit code 3, no beer",
         "wait for a worker",

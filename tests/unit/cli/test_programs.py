@@ -39,12 +39,17 @@ def test_an_error_ends_the_programs_and_removes_their_folder(home: Path):
     assert not home.exists()
 
 
-def test_what_a_program_left_running_from_the_folder_is_ended_too(home: Path):
-    with Programs(home):
-        sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-        named = subprocess.Popen([*sleep, str(home / "machine")], start_new_session=True)
-        within = subprocess.Popen(sleep, start_new_session=True, cwd=home)
-    assert [stray.wait(10) for stray in (named, within)] == [-signal.SIGKILL] * 2
+def test_what_a_program_left_running_is_ended_too_but_nobody_elses(home: Path):
+    init_server(home)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)", str(home / "machine")]
+    with Programs(home) as programs, subprocess.Popen(sleep, cwd=home) as shell_of_the_user:
+        server = start_server(programs, home)
+        environment = psutil.Process(server.process.pid).environ()
+        stray = subprocess.Popen(sleep, start_new_session=True, env=environment)
+        programs.end()
+        assert stray.wait(10) == -signal.SIGKILL
+        assert shell_of_the_user.poll() is None
+        shell_of_the_user.kill()
 
 
 def test_kept_programs_go_on(home: Path):

@@ -12,6 +12,7 @@ from deskgrid.core.lifecycle import (
     TRANSITIONS,
     AttemptEvent,
     Tally,
+    applies,
     event_of_report,
     job_state,
     next_state,
@@ -52,6 +53,12 @@ def test_lost_attempt_may_come_back_and_succeed_but_not_fail():
     assert next_state(AttemptState.LOST, AttemptEvent.STARTED) is AttemptState.RUNNING
     assert next_state(AttemptState.LOST, AttemptEvent.SUCCEEDED) is AttemptState.SUCCEEDED
     assert next_state(AttemptState.LOST, AttemptEvent.FAILED) is None
+
+
+def test_lost_attempt_of_a_job_that_is_over_stays_lost():
+    for event in AttemptEvent:
+        assert applies(AttemptState.LOST, event, JobState.COMPLETED) is None
+        assert applies(AttemptState.LOST, event, JobState.WAITING) is next_state(AttemptState.LOST, event)
 
 
 def test_attempt_that_never_started_is_refused_and_a_started_one_is_lost():

@@ -66,7 +66,6 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.truncate(200_000_000)
     os.link(folder / "plain", folder / "second name")
     Path(os.fsdecode(os.fsencode(folder) + b"/odd\xff\n")).write_text("odd")
-    os.utime(folder / "empty", (5_000_000_000, 5_000_000_000))
     os.utime(folder / "plain", (-5_000, -5_000))
     return folder
 
@@ -124,7 +123,9 @@ def contents(system: Ext4, inode: Inode) -> bytes:
 
 
 def test_times_before_1970_and_after_2038_and_link_counts(content: Path, tmp_path: Path) -> None:
-    found = dict(walk(opened(make_image(tmp_path / "image", 1 << 30, content, KINDS["ours"]))))
+    image = make_image(tmp_path / "image", 1 << 30, content, KINDS["ours"])
+    debugfs(image, "set_inode_field empty mtime @5000000000")  # mke2fs -d loses the bits past 2038
+    found = dict(walk(opened(image)))
     assert found[b"empty"].mtime == 5_000_000_000
     assert found[b"plain"].mtime == -5_000
     assert found[b"plain"].links == 2
@@ -255,9 +256,9 @@ def test_extent_tree_that_points_to_itself_ends(hostile: Path) -> None:
     inode = dict(walk(system))[b"h"]
     _, low, _ = struct.unpack_from("<IIH", inode.block, 12)
     data = bytearray(hostile.read_bytes())
-    for claimed in (0, 1, 5, 6):
+    at = data.index(inode.block)
+    for claimed in (1, 5, 6):
         # The root claims a depth, and its child is an index node that points to itself 80 times.
-        at = data.index(inode.block)
         struct.pack_into("<HHHH", data, at, 0xF30A, 1, 4, claimed)
         struct.pack_into("<HHHH", data, low * 1024, 0xF30A, 80, 84, max(claimed - 1, 0))
         for entry in range(80):
@@ -274,7 +275,8 @@ def mapped(numbers: list[int], size_bytes: int) -> Inode:
     return Inode(12, 0o100644, size_bytes, 0, 1, 0, struct.pack("<15I", *numbers))
 
 
-def test_block_map_that_points_to_itself_ends(small: Path) -> None:
+def test_block_map_that_points_to_itself_ends(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ext4, "MAX_EXTENTS", 50_000)  # 4 s otherwise
     data = bytearray(small.read_bytes())
     data[1000 * 1024 : 1001 * 1024] = struct.pack("<256I", *[1000] * 256)
     image = bytes(data)
@@ -342,7 +344,7 @@ def offsets(small: Path) -> list[int]:
     return interesting(small.read_bytes())
 
 
-FUZZ = settings(max_examples=300, deadline=None)
+FUZZ = settings(max_examples=200, deadline=None)
 
 
 @pytest.fixture(scope="module")

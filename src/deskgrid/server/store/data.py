@@ -112,6 +112,7 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
             .where(
                 attempt.c.worker_id == caller.worker_id,
                 attempt.c.state.in_(("leased", "running", "suspended", "lost")),
+                job.c.state.in_(("waiting", "active")),
                 sa.or_(job.c.disk_blob == sha256, job.c.context == sha256),
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, job_state, next_state, sources
+from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, applies, job_state, sources
 from deskgrid.core.matching import Queue, Requirement, Share, requirement_of
 from deskgrid.errors import NotFound
 from deskgrid.model.data import Blob, DataRef
@@ -247,11 +247,12 @@ def apply_event(
 
     The statement that changes the state is guarded by the transition table, so two events never both win.
     """
-    row = tx.row(sa.select(attempt).where(attempt.c.id == attempt_id))
+    joined = sa.select(attempt, job.c.state.label("job_state")).join(job, job.c.id == attempt.c.job_id)
+    row = tx.row(joined.where(attempt.c.id == attempt_id).with_for_update())
     if row is None:
         return False
     old = AttemptState(row.state)
-    new = next_state(old, event)
+    new = applies(old, event, JobState(row.job_state))
     if new is None:
         return False
     values: dict[str, Any] = {"state": new.value}
@@ -304,10 +305,8 @@ def _after_attempt(
 
 
 def _why_failed(tally: Tally, ended: AttemptState, reason: str) -> str:
-    if ended is AttemptState.FAILED:
-        count = f"{tally.failed} attempts failed, the last because " if tally.failed > 1 else ""
-        return f"{count}{reason}"
-    return f"{tally.lost} attempts were lost with their workers"
+    count, word = (tally.failed, "failed") if ended is AttemptState.FAILED else (tally.lost, "were lost")
+    return f"{count} attempts {word}, the last because {reason}" if count > 1 else reason
 
 
 def _tally(tx: Transaction, job_id: JobId) -> list[tuple[AttemptState, int]]:
@@ -316,16 +315,13 @@ def _tally(tx: Transaction, job_id: JobId) -> list[tuple[AttemptState, int]]:
 
 
 def _cancel_others(tx: Transaction, job_id: JobId, reason: str) -> None:
-    """Cancel what is still live (or may come back) of a job that is over, and tell the workers."""
-    ends = [state.value for state in sources(AttemptEvent.CANCELLED)]
-    rows = tx.rows(sa.select(attempt).where(attempt.c.job_id == job_id, attempt.c.state.in_(ends)))
+    """Cancel what is still live of a job that is over, and tell the workers, those of lost attempts too: they may still run."""
+    rows = tx.rows(sa.select(attempt).where(attempt.c.job_id == job_id, attempt.c.state.in_([*_LIVE, AttemptState.LOST.value])))
     for row in rows:
-        tx.run(
-            sa.update(attempt)
-            .where(attempt.c.id == row.id)
-            .values(state=AttemptState.CANCELLED.value, ended_at=tx.now, reason=row.reason or reason)
-        )
         tx.topics.append(worker_topic(row.worker_id))
+    ends = [state.value for state in sources(AttemptEvent.CANCELLED)]
+    over = sa.update(attempt).where(attempt.c.job_id == job_id, attempt.c.state.in_(ends))
+    tx.run(over.values(state=AttemptState.CANCELLED.value, ended_at=tx.now, reason=reason))
 
 
 def expire_leases(tx: Transaction, limit: int = 500) -> int:

@@ -1,0 +1,399 @@
+"""Disk images: the policy, the header checks, publishing and fetching."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import random
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deskgrid import archive
+from deskgrid.archive import zstd
+from deskgrid.errors import BadImage, DriverUnusable, NoSpace, ProtocolError
+from deskgrid.machines import images
+from deskgrid.machines.images import ImageKind, PreparedDisk, check_image, detect_format, prepare_disk, unpack_disk
+from deskgrid.model.ids import Sha256
+from deskgrid.model.machines import DiskFormat
+
+
+def qemu_img(*arguments: object) -> None:
+    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
+
+
+def boot_sector() -> bytes:
+    return bytes(510) + b"\x55\xaa"
+
+
+def iso_bytes(sectors: int = 100, *, hybrid: bool = False, kept: int | None = None) -> bytes:
+    data = bytearray(2048 * sectors)
+    data[32768:32774] = b"\1CD001"
+    struct.pack_into("<I", data, 32768 + 80, sectors)
+    if hybrid:
+        data[:512] = boot_sector()
+    return bytes(data[: kept or len(data)])
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One image of every kind."""
+    folder = tmp_path_factory.mktemp("gallery")
+    raw = folder / "raw"
+    raw.write_bytes(boot_sector() + random.Random(1).randbytes(1 << 20) + bytes(3 << 20))
+    raw.open("rb+").truncate(8 << 20)
+    for kind in ("qcow2", "qcow", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"):
+        qemu_img("convert", "-f", "raw", "-O", kind, raw, folder / kind)
+    qemu_img("convert", "-f", "raw", "-O", "vpc", "-o", "subformat=fixed", raw, folder / "vpc-fixed")
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", "compat=0.10", raw, folder / "qcow2-old")
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", "extended_l2=on,cluster_size=128k", raw, folder / "qcow2-wide")
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, folder / "qcow2-compressed")
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd", raw, folder / "qcow2-zstd")
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, folder / "qcow2-snapshot")
+    qemu_img("snapshot", "-c", "one", folder / "qcow2-snapshot")
+    qemu_img("create", "-f", "qcow2", "-b", folder / "qcow2", "-F", "qcow2", folder / "qcow2-backed")
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={folder / 'data'}", folder / "qcow2-external", "1M")
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={folder / 'data2'},data_file_raw=on", folder / "qcow2-external-raw", "1M")
+    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
+    qemu_img("create", "-f", "qcow2", *secret, folder / "qcow2-encrypted", "1M")
+    (folder / "iso").write_bytes(iso_bytes())
+    (folder / "isohybrid").write_bytes(iso_bytes(hybrid=True))
+    (folder / "gpt").write_bytes(bytes(512) + b"EFI PART" + bytes(4096))
+    subprocess.run(["zstd", "-q", raw, "-o", folder / "zst"], check=True)
+    subprocess.run(["tar", "-cf", folder / "ova", "-C", folder, "vmdk"], check=True)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", folder / "ext4", "1024"], check=True, capture_output=True)
+    (folder / "text").write_text("hello")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("qcow2", ImageKind.QCOW2),
+        ("qcow2-old", ImageKind.QCOW2),
+        ("qcow", ImageKind.QCOW1),
+        ("iso", ImageKind.ISO),
+        ("isohybrid", ImageKind.ISO),
+        ("raw", ImageKind.RAW),
+        ("gpt", ImageKind.RAW),
+        ("vmdk", ImageKind.VMDK),
+        ("vdi", ImageKind.VDI),
+        ("vpc", ImageKind.VHD),
+        ("vpc-fixed", ImageKind.VHD),
+        ("vhdx", ImageKind.VHDX),
+        ("qed", ImageKind.QED),
+        ("parallels", ImageKind.PARALLELS),
+        ("zst", ImageKind.PACKED),
+        ("ova", ImageKind.PACKED),
+        ("ext4", ImageKind.FILE_SYSTEM),
+        ("text", ImageKind.UNKNOWN),
+    ],
+)
+def test_kind_is_found_by_content(gallery: Path, name: str, kind: ImageKind) -> None:
+    assert detect_format(gallery / name) is kind
+
+
+@pytest.mark.parametrize("name", ["qcow2", "qcow2-old", "qcow2-wide", "qcow2-compressed", "qcow2-zstd", "qcow2-snapshot"])
+def test_sound_qcow2_is_taken(gallery: Path, name: str) -> None:
+    info = check_image(gallery / name)
+    assert info.format is DiskFormat.QCOW2
+    assert info.virtual_bytes == 8 << 20
+    assert info.file_bytes == (gallery / name).stat().st_size
+    assert info.compressed == (name in ("qcow2-compressed", "qcow2-zstd"))
+    assert info.snapshots == (name == "qcow2-snapshot")
+
+
+@pytest.mark.parametrize("name", ["iso", "isohybrid"])
+def test_iso_is_taken(gallery: Path, name: str) -> None:
+    assert check_image(gallery / name).format is DiskFormat.ISO
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qcow2-backed", "backing file"),
+        ("qcow2-external", "another file"),
+        ("qcow2-external-raw", "another file"),
+        ("qcow2-encrypted", "encrypt"),
+        ("qcow", "convert it first"),
+        ("vmdk", "convert it first"),
+        ("vdi", "convert it first"),
+        ("raw", "convert it first"),
+        ("zst", "unpack it first"),
+        ("ova", "unpack it first"),
+        ("ext4", "boot sector"),
+        ("text", "qcow2 or ISO"),
+        ("missing", "cannot be opened"),
+        (".", "not a file"),
+    ],
+)
+def test_everything_else_is_refused_with_what_to_do(gallery: Path, name: str, words: str) -> None:
+    with pytest.raises(BadImage, match=words):
+        check_image(gallery / name)
+
+
+def changed(gallery: Path, tmp_path: Path, offset: int, data: bytes, name: str = "qcow2") -> Path:
+    image = bytearray((gallery / name).read_bytes())
+    image[offset : offset + len(data)] = data
+    (tmp_path / "image").write_bytes(image)
+    return tmp_path / "image"
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "words"),
+    [
+        (8, struct.pack(">QI", 0x200, 10), "backing"),
+        (20, struct.pack(">I", 8), "clusters"),
+        (20, struct.pack(">I", 22), "clusters"),
+        (20, struct.pack(">I", 0xFFFFFFFF), "clusters"),
+        (24, struct.pack(">Q", 0), "no sense"),
+        (24, struct.pack(">Q", 1 << 63), "no sense"),
+        (24, struct.pack(">Q", 1 << 42), "no sense"),
+        (32, struct.pack(">I", 1), "encrypted"),
+        (32, struct.pack(">I", 2), "encrypted"),
+        (36, struct.pack(">I", 0), "no sense"),
+        (36, struct.pack(">I", 0xFFFFFFFF), "no sense"),
+        (40, struct.pack(">Q", 0), "no sense"),
+        (40, struct.pack(">Q", 7), "no sense"),
+        (40, struct.pack(">Q", 1 << 50), "outside"),
+        (48, struct.pack(">Q", 1 << 50), "outside"),
+        (56, struct.pack(">I", 0xFFFFFFFF), "no sense"),
+        (60, struct.pack(">I", 0xFFFFFFFF), "no sense"),
+        (72, struct.pack(">Q", 1), "not closed"),
+        (72, struct.pack(">Q", 2), "damaged"),
+        (72, struct.pack(">Q", 4), "another file"),
+        (72, struct.pack(">Q", 1 << 5), "unknown features"),
+        (72, struct.pack(">Q", 1 << 63), "unknown features"),
+        (88, struct.pack(">Q", 2), "another file"),
+        (96, struct.pack(">I", 7), "no sense"),
+        (100, struct.pack(">I", 100), "no sense"),
+        (100, struct.pack(">I", 1 << 30), "no sense"),
+        (112, struct.pack(">II", 0x44415441, 8), "external data"),
+        (112, struct.pack(">II", 0xE2792ACA, 8), "backing"),
+        (112, struct.pack(">II", 1, 0xFFFFFFF0), "do not end"),
+    ],
+)
+def test_qcow2_header_without_sense_is_refused(gallery: Path, tmp_path: Path, offset: int, data: bytes, words: str) -> None:
+    with pytest.raises(BadImage, match=words):
+        check_image(changed(gallery, tmp_path, offset, data))
+
+
+def test_table_outside_the_file_is_refused(gallery: Path, tmp_path: Path) -> None:
+    l1 = struct.unpack_from(">Q", (gallery / "qcow2").read_bytes(), 40)[0]
+    with pytest.raises(BadImage, match="outside"):
+        check_image(changed(gallery, tmp_path, l1, struct.pack(">Q", 1 << 40 | 1 << 63)))
+
+
+def test_disk_larger_than_allowed_is_refused(gallery: Path) -> None:
+    with pytest.raises(BadImage, match="more than"):
+        check_image(gallery / "qcow2", max_virtual_bytes=(8 << 20) - 1)
+
+
+def test_iso_cut_short_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "iso").write_bytes(iso_bytes(2000, kept=2 << 20))
+    with pytest.raises(BadImage, match="cut short"):
+        check_image(tmp_path / "iso")
+
+
+@pytest.fixture(scope="module")
+def headers(gallery: Path) -> list[bytes]:
+    return [(gallery / name).read_bytes() for name in ("qcow2", "qcow2-old", "qcow2-wide", "qcow2-compressed")]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    which=st.integers(0, 3),
+    changes=st.lists(st.tuples(st.integers(0, 200), st.binary(min_size=1, max_size=8)), min_size=1, max_size=5),
+    end=st.one_of(st.none(), st.integers(0, 200_000)),
+)
+def test_mutated_qcow2_is_taken_or_refused(
+    headers: list[bytes], which: int, changes: list[tuple[int, bytes]], end: int | None
+) -> None:
+    data = bytearray(headers[which])
+    for at, value in changes:
+        data[at : at + len(value)] = value
+    image = bytes(data[:end])
+    try:
+        info = images._check(lambda offset, size: image[offset : offset + size], len(image), 1 << 40, "image")
+    except BadImage:
+        return
+    assert 0 < info.virtual_bytes <= 1 << 40
+    if info.format is DiskFormat.QCOW2:
+        assert image[8:20] == bytes(12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=3000))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(BadImage):
+        images._check(lambda offset, size: data[offset : offset + size], len(data), 1 << 40, "image")
+
+
+# --- publishing ---
+
+
+def unpacked_bytes(disk: PreparedDisk) -> bytes:
+    packed = disk.path.read_bytes()
+    assert hashlib.sha256(packed).hexdigest() == disk.transport_sha256
+    assert len(packed) == disk.transport_bytes
+    data = zstd.decompress(packed)
+    assert hashlib.sha256(data).hexdigest() == disk.sha256
+    assert len(data) == disk.size_bytes
+    return data
+
+
+@pytest.mark.parametrize("name", ["qcow2", "iso", "isohybrid"])
+async def test_plain_image_travels_as_it_is(gallery: Path, tmp_path: Path, name: str) -> None:
+    told: list[tuple[int, int]] = []
+    disk = await prepare_disk(gallery / name, tmp_path, lambda done, whole: told.append((done, whole)))
+    assert unpacked_bytes(disk) == (gallery / name).read_bytes()
+    await asyncio.sleep(0)
+    assert told[-1] == (disk.size_bytes, disk.size_bytes)
+
+
+@pytest.mark.parametrize("name", ["raw", "qcow2-compressed", "qcow2-zstd", "qcow2-snapshot"])
+async def test_other_image_is_converted_to_plain_qcow2(gallery: Path, tmp_path: Path, name: str) -> None:
+    disk = await prepare_disk(gallery / name, tmp_path)
+    (tmp_path / "plain").write_bytes(unpacked_bytes(disk))
+    info = check_image(tmp_path / "plain")
+    assert (info.compressed, info.snapshots) == (False, 0)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", gallery / "raw", tmp_path / "plain")
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", disk.path.name}
+
+
+async def test_name_that_looks_like_an_option_or_protocol_is_just_a_name(gallery: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("-o,x", "nbd:x", "json:{}", "a,b c"):
+        (tmp_path / name).write_bytes((gallery / "raw").read_bytes())
+        await prepare_disk(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["qcow2-backed", "qcow2-external", "vmdk", "text"])
+async def test_refused_image_leaves_nothing(gallery: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadImage):
+        await prepare_disk(gallery / name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_contradicting_tables_are_found_at_publication(gallery: Path, tmp_path: Path) -> None:
+    table = struct.unpack_from(">Q", (gallery / "qcow2").read_bytes(), 48)[0]
+    image = changed(gallery, tmp_path, table, bytes(8))
+    assert check_image(image).format is DiskFormat.QCOW2
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BadImage, match="damaged"):
+        await prepare_disk(image, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+async def test_missing_qemu_img_matters_only_for_conversions(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images.shutil, "which", lambda name: None)
+    await prepare_disk(gallery / "qcow2", tmp_path)
+    with pytest.raises(DriverUnusable, match="qemu-utils"):
+        await prepare_disk(gallery / "raw", tmp_path)
+
+
+async def test_cancelled_preparation_leaves_nothing(gallery: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "big").write_bytes(iso_bytes() + random.Random(2).randbytes(60 << 20))
+    for name, delay in ((gallery / "raw", 0.01), (tmp_path / "big", 0.1)):
+        task = asyncio.create_task(prepare_disk(name, tmp_path / "out"))
+        await asyncio.sleep(delay)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+# --- fetching ---
+
+
+async def fetched(disk: PreparedDisk, output: Path, **changes: object):
+    promised = {"sha256": disk.sha256, "size_bytes": disk.size_bytes, "format": disk.format} | changes
+    return await unpack_disk(disk.path, output, **promised)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def disk(gallery: Path, tmp_path: Path) -> PreparedDisk:
+    (tmp_path / "published").mkdir()
+    return await prepare_disk(gallery / "qcow2", tmp_path / "published")
+
+
+async def test_fetched_disk_is_the_published_one_and_read_only(gallery: Path, tmp_path: Path, disk: PreparedDisk) -> None:
+    info = await fetched(disk, tmp_path / "cached")
+    assert (tmp_path / "cached").read_bytes() == (gallery / "qcow2").read_bytes()
+    assert (tmp_path / "cached").stat().st_mode & 0o777 == 0o444
+    assert info == check_image(gallery / "qcow2")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sha256": Sha256("0" * 64)}, "sha256"),
+        ({"size_bytes": 1 << 40}, "size"),
+        ({"size_bytes": 1000}, "more than"),
+        ({"format": DiskFormat.ISO}, "promised"),
+    ],
+)
+async def test_disk_that_is_not_what_was_promised_is_refused(
+    tmp_path: Path, disk: PreparedDisk, change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        await fetched(disk, tmp_path / "cached", **change)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-5], lambda d: d + b"x", lambda d: d[:50] + b"\0\0" + d[52:], lambda d: b"", bytes.upper]
+)
+async def test_damaged_transport_is_refused(tmp_path: Path, disk: PreparedDisk, damage: Callable[[bytes], bytes]) -> None:
+    disk.path.write_bytes(damage(disk.path.read_bytes()))
+    with pytest.raises(ProtocolError):
+        await fetched(disk, tmp_path / "cached")
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+async def test_published_disk_that_points_outside_is_refused_by_the_worker(gallery: Path, tmp_path: Path) -> None:
+    data = (gallery / "qcow2-backed").read_bytes()
+    (tmp_path / "t").write_bytes(zstd.compress(data))
+    with pytest.raises(BadImage, match="backing"):
+        await unpack_disk(
+            tmp_path / "t",
+            tmp_path / "cached",
+            sha256=Sha256(hashlib.sha256(data).hexdigest()),
+            size_bytes=len(data),
+            format=DiskFormat.QCOW2,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+async def test_full_disk_is_no_space(tmp_path: Path, disk: PreparedDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(output: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(images, "write_all", full)
+    with pytest.raises(NoSpace):
+        await fetched(disk, tmp_path / "cached")
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+    assert archive.write_all is not full
+
+
+async def test_cancelled_fetch_leaves_nothing(tmp_path: Path) -> None:
+    data = iso_bytes() + bytes(300 << 20)
+    (tmp_path / "t").write_bytes(zstd.compress(data))
+    sha256 = Sha256(hashlib.sha256(data).hexdigest())
+    task = asyncio.create_task(
+        unpack_disk(tmp_path / "t", tmp_path / "cached", sha256=sha256, size_bytes=len(data), format=DiskFormat.ISO)
+    )
+    await asyncio.sleep(0.03)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
