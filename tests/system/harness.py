@@ -8,18 +8,29 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import psutil
 
-from deskgrid.client.grid import Grid
-from deskgrid.client.transport import load_credentials
+from deskgrid.client.grid import Grid, join, login
+from deskgrid.client.transport import load_credentials, save_credentials
+from deskgrid.machines.images import prepare_disk
+from deskgrid.model import wire
+from deskgrid.model.data import DataKind, Disk
+from deskgrid.model.ids import JobId, Sha256
+from deskgrid.model.machines import ContextLabel
+from deskgrid.server.setup import init_server, make_login_link
+from deskgrid.settings import ServerSettings
 
 LIMIT_S = 60.0
+T = TypeVar("T")
 
 
 def until(condition: Callable[[], Any], *, what: str, limit_s: float = LIMIT_S) -> Any:
@@ -30,6 +41,12 @@ def until(condition: Callable[[], Any], *, what: str, limit_s: float = LIMIT_S) 
             return found
         time.sleep(0.05)
     raise AssertionError(f"not within {limit_s:.0f} s: {what}")
+
+
+def wait(awaitable: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also from a test that has a loop of its own."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, awaitable).result()
 
 
 class Program:
@@ -116,15 +133,20 @@ class System:
         return json.loads(self.cli(*arguments, "--json", expect=expect).stdout)
 
     def start_server(self, *, prefix: tuple[str, ...] = (), init: bool = True) -> None:
-        link = self.json("server", "init")["login_link"] if init else ""
+        if init:
+            wait(init_server(self.folder / "server", ServerSettings()))
         self.server = Program(
             ["server", "run", "--listen", "127.0.0.1:0", "--json"], self.environment, self.folder / "server.log", prefix
         )
         self.programs.append(self.server)
         self.server.start()
         self.address = until(self._listening, what="the server listens")
-        if link:
-            self.cli("login", link.replace(link.split("/")[2], self.address))
+        if init:
+            wait(self._login())
+
+    async def _login(self) -> None:
+        link = await make_login_link(self.folder / "server", ServerSettings(), "admin")
+        save_credentials(self.folder / "client" / "credentials.json", await login(link))
 
     def _listening(self) -> str:
         assert self.server is not None
@@ -146,10 +168,7 @@ class System:
         self, name: str = "pc", *, address: str = "", prefix: tuple[str, ...] = (), start: bool = True, **environment: str
     ) -> Program:
         home = self.folder / name
-        link = self.json("server", "join-link")["link"]
-        if address:
-            link = link.replace(self.address, address)
-        self.cli("worker", "join", link, "--name", name, "--home", home)
+        wait(self._join(home, name, address or self.address))
         program = Program(
             ["worker", "run", "--home", str(home), "--verbose"],
             {**self.environment, **environment},
@@ -161,6 +180,11 @@ class System:
         if start:
             program.start()
         return program
+
+    async def _join(self, home: Path, name: str, address: str) -> None:
+        async with self.grid() as grid:
+            link = await grid.join_link()
+        save_credentials(home / "credentials.json", await join(msgspec.structs.replace(link, address=address), name))
 
     def stop(self) -> None:
         for program in reversed(self.programs):
@@ -175,7 +199,24 @@ class System:
         """Publish a small ISO that the fake driver does not read."""
         file = self.folder / f"{name}.iso"
         file.write_bytes(content or bytes(32769) + b"CD001" + bytes(32768))
-        self.cli("disk", "publish", file, "--name", name)
+        wait(self._publish(file, name, ContextLabel.CIDATA))
+
+    def publish_template(self, file: Path, name: str) -> None:
+        """Publish a disk that has our agent."""
+        wait(self._publish(file, name, ContextLabel.CONTEXT))
+
+    async def _publish(self, file: Path, name: str, label: ContextLabel) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            packed = await prepare_disk(file, Path(folder))
+            disk = Disk(
+                sha256=Sha256(packed.sha256),
+                size_bytes=packed.size_bytes,
+                virtual_bytes=packed.virtual_bytes,
+                format=packed.format,
+                context_label=label,
+            )
+            async with self.grid() as grid:
+                await grid.put(packed.path, name, kind=DataKind.DISK, disk=disk)
 
     def job_file(self, plan: str = "", *, name: str = "job", limits: str = "", **machine: str) -> Path:
         """Write a job whose fake machine follows `plan` (see machines/fake.py)."""
@@ -193,7 +234,11 @@ class System:
         return int(self.json("job", "submit", self.job_file(plan, name=name, limits=limits, **machine))["id"])
 
     def job(self, number: int) -> Any:
-        return self.json("job", "show", str(number))
+        async def ask() -> wire.JobDetail:
+            async with self.grid() as grid:
+                return await grid.job(JobId(number))
+
+        return msgspec.to_builtins(wait(ask()))
 
     def states(self, number: int) -> tuple[str, list[str]]:
         detail = self.job(number)
@@ -249,7 +294,7 @@ class Gate:
 
     async def __aenter__(self) -> Gate:
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
-        self.address = "127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ FOREVER = "hangs = true\n"
 @pytest.mark.parametrize("moment", ["running", "ending", "preparing"])
 def test_killed_worker_that_restarts_finishes_its_job_and_leaves_nothing(system: System, moment: str):
     system.publish()
-    plan = {"running": "duration_s = 4\n", "ending": 'duration_s = 0.5\nstdout = "x"\n', "preparing": "boot_s = 1\n"}[moment]
+    plan = {"running": "duration_s = 4\n", "ending": "duration_s = 2\n", "preparing": "boot_s = 1\n"}[moment]
     worker = system.add_worker()
     job = system.submit(plan)
     if moment == "preparing":

@@ -31,8 +31,8 @@ LIMIT_S = 180.0
 def vm_system(system: System) -> System:
     """A grid with one QEMU worker and the published tiny template."""
     template = tiny_template()
-    system.cli("disk", "publish", template.qcow2, "--name", "tiny", "--agent")
-    system.cli("disk", "publish", template.iso, "--name", "tiny-iso", "--agent")
+    system.publish_template(template.qcow2, "tiny")
+    system.publish_template(template.iso, "tiny-iso")
     system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
     return system
 
