@@ -19,6 +19,7 @@ import psutil
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from report import Figure, arguments, median_of, publish
+from tests.system.harness import System
 
 from deskgrid.clock import SystemClock
 from deskgrid.machines.driver import MachineSpec
@@ -28,7 +29,6 @@ from deskgrid.model.jobs import JobSpec, Machine
 from deskgrid.model.machines import ContextLabel, MachineKind
 from deskgrid.testing.tiny_template import tiny_template
 from deskgrid.units import GIB, MIB
-from tests.system.harness import System
 
 _FIRST = b"1 first"
 _LIMIT_S = 120.0

@@ -103,8 +103,10 @@ _NAME_ERRORS = frozenset({errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL})
 _WINDOWS_DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
 _LINK_HOPS = 40
 """What Linux follows in one path before it gives up with ELOOP."""
-_LINK_STEPS = 10_000_000
+_LINK_STEPS = 2_000_000
 """Path components walked for all links of an archive together; later links count as leaving."""
+_LINK_DEPTH = 256
+"""Components of a path that a link may lead to."""
 
 Bytes = bytes | bytearray | memoryview
 Extent = tuple[int, int]
@@ -277,7 +279,7 @@ class _LinkWalk:
         hops = 1
         while todo:
             self._steps -= 1
-            if self._steps < 0 or hops > _LINK_HOPS:
+            if self._steps < 0 or hops > _LINK_HOPS or len(here) > _LINK_DEPTH:
                 return True
             part = todo.pop()
             if part == "..":

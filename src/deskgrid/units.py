@@ -31,7 +31,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2] not in _SIZE_UNITS:
         raise InvalidInput(f"{text!r} is not a size", hint=f"a number and one of {', '.join(_SIZE_UNITS)}, as in 8GiB")
-    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+    size = float(match[1]) * _SIZE_UNITS[match[2]]
+    if size >= 1 << 63:
+        raise InvalidInput(f"{text[:40]!r} is too large for a size")
+    return int(size)
 
 
 def parse_duration(text: str) -> float:

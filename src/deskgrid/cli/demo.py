@@ -75,11 +75,16 @@ async def demo(
         Folder for the result; that of an earlier demo is replaced.
     """
     _clear(output)
-    # In the system's temporary folder: the path of a Unix socket has at most 107 bytes.
-    with _terminated_like_interrupted(), Programs(Path(tempfile.mkdtemp(prefix="deskgrid-demo-"))) as programs:
-        with make_reporter(json) as reporter:
-            run = await _run_all(programs, output, reporter)
+    with (
+        _terminated_like_interrupted(),
+        Programs(Path(tempfile.mkdtemp(prefix="deskgrid-demo-"))) as programs,
+        make_reporter(json) as reporter,
+    ):
+        run = await _run_all(programs, output, reporter)
         programs.kept = keep
+        if not keep:
+            reporter.begin("stop workers and server")
+            await asyncio.to_thread(programs.end)
     report = DemoReport(
         run=run,
         files=_sizes(output),

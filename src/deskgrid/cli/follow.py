@@ -22,7 +22,7 @@ _LOOK_S = 0.5
 """Between looks for new output. The server tells changes of state at once, but not output."""
 
 _TITLES = {
-    AttemptState.LEASED: "prepare on {worker}",
+    AttemptState.LEASED: "download and prepare on {worker}",
     AttemptState.RUNNING: "boot on {worker}",
     AttemptState.SUSPENDED: "suspended by the owner of {worker}",
 }

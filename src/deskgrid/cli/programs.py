@@ -20,6 +20,7 @@ __all__ = ["Program", "Programs"]
 
 _GRACE_S = 15.0
 _LAST_BYTES = 2000
+_MARK = "DESKGRID_STARTED_BY"
 
 
 class Program:
@@ -39,6 +40,14 @@ class Program:
     def last_words(self) -> str:
         """Return the end of its log."""
         return self.log.read_bytes()[-_LAST_BYTES:].decode(errors="replace").strip() or "it said nothing"
+
+    def wait_or_kill(self) -> None:
+        """Return once it has ended, if need be by force."""
+        try:
+            self.process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def first_line(self) -> bytes:
         """Wait for the first line that it prints; raise OperatorError if it ends without one. Blocks: call it in a thread."""
@@ -71,7 +80,7 @@ class Programs:
                 stderr=stderr,
                 start_new_session=True,
                 cwd=self.home,
-                env=_environment(),
+                env=_environment(self.home),
             )
         program = Program(name, process, log)
         self._running.append(program)
@@ -88,44 +97,34 @@ class Programs:
     def __exit__(self, *_: object) -> None:
         if not self.kept:
             with _uninterrupted():
-                self._end_all()
-                shutil.rmtree(self.home, ignore_errors=True)
+                self.end()
 
-    def _end_all(self) -> None:
-        """End what was started after the server before it, so that workers can say goodbye; then what still runs from our folder."""
+    def end(self) -> None:
+        """End all and remove their folder. Workers end before the server (which was started first) and can say goodbye."""
         for group in (self._running[1:], self._running[:1]):
             for program in group:
                 program.process.terminate()
             for program in group:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    program.process.wait(_GRACE_S)
-        for process in [*(_known(pid) for pid in self.process_ids), *_processes_in(self.home)]:
-            if process is not None:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-        for program in self._running:
-            program.process.wait()
+                program.wait_or_kill()
+        for process in _processes_of(self.home):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
-def _environment() -> dict[str, str]:
-    """Return ours without deskgrid's settings: those are about another grid, perhaps a real one."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("DESKGRID_SERVER_", "DESKGRID_WORKER_"))}
+def _environment(home: Path) -> dict[str, str]:
+    """Return ours without deskgrid's settings (those are about another grid, perhaps a real one) and with our mark."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("DESKGRID_SERVER_", "DESKGRID_WORKER_"))}
+    return {**ours, _MARK: str(home)}
 
 
-def _known(pid: int) -> psutil.Process | None:
-    try:
-        return psutil.Process(pid)
-    except psutil.Error:
-        return None
-
-
-def _processes_in(home: Path) -> list[psutil.Process]:
-    """Return the processes that work in our folder or have it in an argument: machines whose worker could not end them."""
+def _processes_of(home: Path) -> list[psutil.Process]:
+    """Return the processes that come from our programs, by the mark that they inherited: machines whose worker could not end
+    them. Not by the folder, where a shell of the user's may be too."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            inside = Path(process.cwd()).is_relative_to(home) or any(str(home) in argument for argument in process.cmdline())
-            if inside and process.pid != os.getpid():
+            if process.environ().get(_MARK) == str(home):
                 found.append(process)
     return found
 

@@ -72,19 +72,31 @@ async def join_worker(home: Path, link: Link, name: str) -> Path:
 
 
 @app.command
-async def run(*, home: Home = None, verbose: Verbose = False, json: Json = False) -> None:
+async def run(
+    *,
+    keep: Annotated[bool, Parameter(show_default=False)] = False,
+    home: Home = None,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
     """Work for the grid until Ctrl-C or SIGTERM. Logs go to stderr.
 
     For example:
 
         deskgrid worker run
         deskgrid worker run --home /data/worker --verbose
+        deskgrid worker run --keep          to be stopped and started again while jobs go on
+
+    Parameters
+    ----------
+    keep
+        When stopped, leave the machines running; the next `deskgrid worker run` takes them up.
     """
     from deskgrid.worker.agent import run_worker
 
     configure_logs(json=json, verbose=verbose)
     folder = home or worker_home()
-    await run_worker(folder, _settings(folder))
+    await run_worker(folder, _settings(folder), keep=keep)
 
 
 async def _ask(command: str, home: Path | None, json: bool) -> None:

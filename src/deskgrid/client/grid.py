@@ -16,10 +16,10 @@ from pathlib import Path
 from types import TracebackType
 
 from deskgrid import archive
-from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.client.transport import Credentials, Transport, fetch_authority
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.errors import Conflict
+from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model import wire
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import JobId, Sha256

@@ -23,8 +23,8 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid import errors
-from deskgrid.link import Link
 from deskgrid.errors import DeskgridError, InvalidInput, ProtocolError, Unreachable
+from deskgrid.link import Link
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
 

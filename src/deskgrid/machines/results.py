@@ -36,7 +36,7 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct
 
-from deskgrid.archive import MAX_REPORTED, ArchiveWriter, Extent, PackReport, printable, sync_folder
+from deskgrid.archive import MAX_REPORTED, ArchiveWriter, Extent, PackReport, out_of_space, printable, sync_folder, zstd
 from deskgrid.errors import BadImage, DeskgridError, InvalidInput, MachineFailed, NoSpace
 from deskgrid.machines.ext4 import ROOT_INODE, Ext4, Inode, Run, file_reader
 from deskgrid.machines.sandbox import (
@@ -146,7 +146,7 @@ async def extract_results(
     compile_globs(paths)
     part = output.with_name(f".{output.name[:100]}.{secrets.token_hex(4)}.part")
     try:
-        with _open_image(image) as source, part.open("xb") as target:
+        with _open_image(image) as source, out_of_space(output.name), part.open("xb") as target:
             try:
                 finished = await run_child(
                     python_command(__name__, "serve", msgspec.json.encode(_Request(paths, limits)).decode()),
@@ -285,7 +285,7 @@ def _attempt(work: Callable[[], ResultReport]) -> _Outcome:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         words = "no space left for the result" if full else f"the result could not be written: {error.strerror}"
         return _Outcome(error="NoSpace" if full else "MachineFailed", message=words)
-    except MemoryError:
+    except (MemoryError, zstd.ZstdError):  # compressing fails for want of memory only
         return _Outcome(error="BadImage", message="reading the scratch takes more memory than is allowed")
     except Exception as error:
         # Not foreseen, so made by a strange image; its words must not get lost.

@@ -40,7 +40,7 @@ from deskgrid.settings import WorkerSettings
 from deskgrid.swarm.cache import Cache
 from deskgrid.worker.connection import Connect, Connection
 from deskgrid.worker.control import AttemptStatus, StatusAnswer, control_server
-from deskgrid.worker.drivers import Drivers, make_drivers
+from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
 from deskgrid.worker.leave import attempt_status, destroy_strays, remove_files, say_goodbye
@@ -101,7 +101,7 @@ class Agent:
         self._rng = rng
         self._name, self._address = name, address
         self._free_bytes = free_bytes or (lambda folder: shutil.disk_usage(folder).free)
-        self._drivers = Drivers(drivers)
+        self._drivers = Drivers(drivers, lambda name: make_driver(name, settings, clock))
         self._profile = profile_of(settings, ())
         self._owner = Owner(home.paused)
         self._journal = Journal(home.journal)
@@ -337,7 +337,7 @@ class Agent:
             await self._take(answer.assignments)
         pulse, self._synced = self._synced, asyncio.Event()
         pulse.set()
-        return max(0.0, answer.interval_s)
+        return max(_WAKE_GAP_S, answer.interval_s)
 
     def _listed(self) -> list[Runner]:
         return [runner for runner in self._runners.values() if runner.id not in self._going]

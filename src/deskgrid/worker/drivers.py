@@ -18,28 +18,36 @@ from deskgrid.model.jobs import Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 from deskgrid.settings import WorkerSettings
 
-__all__ = ["Drivers", "make_drivers"]
+__all__ = ["Drivers", "make_driver", "make_drivers"]
 
 _log = structlog.get_logger()
 
 
-def make_drivers(settings: WorkerSettings, clock: Clock) -> list[Driver]:
-    """Return the drivers that the owner allows. Raise InvalidInput for a name that is none."""
+def make_driver(name: str, settings: WorkerSettings, clock: Clock) -> Driver:
+    """Return a driver by its name. Raise InvalidInput for a name that is none."""
     makers: dict[str, Callable[[], Driver]] = {
         DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, nice=settings.nice),
         DriverName.FAKE: lambda: FakeDriver(clock, nice=settings.nice),
     }
-    unknown = [name for name in settings.drivers if name not in makers]
-    if unknown:
-        raise InvalidInput(f"there is no driver {unknown[0]!r}", where="drivers", hint=f"allowed: {', '.join(makers)}")
-    return [makers[name]() for name in settings.drivers]
+    if name not in makers:
+        raise InvalidInput(f"there is no driver {name!r}", where="drivers", hint=f"allowed: {', '.join(makers)}")
+    return makers[name]()
+
+
+def make_drivers(settings: WorkerSettings, clock: Clock) -> list[Driver]:
+    """Return the drivers that the owner allows. Raise InvalidInput for a name that is none."""
+    return [make_driver(name, settings, clock) for name in settings.drivers]
 
 
 class Drivers:
-    """Drivers with their fingerprints. Empty until `probe` has returned."""
+    """Drivers with their fingerprints: none that takes a job until `probe` has returned.
 
-    def __init__(self, drivers: Iterable[Driver]) -> None:
+    `spare` makes a driver by its name, for machines whose driver the owner has taken away since they were made.
+    """
+
+    def __init__(self, drivers: Iterable[Driver], spare: Callable[[str], Driver]) -> None:
         self._drivers = list(drivers)
+        self._spare = spare
         self._probed: list[tuple[Fingerprint, Driver]] = []
 
     @property
@@ -70,15 +78,20 @@ class Drivers:
         raise DriverUnusable(f"no driver of this PC runs a {machine.kind} with network {machine.network}", hint=reasons)
 
     def of(self, handle: MachineHandle) -> Driver:
-        """Return the driver that made a machine. Raise DriverUnusable if the owner has taken it away since."""
+        """Return the driver that made a machine. Raise DriverUnusable if there is no such driver any more."""
         for fingerprint, driver in self._probed:
             if fingerprint.driver == handle.driver:
                 return driver
-        raise DriverUnusable(f"the driver {handle.driver} is not in use on this PC any more")
+        try:
+            return self._spare(handle.driver)
+        except InvalidInput as error:
+            raise DriverUnusable(error.message) from error
 
     async def destroy_unknown(self, workdir: Path) -> None:
         """Remove a machine of which only the folder is known, whatever driver made it."""
         # A token that nothing has: the machine is then found by what its folder says, and by nothing else.
         spec = MachineSpec(name="unknown", kind=MachineKind.VM, memory_bytes=0, cpus=0, scratch_bytes=0)
-        for fingerprint, driver in self._probed:
-            await driver.destroy(MachineHandle(fingerprint.driver.value, str(workdir), spec, secrets.token_hex(16)))
+        names = [fingerprint.driver for fingerprint in self.fingerprints] or list(DriverName)
+        for name in names:
+            handle = MachineHandle(name.value, str(workdir), spec, secrets.token_hex(16))
+            await self.of(handle).destroy(handle)

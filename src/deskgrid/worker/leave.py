@@ -17,7 +17,7 @@ from deskgrid.model import wire
 from deskgrid.settings import WorkerSettings, load_settings
 from deskgrid.worker.connection import Connection
 from deskgrid.worker.control import AttemptStatus, StatusAnswer
-from deskgrid.worker.drivers import Drivers, make_drivers
+from deskgrid.worker.drivers import Drivers, make_driver
 from deskgrid.worker.home import Home
 from deskgrid.worker.journal import Entry, Journal
 
@@ -31,8 +31,7 @@ async def leave_home(home: Home) -> StatusAnswer:
     credentials = load_credentials(home.credentials)
     settings = load_settings(WorkerSettings, home.folder / "worker.toml", "DESKGRID_WORKER")
     home.create()
-    drivers = Drivers(make_drivers(settings, SystemClock()))
-    await drivers.probe()
+    drivers = Drivers((), lambda name: make_driver(name, settings, SystemClock()))
     await destroy_journalled(Journal(home.journal).read(), drivers)
     await destroy_strays(home, drivers, known=())
     async with Transport(credentials, rng=random.Random()) as connection:  # noqa: S311 - jitter

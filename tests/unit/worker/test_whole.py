@@ -14,14 +14,18 @@ from pathlib import Path
 import pytest
 
 from deskgrid.archive import pack_folder, unpack
+from deskgrid.client.grid import Grid
+from deskgrid.client.transport import save_credentials
 from deskgrid.clock import SystemClock
 from deskgrid.machines.fake import FakeDriver
 from deskgrid.machines.processes import find_by_token
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState, Limits
 from deskgrid.model.workers import AttemptReport
+from deskgrid.testing.grids import running_grid
 from deskgrid.units import MIB
 from deskgrid.worker.agent import Agent
+from deskgrid.worker.control import ask
 from deskgrid.worker.home import Home
 from deskgrid.worker.journal import Journal
 from tests.unit.worker.play import SETTINGS, PlayServer, publish_iso
@@ -163,3 +167,24 @@ async def test_paused_machine_does_nothing(place: Place) -> None:
         assert log.stat().st_size == size
         await agent.resume()
         await eventually(lambda: log.stat().st_size > size)
+
+
+async def test_leave_without_a_running_worker_destroys_what_it_left_and_tells_the_server(tmp_path: Path) -> None:
+    home = Home(tmp_path / "pc")
+    async with running_grid(tmp_path / "server") as grid:
+        save_credentials(home.credentials, await grid.worker())
+        place = Place(tmp_path / "pc")
+        place.home = home
+        async with place.working(keep=True):
+            attempt = place.submit("hangs = true")
+            await eventually(lambda: place.server.state(attempt) is AttemptState.RUNNING)
+        token = place.token()
+        assert find_by_token(token) is not None
+        # A folder that no entry names, as after a damaged journal.
+        (home.attempts / "99").mkdir()
+        answer = await ask(home.folder, "leave")
+        assert answer.message == "left the grid"
+        assert find_by_token(token) is None
+        assert not home.attempts.exists() and not home.credentials.exists()
+        async with Grid(await grid.admin()) as admin:
+            assert await admin.workers() == ()

@@ -11,6 +11,7 @@ echo "hello from $(uname -n), $(uname -s) $(uname -r) on $(uname -m)"
 mkdir numbers
 for n in 1 2 3; do
     echo "step $n of 3"
+    sleep 1 # so that there is something to watch
     echo $((n * n)) >"numbers/$n"
 done
 echo "bye"
