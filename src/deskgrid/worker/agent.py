@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import os
 import random
-import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from enum import Enum
@@ -38,16 +37,18 @@ from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity
 from deskgrid.settings import WorkerSettings
 from deskgrid.swarm.cache import Cache
+from deskgrid.worker.bounds import Bounds
 from deskgrid.worker.connection import Connect, Connection
 from deskgrid.worker.control import AttemptStatus, StatusAnswer, control_server
 from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
+from deskgrid.worker.kit import Kit
 from deskgrid.worker.leave import attempt_status, destroy_strays, remove_files, say_goodbye
 from deskgrid.worker.owner import Owner
-from deskgrid.worker.probe import allocated_bytes, make_gentle, profile_of
-from deskgrid.worker.runner import Kit, Runner
-from deskgrid.worker.slots import NOTHING, excess_bytes, free_capacity
+from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile_of
+from deskgrid.worker.runner import Runner
+from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
 
 __all__ = ["Agent", "run_worker"]
@@ -60,9 +61,6 @@ _BUSY_WAKE_GAP_S = 1.0
 """Least time between syncs that only a hint asked for, with and without a free slot."""
 _MEASURE_S = 3.0
 """Between looks at what attempts have written."""
-_FIRST_REST_S = 30.0
-_MAX_REST_S = 900.0
-"""Pauses in which no work is taken, after this PC could not do what it had taken."""
 _GOODBYE_S = 5.0
 _LOCK_S = 2.0
 _LOCK_RETRY_S = 0.1
@@ -100,13 +98,13 @@ class Agent:
         self._clock = clock
         self._rng = rng
         self._name, self._address = name, address
-        self._free_bytes = free_bytes or (lambda folder: shutil.disk_usage(folder).free)
+        self._bounds = Bounds(lent_by(settings), settings.reserve_bytes, home.folder, clock=clock, rng=rng, free_bytes=free_bytes)
         self._drivers = Drivers(drivers, lambda name: make_driver(name, settings, clock))
         self._profile = profile_of(settings, ())
         self._owner = Owner(home.paused)
         self._journal = Journal(home.journal)
         self._cache = Cache(
-            home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=self._free_bytes
+            home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=free_bytes
         )
         self._kit = Kit(
             home=home,
@@ -119,8 +117,8 @@ class Agent:
             clock=clock,
             rng=rng,
             changed=self._note_change,
-            fault=self._rest,
-            result_room=self._result_room,
+            fault=self._bounds.rest,
+            result_room=lambda: self._bounds.result_room(self._disk_bytes()),
             **kit,
         )
         self._runners: dict[AttemptId, Runner] = {}
@@ -142,9 +140,6 @@ class Agent:
         self._connected_since: float | None = None
         self._last_sync_at: float | None = None
         self._lease_until: float | None = None
-        self._resting_until = 0.0
-        self._rests = 0
-        self._rest_reason = ""
 
     # ---- what others ask
 
@@ -203,11 +198,11 @@ class Agent:
             connected_since=self._connected_since,
             last_sync_at=self._last_sync_at,
             lease_until=self._lease_until,
-            trouble=self._trouble or (self._rest_reason if self._rests_now() else ""),
+            trouble=self._trouble or self._bounds.why_resting(),
             attempts=tuple(self._status_of(runner) for runner in self._runners.values()),
             lent=self._profile.lent,
             free=self._free(),
-            disk_bytes=sum(runner.disk_bytes for runner in self._runners.values()),
+            disk_bytes=self._disk_bytes(),
             cache_bytes=self._cache.size_bytes() if self._home.cache.is_dir() else 0,
             cached=len(self._cache.entries()),
             drivers=self._drivers.fingerprints,
@@ -354,9 +349,8 @@ class Agent:
         """Sync when the server hints that there is news."""
         failures = 0
         while True:
-            synced = self._synced
             if self._connected_since is None:
-                await synced.wait()
+                await self._synced.wait()
                 continue
             try:
                 wake = await self._connection.call(wire.WAKE, wait_s=_WAKE_HOLD_S)
@@ -365,12 +359,12 @@ class Agent:
                 # The next sync finds out what it is; until then there is nobody to wait for.
                 failures += 1
                 self._note_change()
-                await synced.wait()
+                await self._synced.wait()
                 await self._clock.sleep(delay_s(failures, first_s=_WAKE_GAP_S, max_s=_WAKE_HOLD_S, rng=self._rng))
                 continue
             if wake.changed:
                 self._note_change()
-                await synced.wait()
+                await self._synced.wait()
                 await self._clock.sleep(_WAKE_GAP_S if self._free().cpus else _BUSY_WAKE_GAP_S)
 
     def _note_change(self) -> None:
@@ -387,7 +381,7 @@ class Agent:
             # Not held, so not listed, so the server has them back with the next call.
             for entry in new:
                 await in_thread(self._journal.remove, entry.assignment.attempt_id)
-            self._rest(f"the journal cannot be written: {error}")
+            self._bounds.rest(f"the journal cannot be written: {error}")
             self._note_change()
             return
         for entry in new:
@@ -417,7 +411,7 @@ class Agent:
         self._runners.pop(attempt_id, None)
         self._tasks.pop(attempt_id, None)
         if sent.state in (AttemptState.SUCCEEDED, AttemptState.FAILED):
-            self._rests = 0
+            self._bounds.forgive()
 
     def _discard(self, attempt_id: AttemptId) -> None:
         """Stop, destroy and forget an attempt that the server does not want any more."""
@@ -466,32 +460,12 @@ class Agent:
 
     def _free(self) -> Capacity:
         """Return what new attempts may use now."""
-        if self._owner.paused or self._rests_now() or self._ending.is_set():
+        if self._owner.paused or self._ending.is_set():
             return NOTHING
-        return free_capacity(
-            self._profile.lent,
-            [runner.usage() for runner in self._runners.values()],
-            disk_free_bytes=self._free_bytes(self._home.folder),
-            reserve_bytes=self._settings.reserve_bytes,
-        )
+        return self._bounds.free(runner.usage() for runner in self._runners.values())
 
-    def _result_room(self) -> int:
-        """Return how many bytes a packed result may take without passing the bounds."""
-        used = sum(runner.disk_bytes for runner in self._runners.values())
-        free = self._free_bytes(self._home.folder) - self._settings.reserve_bytes
-        return min(self._profile.lent.disk_bytes - used, free)
-
-    def _rests_now(self) -> bool:
-        return self._clock.monotonic() < self._resting_until
-
-    def _rest(self, reason: str) -> None:
-        """Take no work for a while, longer each time, so that nothing is taken only to be refused."""
-        if self._rests_now():
-            return
-        self._rests += 1
-        rest_s = delay_s(self._rests, first_s=_FIRST_REST_S, max_s=_MAX_REST_S, rng=self._rng)
-        self._resting_until, self._rest_reason = self._clock.monotonic() + rest_s, reason
-        _log.warning("resting", seconds=round(rest_s), reason=reason)
+    def _disk_bytes(self) -> int:
+        return sum(runner.disk_bytes for runner in self._runners.values())
 
     async def _keep_bounds(self) -> None:
         """Measure what attempts have written, and end the largest one when that is more than the owner lends."""
@@ -502,9 +476,7 @@ class Agent:
             await self._clock.sleep(_MEASURE_S)
 
     async def _hold_bounds(self) -> None:
-        used = sum(runner.disk_bytes for runner in self._runners.values())
-        free = self._free_bytes(self._home.folder)
-        over, short = excess_bytes(self._profile.lent, used, disk_free_bytes=free, reserve_bytes=self._settings.reserve_bytes)
+        over, short = self._bounds.excess_bytes(self._disk_bytes())
         if short:
             short -= await in_thread(self._cache.shrink, short)
         running = [runner for runner in self._runners.values() if runner.entry.phase is Phase.STARTED and not runner.entry.verdict]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from deskgrid.archive import sync_folder
 from deskgrid.errors import Conflict
 from deskgrid.model.ids import AttemptId
 
-__all__ = ["Home", "locked", "write_durably"]
+__all__ = ["Home", "locked", "make_empty", "remove", "write_durably"]
 
 
 class Home(Struct, frozen=True):
@@ -108,3 +109,23 @@ def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def make_empty(folder: Path) -> None:
+    """Make an empty folder, whatever is in its place. Blocks."""
+    remove(folder)
+    folder.mkdir(parents=True, mode=0o700)
+
+
+def remove(*paths: Path) -> None:
+    """Remove files and folders, read-only ones too, never what links point to. Idempotent. Blocks."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            # The user's folders may be read-only; they are ours now.
+            for parent, folders, _ in os.walk(path):
+                for inner in (Path(parent, name) for name in folders):
+                    if not inner.is_symlink():
+                        inner.chmod(0o700)
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -13,28 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
-import shutil
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
-from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import structlog
-from msgspec import Struct
 
-from deskgrid import archive
-from deskgrid.clock import Clock
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import (
-    BadArchive,
     BadImage,
     Conflict,
     DeskgridError,
-    DriverUnusable,
-    InvalidInput,
     MachineFailed,
     NoSpace,
     ProtocolError,
@@ -49,79 +39,34 @@ from deskgrid.machines.driver import (
     Exited,
     Gone,
     MachineHandle,
-    MachineSpec,
     Output,
     Running,
     Stream,
     Suspendable,
 )
-from deskgrid.machines.images import unpack_disk
-from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
+from deskgrid.machines.results import ExtractLimits, ResultReport
 from deskgrid.model.data import Blob
-from deskgrid.model.ids import Sha256, attempt_name
+from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import AttemptReport
-from deskgrid.settings import WorkerSettings
-from deskgrid.swarm.cache import Cache
-from deskgrid.units import GIB, format_duration
-from deskgrid.worker.connection import Connection
-from deskgrid.worker.drivers import Drivers
-from deskgrid.worker.home import Home
-from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
+from deskgrid.units import format_duration
+from deskgrid.worker.home import make_empty, remove
+from deskgrid.worker.journal import Entry, Phase, Verdict
+from deskgrid.worker.judging import NOT_THE_JOB, fault_of, judge, without_result
+from deskgrid.worker.kit import Kit
 from deskgrid.worker.output import LiveOutput
-from deskgrid.worker.owner import Owner
 from deskgrid.worker.slots import Usage, usage_of
+from deskgrid.worker.supplies import Supplies
 from deskgrid.worker.tasks import beside, in_thread
 
-__all__ = ["Kit", "Runner", "judge"]
+__all__ = ["Runner"]
 
 _log = structlog.get_logger()
 
-_CONTEXT_LIMITS = archive.UnpackLimits(bytes=2 * GIB, apparent_bytes=16 * GIB, files=200_000)
-_DOWNLOAD_TRIES = 8
-"""Failures in a row without a byte of progress after which a download is given up."""
 _RECHECK_S = 1.0
 _WHOLE_REPORT_BYTES = 1 << 20
 """The report holds the last MiB of a stream; shorter ones are known to be whole."""
-_CPU_SLACK_S = 600.0
-_MACHINE, _CONTEXT, _CONTEXT_ARCHIVE, _RESULT = "machine", "context", "context.tar.zst", "result.tar.zst"
-_NOT_THE_JOB = {
-    ExitCause.START_FAILED: "the machine could not be started",
-    ExitCause.IO_ERROR: "the disk of the PC could not take what the machine wrote",
-    ExitCause.KILLED: "the machine was killed (out of memory?)",
-}
-_BEFORE_THE_END = {
-    ExitCause.RESET: "the guest reset or panicked before context.sh ended",
-    ExitCause.POWERED_OFF: "the guest powered off before context.sh ended",
-}
-
-
-class Extract(Protocol):
-    """Takes a result out of a scratch image; see machines.results.extract_results."""
-
-    async def __call__(self, image: Path, output: Path, *, paths: tuple[str, ...], limits: ExtractLimits) -> ResultReport: ...
-
-
-class Kit(Struct, frozen=True, kw_only=True):
-    """What all attempts of one worker share."""
-
-    home: Home
-    settings: WorkerSettings
-    journal: Journal
-    cache: Cache
-    connection: Connection
-    drivers: Drivers
-    owner: Owner
-    clock: Clock
-    rng: Random
-    changed: Callable[[], None]
-    """Tell the server soon."""
-    fault: Callable[[str], None]
-    """This PC could not do what was asked, for this reason: take no new work for a while."""
-    result_room: Callable[[], int]
-    """Bytes that a packed result may take now."""
-    unpack: Callable[..., Awaitable[object]] = unpack_disk
-    extract: Extract = extract_results
+_MACHINE, _RESULT = "machine", "result.tar.zst"
 
 
 class Runner:
@@ -137,8 +82,8 @@ class Runner:
         self.entry = entry
         self.id = entry.assignment.attempt_id
         self.disk_bytes = 0
-        self.fetched_bytes = 0
         self._folder = kit.home.attempt(self.id)
+        self._supplies = Supplies(kit, entry.assignment)
         self._output = LiveOutput(self.id, kit.connection, kit.clock, kit.rng)
         self._machine_lock = asyncio.Lock()
         self._journal_lock = asyncio.Lock()
@@ -173,6 +118,11 @@ class Runner:
     def ran_s(self) -> float:
         """Return the seconds that its machine has run, suspensions left out."""
         return self._ran_s + (self._clock.monotonic() - self._since if self._since is not None else 0.0)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """What has come of the disk or context that is fetched now."""
+        return self._supplies.fetched_bytes
 
     @property
     def folder(self) -> Path:
@@ -237,7 +187,7 @@ class Runner:
     async def discard(self, *, grace_s: float = 0.0) -> None:
         """Remove its machine, its files and its journal entry. `run` must not be running. Idempotent."""
         if grace_s and self.entry.phase is Phase.STARTED:
-            with contextlib.suppress(MachineFailed, DriverUnusable):
+            with contextlib.suppress(DeskgridError):
                 await self._driver().stop(self._handle(), grace_s=grace_s)
         await self._clean()
         await self.forget()
@@ -315,77 +265,15 @@ class Runner:
             return
         assignment = self.entry.assignment
         driver = self._kit.drivers.choose(assignment.spec.machine)
-        await in_thread(_make_empty, self._folder)
-        context = await self._fetch_context()
-        async with self._kit.cache.use(assignment.disk, self._fetch_disk) as disk:
-            handle = await driver.prepare(self._machine_spec(disk, context), self._folder / _MACHINE)
+        await in_thread(make_empty, self._folder)
+        context = await self._supplies.fetch_context()
+        async with self._kit.cache.use(assignment.disk, self._supplies.fetch_disk) as disk:
+            handle = await driver.prepare(self._supplies.machine_spec(disk, context), self._folder / _MACHINE)
             # At once, so that whoever cancels us now knows what to remove.
             self.entry = msgspec.structs.replace(self.entry, handle=handle)
             self._hold_disk()
         await self._note(durable=True, phase=Phase.PREPARED)
-        await in_thread(_remove, self._folder / _CONTEXT, self._folder / _CONTEXT_ARCHIVE)
-
-    async def _fetch_context(self) -> Path | None:
-        blob = self.entry.assignment.context
-        if blob is None:
-            return None
-        packed, folder = self._folder / _CONTEXT_ARCHIVE, self._folder / _CONTEXT
-        await self._download(blob, packed)
-        await in_thread(archive.unpack, packed, folder, limits=_CONTEXT_LIMITS)
-        return folder
-
-    async def _fetch_disk(self, partial: Path, output: Path) -> None:
-        ref = self.entry.assignment.disk
-        if ref.disk is None:
-            raise BadImage("this data is not a disk")
-        await self._download(ref.blob, partial)
-        try:
-            await self._kit.unpack(partial, output, sha256=ref.disk.sha256, size_bytes=ref.disk.size_bytes, format=ref.disk.format)
-        except ProtocolError as error:
-            # What came is what was published (its sha256 is right), so nobody else's copy is better.
-            raise BadImage(error.message, hint=error.hint) from error
-
-    async def _download(self, blob: Blob, file: Path) -> None:
-        """Fetch a blob, going on after interruptions. Raise Unreachable once tries without progress are used up."""
-        failures, have = 0, _size(file)
-        while True:
-            try:
-                await self._kit.connection.download(blob, file, self._note_progress)
-                return
-            except (Unreachable, StoreUnavailable):
-                failures = 1 if _size(file) > have else failures + 1
-                have = _size(file)
-                if failures >= _DOWNLOAD_TRIES:
-                    raise
-                await self._pause(failures)
-
-    def _note_progress(self, have_bytes: int) -> None:
-        self.fetched_bytes = have_bytes
-
-    def _machine_spec(self, disk: Path, context: Path | None) -> MachineSpec:
-        assignment = self.entry.assignment
-        machine, limits, known = assignment.spec.machine, assignment.spec.limits, assignment.disk.disk
-        if known is None:
-            raise BadImage("this data is not a disk")
-        return MachineSpec(
-            name=attempt_name(assignment.job_id, assignment.number),
-            kind=machine.kind,
-            memory_bytes=machine.memory_bytes,
-            cpus=machine.cpus,
-            scratch_bytes=machine.scratch_bytes,
-            disk=disk,
-            disk_format=known.format,
-            context=context,
-            context_label=known.context_label,
-            network=machine.network,
-            environment=(
-                ("DESKGRID_JOB", str(assignment.job_id)),
-                ("DESKGRID_ATTEMPT", str(assignment.number)),
-                ("DESKGRID_CPUS", str(machine.cpus)),
-            ),
-            # Emulation has threads besides those of the guest's CPUs.
-            cpu_time_s=(limits.wall_time_s + _CPU_SLACK_S) * (machine.cpus + 1),
-        )
+        await in_thread(remove, *self._supplies.files())
 
     async def _start(self) -> None:
         async with self._machine_lock:
@@ -448,8 +336,8 @@ class Runner:
         if verdict is not None and (verdict.state is AttemptState.REFUSED or not self.entry.booted):
             await self.settle(verdict.state, verdict.reason)
             return
-        if exited.cause in _NOT_THE_JOB or (exited.cause is ExitCause.STOPPED and verdict is None):
-            why = _NOT_THE_JOB.get(exited.cause, "the machine was stopped from outside")
+        if exited.cause in NOT_THE_JOB or (exited.cause is ExitCause.STOPPED and verdict is None):
+            why = NOT_THE_JOB.get(exited.cause, "the machine was stopped from outside")
             await self.settle(AttemptState.REFUSED, f"{why}: {exited.detail}" if exited.detail else why)
             return
         try:
@@ -486,7 +374,7 @@ class Runner:
         if report.result is not None:
             report = await self._upload(report, report.result)
         if removed:
-            await in_thread(_remove, self._folder)
+            await in_thread(remove, self._folder)
             self.disk_bytes = 0
         await self._note(phase=Phase.DONE, report=report)
         _log.info("attempt_done", **self._names(), state=report.state.value, exit_code=report.exit_code, reason=report.reason)
@@ -503,9 +391,9 @@ class Runner:
                 failures += 1
                 _log.info("result_not_sent_yet", **self._names(), error=str(error), failures=failures)
             except FileNotFoundError:
-                return _without_result(report, AttemptState.REFUSED, "the packed result was removed from the PC")
+                return without_result(report, AttemptState.REFUSED, "the packed result was removed from the PC")
             except DeskgridError as error:
-                return _without_result(report, AttemptState.FAILED, f"the server does not take the result: {error}")
+                return without_result(report, AttemptState.FAILED, f"the server does not take the result: {error}")
             await self._pause(failures)
 
     # ---- parts
@@ -516,12 +404,12 @@ class Runner:
             # Nothing may keep a report that is decided from being told; what is left over is removed at the next start.
             _log.error("attempt_not_delivered", **self._names(), exc_info=error)
             report = self.entry.settled or self.report()
-            await self._note(phase=Phase.DONE, report=_without_result(report, *_fault_of(error)))
+            await self._note(phase=Phase.DONE, report=without_result(report, *fault_of(error)))
             self._kit.changed()
             return
         if not isinstance(error, DeskgridError | OSError):
             _log.exception("attempt_broken", **self._names(), exc_info=error)
-        state, reason = _fault_of(error)
+        state, reason = fault_of(error)
         await self.settle(state, reason)
 
     async def _note(self, *, durable: bool = False, **changes: Any) -> None:
@@ -555,7 +443,7 @@ class Runner:
         """Remove the machine and all files. What cannot be removed now is at the next start."""
         if await self.remove_machine():
             try:
-                await in_thread(_remove, self._folder)
+                await in_thread(remove, self._folder)
             except OSError as error:
                 _log.error("files_not_removed", **self._names(), error=str(error))
 
@@ -598,66 +486,3 @@ class Runner:
     def _names(self) -> dict[str, int]:
         assignment = self.entry.assignment
         return {"attempt_id": self.id, "job_id": assignment.job_id, "number": assignment.number}
-
-
-def judge(cause: ExitCause, found: ResultReport, verdict: Verdict | None) -> tuple[AttemptState, str]:
-    """Return state and reason of an attempt whose scratch could be read.
-
-    The exit code that the agent wrote counts most: it was written after everything that context.sh wrote was on the disk, so a guest
-    that hangs or panics while it powers off has done its work.
-    """
-    if found.exit_code == 0:
-        return AttemptState.SUCCEEDED, f"{found.dropped_count} entries of the result were left out" if found.dropped_count else ""
-    if found.exit_code is not None:
-        return AttemptState.FAILED, f"context.sh ended with {found.exit_code}"
-    if verdict is not None:
-        return verdict.state, verdict.reason
-    return AttemptState.FAILED, _BEFORE_THE_END.get(cause, "the machine ended before context.sh did")
-
-
-_JOBS_FAULTS: tuple[tuple[type[DeskgridError], str], ...] = (
-    (BadImage, "bad disk image"),
-    (BadArchive, "bad context"),
-    (InvalidInput, "the machine cannot be made"),
-)
-
-
-def _fault_of(error: Exception) -> tuple[AttemptState, str]:
-    """Return whose fault an error is, and what to say."""
-    for kind, words in _JOBS_FAULTS:
-        if isinstance(error, kind):
-            return AttemptState.FAILED, f"{words}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return AttemptState.REFUSED, "no space is left on the PC"
-    if isinstance(error, DeskgridError):
-        return AttemptState.REFUSED, str(error)
-    return AttemptState.REFUSED, f"the worker failed: {type(error).__name__}: {error}"
-
-
-def _without_result(report: AttemptReport, state: AttemptState, reason: str) -> AttemptReport:
-    """Return a report without result; one of success cannot do without, a failure keeps its own reason."""
-    if report.state is AttemptState.SUCCEEDED:
-        return msgspec.structs.replace(report, state=state, reason=reason, result=None)
-    return msgspec.structs.replace(report, result=None)
-
-
-def _make_empty(folder: Path) -> None:
-    _remove(folder)
-    folder.mkdir(parents=True, mode=0o700)
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            # The user's folders may be read-only; they are ours now.
-            for parent, folders, _ in os.walk(path):
-                for inner in (Path(parent, name) for name in folders):
-                    if not inner.is_symlink():
-                        inner.chmod(0o700)
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

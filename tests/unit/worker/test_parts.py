@@ -24,9 +24,9 @@ from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
 from deskgrid.worker import home as home_module
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
+from deskgrid.worker.judging import judge
 from deskgrid.worker.output import LiveOutput
 from deskgrid.worker.probe import allocated_bytes, lent_by, profile_of
-from deskgrid.worker.runner import judge
 from deskgrid.worker.slots import NOTHING, Usage, excess_bytes, free_capacity, usage_of
 from deskgrid.worker.tasks import beside, finish, within
 from tests.unit.worker.play import PlayServer, disk_ref

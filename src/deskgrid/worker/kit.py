@@ -1,0 +1,51 @@
+"""What all attempts of one worker share."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+from typing import Protocol
+
+from msgspec import Struct
+
+from deskgrid.clock import Clock
+from deskgrid.machines.images import unpack_disk
+from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
+from deskgrid.settings import WorkerSettings
+from deskgrid.swarm.cache import Cache
+from deskgrid.worker.connection import Connection
+from deskgrid.worker.drivers import Drivers
+from deskgrid.worker.home import Home
+from deskgrid.worker.journal import Journal
+from deskgrid.worker.owner import Owner
+
+__all__ = ["Extract", "Kit"]
+
+
+class Extract(Protocol):
+    """Takes a result out of a scratch image; see machines.results.extract_results."""
+
+    async def __call__(self, image: Path, output: Path, *, paths: tuple[str, ...], limits: ExtractLimits) -> ResultReport: ...
+
+
+class Kit(Struct, frozen=True, kw_only=True):
+    """What all attempts of one worker share."""
+
+    home: Home
+    settings: WorkerSettings
+    journal: Journal
+    cache: Cache
+    connection: Connection
+    drivers: Drivers
+    owner: Owner
+    clock: Clock
+    rng: Random
+    changed: Callable[[], None]
+    """Tell the server soon."""
+    fault: Callable[[str], None]
+    """This PC could not do what was asked, for this reason: take no new work for a while."""
+    result_room: Callable[[], int]
+    """Bytes that a packed result may take now."""
+    unpack: Callable[..., Awaitable[object]] = unpack_disk
+    extract: Extract = extract_results
