@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from deskgrid import settings
+from deskgrid.cli.main import app
 from deskgrid.client.jobfile import spec_reference
 from deskgrid.core.lifecycle import TRANSITIONS
 from deskgrid.model import wire
@@ -92,6 +93,12 @@ def api_reference() -> str:
     )
 
 
+def commands_reference() -> str:
+    """Return the help of all commands."""
+    text = app.generate_docs(output_format="markdown")
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
 def _rewritten(file: Path, change: Callable[[str], str]) -> str:
     return change(file.read_text(encoding="utf-8"))
 
@@ -104,6 +111,7 @@ def documents() -> dict[Path, str]:
         DOCS / "reference" / "settings.md": settings_reference(),
         DOCS / "reference" / "job-spec.md": spec_reference(),
         DOCS / "reference" / "api.md": api_reference(),
+        DOCS / "reference" / "commands.md": commands_reference(),
     }
 
 

@@ -74,6 +74,17 @@ def test_json_everywhere_is_one_document(system: System):
         json.loads(system.cli(*command, "--json").stdout)
 
 
+def test_revoked_token_ends_at_once(system: System):
+    system.cli("user", "add", "ann")
+    link = system.json("user", "token", "ann")["link"]
+    ann = {"DESKGRID_CLIENT_HOME": str(system.folder / "ann")}
+    system.cli("login", link, **ann)
+    assert "valid" in system.cli("user", "tokens", **ann).stdout
+    [mine] = json.loads(system.cli("user", "tokens", "--json", **ann).stdout)
+    system.cli("user", "tokens", "--revoke", str(mine["id"]), expect=None, **ann)
+    system.cli("job", "list", expect=1, **ann)
+
+
 def test_data_goes_up_and_comes_back(system: System):
     (system.folder / "table.csv").write_text("1,2\n")
     system.cli("data", "put", system.folder / "table.csv", "--name", "table")

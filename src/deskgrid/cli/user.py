@@ -124,6 +124,31 @@ async def token(name: Name, /, *, lifetime: str = "7d", json: Json = False) -> N
         print_lines(str(link))
 
 
+@app.command
+async def tokens(*, revoke: int | None = None, json: Json = False) -> None:
+    """Show your tokens: which PCs and programs are logged in as you. With --revoke, end one first.
+
+    Examples:
+
+        deskgrid user tokens
+        deskgrid user tokens --revoke 3
+
+    Parameters
+    ----------
+    revoke
+        Number of a token that shall not be valid any more, as of a PC that was lost.
+    """
+    async with connected() as grid:
+        if revoke is not None:
+            await grid.revoke_token(revoke)
+        found = await grid.tokens()
+    if json:
+        print_json(found)
+        return
+    rows = [(one.id, one.label, age(one.created_at), "revoked" if one.revoked else "valid") for one in found]
+    print_table(("token", "for", "made", "state"), rows, empty="no tokens")
+
+
 def lifetime_of(text: str) -> float:
     """Return the seconds of --lifetime. Raise InvalidInput naming the option."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from deskgrid.settings import WorkerSettings, load_settings
 from deskgrid.worker.connection import Connection
 from deskgrid.worker.control import AttemptStatus, StatusAnswer
 from deskgrid.worker.drivers import Drivers, make_driver
-from deskgrid.worker.home import Home
+from deskgrid.worker.home import Home, remove
 from deskgrid.worker.journal import Entry, Journal
+from deskgrid.worker.tasks import in_thread
 
 __all__ = ["destroy_strays", "leave_home", "remove_files", "say_goodbye", "status_of_home"]
 
@@ -60,7 +60,7 @@ async def destroy_strays(home: Home, drivers: Drivers, *, known: Iterable[Path])
         try:
             if folder.is_dir():
                 await drivers.destroy_unknown(folder / "machine")
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            await in_thread(remove, folder)
         except (DeskgridError, OSError) as error:
             _log.error("stray_attempt_not_removed", folder=folder.name, error=str(error))
 
@@ -78,10 +78,11 @@ async def say_goodbye(connection: Connection) -> str:
 
 def remove_files(home: Home) -> None:
     """Remove all that a worker has on this PC but its settings."""
-    for folder in (home.journal, home.attempts, home.cache):
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in (home.credentials, home.paused, home.control):
-        file.unlink(missing_ok=True)
+    for path in (home.credentials, home.paused, home.control, home.journal, home.attempts, home.cache):
+        try:
+            remove(path)
+        except OSError as error:
+            _log.error("files_not_removed", path=str(path), error=str(error))
 
 
 def status_of_home(home: Home, message: str = "") -> StatusAnswer:
