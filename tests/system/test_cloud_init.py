@@ -86,14 +86,14 @@ class CloudMachine:
         )
         self._handle = await self.driver.prepare(spec, self._workdir)
         await self.driver.start(self._handle)
-        events: list[MachineEvent] = []
+        seen: list[MachineEvent] = []
         try:
             async with asyncio.timeout(BOOT_LIMIT_S):
                 async for event in self.driver.events(self._handle):
-                    events.append(event)
+                    seen.append(event)  # noqa: PERF401 - what came before the limit is wanted too
         except TimeoutError:
-            pytest.fail(f"not off after {BOOT_LIMIT_S:.0f} s; its console:\n{console(events)}")
-        return events
+            pytest.fail(f"not off after {BOOT_LIMIT_S:.0f} s; its console:\n{console(seen)}")
+        return seen
 
     def read(self, path: str) -> bytes:
         """Return a file of scratch."""

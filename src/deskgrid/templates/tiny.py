@@ -19,6 +19,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from deskgrid.archive import zstd
 from deskgrid.errors import OperatorError
 from deskgrid.templates.cpio import CpioWriter
 
@@ -36,8 +37,9 @@ REQUIRED_TOOLS = {
 }
 """Program that the build runs -> Debian package that has it."""
 
-_KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
-"""Boots fastest of Debian's kernels (LZ4, few drivers) and has what a VM needs: PIIX, sd, sr, iso9660, ext4, virtio."""
+_KERNEL_METAPACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
+"""Debian's, which boots fastest of its kernels (LZ4, few drivers) and has what a VM needs: PIIX, sd, sr, iso9660, ext4, virtio;
+Ubuntu's (untested), which keeps its modules in a package of their own and compresses them."""
 _PACKAGES = ("busybox-static", "isolinux", "syslinux-common")
 _MODULES = ("virtio_pci", "virtio_blk", "ata_piix", "sd_mod", "sr_mod", "isofs")
 """Disks as IDE and virtio, and the context's file system; ext4 and serial ports are built in."""
@@ -120,22 +122,34 @@ def _packages(cache: Path) -> list[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in _PACKAGES if not _cached(cache, name)]
     if not _cached(cache, "linux-image-*"):
-        wanted.append(_kernel_package())
+        wanted += _kernel_packages()
     if wanted:
         _download(wanted, cache)
-    return [_cached(cache, name)[-1] for name in ("linux-image-*", *_PACKAGES)]
+    modules = _cached(cache, "linux-modules-*")[-1:]
+    return [*(_cached(cache, name)[-1] for name in ("linux-image-*", *_PACKAGES)), *modules]
 
 
 def _cached(cache: Path, name: str) -> list[Path]:
     return sorted(cache.glob(f"{name}_*.deb"))
 
 
-def _kernel_package() -> str:
-    listing = _run("apt-cache", "depends", _KERNEL_METAPACKAGE)
-    match = re.search(r"Depends: (linux-image-[\w.+-]+)", listing)
-    if match is None:
-        raise OperatorError(f"apt knows no package {_KERNEL_METAPACKAGE}", hint="run: sudo apt-get update")
-    return match[1]
+def _kernel_packages() -> list[str]:
+    """Return the package of this system's kernel for VMs, and that of its modules if they are apart."""
+    for meta in _KERNEL_METAPACKAGES:
+        kernel = _first_dependency(meta, "linux-image-")
+        if kernel is not None:
+            modules = _first_dependency(kernel, "linux-modules-")
+            return [kernel, modules] if modules else [kernel]
+    raise OperatorError(f"apt knows none of the packages {', '.join(_KERNEL_METAPACKAGES)}", hint="run: sudo apt-get update")
+
+
+def _first_dependency(package: str, prefix: str) -> str | None:
+    try:
+        listing = _run("apt-cache", "depends", package)
+    except OperatorError:
+        return None
+    match = re.search(rf"Depends: ({re.escape(prefix)}\d[\w.+-]+)", listing)
+    return match[1] if match else None
 
 
 def _download(names: list[str], cache: Path) -> None:
@@ -173,8 +187,8 @@ def _initrd(root: Path) -> bytes:
     archive.file("etc/group", b"root:x:0:\n")
     modules = _with_dependencies(root, _MODULES)
     for module in modules:
-        archive.file(f"lib/modules/{module.name}", module.read_bytes())
-    archive.file("lib/modules/order", "".join(f"{module.name}\n" for module in modules).encode())
+        archive.file(f"lib/modules/{_plain_name(module)}", _module_bytes(module))
+    archive.file("lib/modules/order", "".join(f"{_plain_name(module)}\n" for module in modules).encode())
     return archive.finish()
 
 
@@ -187,7 +201,8 @@ def _find(root: Path, name: str) -> Path:
 
 def _with_dependencies(root: Path, names: tuple[str, ...]) -> list[Path]:
     """Return module files such that each comes after what it needs. Modules built into the kernel are left out."""
-    files = {path.stem.replace("-", "_"): path for path in sorted(root.rglob("*.ko"))}
+    found = sorted([*root.rglob("*.ko"), *root.rglob("*.ko.zst")])
+    files = {_plain_name(path).removesuffix(".ko").replace("-", "_"): path for path in found}
     ordered: dict[str, Path] = {}
 
     def visit(name: str) -> None:
@@ -203,9 +218,19 @@ def _with_dependencies(root: Path, names: tuple[str, ...]) -> list[Path]:
     return list(ordered.values())
 
 
+def _plain_name(module: Path) -> str:
+    return module.name.removesuffix(".zst")
+
+
+def _module_bytes(module: Path) -> bytes:
+    """Return a module as busybox can load it: not compressed."""
+    content = module.read_bytes()
+    return zstd.decompress(content) if module.suffix == ".zst" else content
+
+
 def _depends(module: Path) -> list[str]:
     """Return the modules that one needs, from its .modinfo section; so depmod is not needed."""
-    match = re.search(rb"\0depends=([^\0]*)\0", module.read_bytes())
+    match = re.search(rb"\0depends=([^\0]*)\0", _module_bytes(module))
     return [name.replace("-", "_") for name in match[1].decode().split(",") if name] if match else []
 
 

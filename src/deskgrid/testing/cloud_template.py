@@ -37,16 +37,19 @@ REQUIRED_TOOLS = {
     "qemu-img": "qemu-utils",
 }
 """Program that the build runs -> Debian package that has it."""
+_TOOLS_OF_USERS = {"newuidmap": "uidmap"}
+"""What is needed besides by a user who is not root."""
 _BOOT_SECTOR = Path("/usr/lib/grub/i386-pc/boot.img")
 REQUIRED_FILES = {_BOOT_SECTOR: "grub-pc-bin"}
 
 _RELEASE = "bookworm"
 _RELEASES = (_RELEASE, f"{_RELEASE}-updates", f"{_RELEASE}-security")
-_PACKAGES = (
-    "linux-image-cloud-amd64,zstd,systemd-sysv,udev,dbus,kmod,iproute2,netplan.io"
-    ",cloud-init,cloud-guest-utils,sudo,openssh-server,e2fsprogs"
-)
-"""What Debian's own cloud images are made of, less their editors and manuals."""
+_PACKAGES = "linux-image-cloud-amd64,zstd,systemd-sysv,udev,dbus,ifupdown,openssh-server,sudo,cloud-init,cloud-guest-utils"
+"""What Debian's own cloud images are made of, less editors, manuals and netplan.
+
+A disk whose network is systemd-networkd's works too, but a machine without network card waits 120 s in it for one
+(systemd-networkd-wait-online) before cloud-init goes on.
+"""
 _CLOUD_CONFIG = "datasource_list: [ NoCloud, None ]\n"
 _FSTAB = "LABEL=cloudroot / ext4 defaults 0 1\n"
 _GRUB_CONFIG = """\
@@ -61,9 +64,8 @@ set -eu
 rm -f "$1"/etc/ssh/ssh_host_* "$1"/etc/apt/apt.conf.d/99mmdebstrap
 rm -rf "$1"/var/lib/apt/lists/*
 : >"$1/etc/machine-id"
-chroot "$1" systemctl enable systemd-networkd
 """
-"""A disk that was never booted, and no network settings of this machine."""
+"""Makes it a disk that was never booted, without what it had for the build."""
 
 _DISK_BYTES = 2048 * MIB
 _PARTITION_BYTES = 1 * MIB
@@ -106,7 +108,8 @@ def _build(disk: Path) -> None:
 
 
 def _check_tools() -> None:
-    missing = {tool: package for tool, package in REQUIRED_TOOLS.items() if find_program(tool) is None}
+    tools = REQUIRED_TOOLS if os.geteuid() == 0 else REQUIRED_TOOLS | _TOOLS_OF_USERS
+    missing = {tool: package for tool, package in tools.items() if find_program(tool) is None}
     missing |= {str(path): package for path, package in REQUIRED_FILES.items() if not path.exists()}
     if missing:
         raise OperatorError(

@@ -64,3 +64,16 @@ def test_broken_download_leaves_no_package_in_the_cache(tmp_path: Path, monkeypa
     with pytest.raises(OperatorError, match="apt-get update"):
         tiny._download(["busybox-static"], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_compressed_modules_are_found_unpacked_and_in_order(tmp_path: Path):
+    """As Ubuntu ships them."""
+    from deskgrid.archive import zstd
+    from deskgrid.templates import tiny
+
+    plain = {"libata": b"\0depends=\0", "ata_piix": b"\0depends=libata\0"}
+    for name, content in plain.items():
+        (tmp_path / f"{name}.ko.zst").write_bytes(zstd.compress(content))
+    found = tiny._with_dependencies(tmp_path, ("ata_piix", "built_in"))
+    assert [tiny._plain_name(module) for module in found] == ["libata.ko", "ata_piix.ko"]
+    assert [tiny._module_bytes(module) for module in found] == list(plain.values())
