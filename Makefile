@@ -21,7 +21,8 @@ demo: setup ## a grid on this machine and one job in a virtual machine
 test: lint ## all checks and all tests but the long ones
 	$(PYTEST) -m 'not full'
 
-test-full: lint ## all checks and all tests
+test-full: lint ## all checks and all tests, the long ones too
+	@tools/setup full
 	$(PYTEST)
 
 lint: setup ## formatting, rules, types, imports, generated documentation

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deskgrid.archive import zstd
 from deskgrid.client.grid import describe_file
 from deskgrid.client.transport import Transport, load_credentials
 from deskgrid.model import wire
@@ -190,7 +191,7 @@ async def test_bad_disk_image_fails_the_job_with_a_clear_reason(system: System, 
     run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, evil], check=True)
     image = describe_file(evil)
     packed = tmp_path / "evil.zst"
-    run(["zstd", "-q", evil, "-o", packed], check=True)
+    packed.write_bytes(zstd.compress(evil.read_bytes()))
     async with Transport(load_credentials(system.folder / "client" / "credentials.json")) as transport:
         blob = describe_file(packed)
         await transport.upload(packed, blob)
