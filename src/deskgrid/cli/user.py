@@ -128,7 +128,7 @@ async def token(name: Name, /, *, lifetime: str = "7d", json: Json = False) -> N
 async def tokens(*, revoke: int | None = None, json: Json = False) -> None:
     """Show your tokens: which PCs and programs are logged in as you. With --revoke, end one first.
 
-    Examples:
+    For example:
 
         deskgrid user tokens
         deskgrid user tokens --revoke 3

@@ -36,12 +36,12 @@ ALL = list(commands(app))
 PRINTING = [path for path in ALL if not list(commands(app[path[0]])) or len(path) > 1]
 
 
-def test_the_commands_are_those_of_the_issue():
+def test_the_commands_are_those_that_the_documentation_promises():
     wanted = """
         demo status run login
         server.init server.run server.join-link
         worker.join worker.run worker.status worker.pause worker.resume worker.leave
-        user.add user.list user.token group.add group.list group.members
+        user.add user.list user.token user.tokens group.add group.list group.members
         disk.build disk.publish disk.list
         data.put data.get data.list data.show data.remove
         job.submit job.list job.show job.wait job.logs job.results job.cancel
