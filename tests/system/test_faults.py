@@ -14,7 +14,8 @@ from deskgrid.client.transport import Transport, load_credentials
 from deskgrid.model import wire
 from deskgrid.model.data import DataKind, Disk
 from deskgrid.model.machines import DiskFormat
-from tests.system.harness import Gate, System, until
+from deskgrid.testing.gate import Gate
+from tests.system.harness import System, until
 
 FOREVER = "hangs = true\n"
 
