@@ -17,7 +17,8 @@ from deskgrid.machines.driver import Booted, ContextExited, ContextStarted, Mach
 
 __all__ = ["MAX_LINE_BYTES", "ChannelParser", "channel_lines"]
 
-MAX_LINE_BYTES = 64 << 10
+MAX_LINE_BYTES = 65 << 10
+"""An agent's longest line is a chunk of 64 KiB behind its prefix."""
 _STREAMS = {b"1": Stream.STDOUT, b"2": Stream.STDERR}
 _EXITED = re.compile(rb"context-exited (\d{1,3})")
 

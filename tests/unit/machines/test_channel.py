@@ -52,3 +52,11 @@ def test_any_bytes_are_survived_and_give_nothing_but_events(chunks: list[bytes])
     parser = ChannelParser()
     events = [event for chunk in chunks for event in parser.feed(chunk)]
     assert all(isinstance(event, Booted | ContextStarted | ContextExited | Output) for event in events)
+
+
+def test_longest_line_of_an_agent_is_taken_however_it_is_cut():
+    line = b"1-" + b"x" * 65536 + b"\n"
+    for cut in (65536, 65537, 65538):
+        parser = ChannelParser()
+        assert parser.feed(line[:cut]) == []
+        assert parser.feed(line[cut:]) == [Output(Stream.STDOUT, b"x" * 65536)]

@@ -428,7 +428,11 @@ class Rig:
         return self.server.final[attempt_id]
 
     def journalled(self) -> list[dict[str, Any]]:
-        return [msgspec.json.decode(path.read_bytes()) for path in sorted(self.home.journal.glob("*.json"))]
+        found = []
+        for path in sorted(self.home.journal.glob("*.json")):
+            with contextlib.suppress(FileNotFoundError):  # forgotten since it was listed
+                found.append(msgspec.json.decode(path.read_bytes()))
+        return found
 
     def nothing_left(self) -> bool:
         """No machine, no file of an attempt, no journal entry."""
