@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid import errors
-from deskgrid.errors import DeskgridError, InvalidInput, ProtocolError, Unreachable
+from deskgrid.errors import Conflict, DeskgridError, InvalidInput, ProtocolError, Unreachable
 from deskgrid.link import Link
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
@@ -184,7 +184,8 @@ class Transport:
     async def upload(self, file: Path, blob: Blob, progress: Callable[[int], None] | None = None) -> None:
         """Send a file as `blob`, going on where an earlier try stopped. `progress` gets the bytes that the server has.
 
-        Raise InvalidInput if the file is not what `blob` says (the server checks), Unreachable after `tries` without progress.
+        Raise InvalidInput if the file is not what `blob` says (the server checks), FileNotFoundError if it is not there (and the server
+        has not all of it), Unreachable after `tries` without progress.
         """
         failures, last = 0, -1
         while True:
@@ -193,6 +194,10 @@ class Transport:
                 progress(upload.received_bytes)
             if upload.complete:
                 return
+            if file.stat().st_size != blob.size_bytes:
+                raise InvalidInput(
+                    f"{file.name} does not have the {blob.size_bytes} bytes announced", hint="it was changed meanwhile"
+                )
             failures = failures + 1 if upload.received_bytes <= last else 0
             if failures >= self._tries:
                 raise Unreachable(f"the upload of {file.name} stops at {last} of {blob.size_bytes} bytes")
@@ -204,7 +209,8 @@ class Transport:
                     wire.UPLOAD_BYTES, {"upload": upload.id}, headers=headers, data=body, wait_s=600
                 ) as answer:
                     await answer.read()
-            except Unreachable:
+            except (Unreachable, Conflict):
+                # Conflict: the server had more from the broken connection, or notices only now that it is broken.
                 await asyncio.sleep(self._rng.uniform(0.2, 0.6))
 
     async def download(self, blob: Blob, file: Path, progress: Callable[[int], None] | None = None) -> None:
@@ -215,6 +221,8 @@ class Transport:
         digest, have = hashlib.sha256(), 0
         if file.exists():
             have = await asyncio.to_thread(_hash_into, digest, file)
+        elif blob.size_bytes == 0:
+            file.touch()
         failures = 0
         while have < blob.size_bytes:
             before = have

@@ -21,7 +21,7 @@ from deskgrid.model.machines import Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Capacity
 from deskgrid.units import GIB
 
-__all__ = ["Ask", "Queue", "Requirement", "Share", "match", "need_of", "requirement_of"]
+__all__ = ["Ask", "Queue", "Requirement", "Share", "match", "need_of", "requirement_of", "without"]
 
 _SCRATCH_PROMISE_BYTES = GIB
 
@@ -103,7 +103,7 @@ def match(ask: Ask, queues: Sequence[Queue], live: Mapping[UserId, int], *, limi
             break
         best = min(fitting, key=lambda index: _order(queues[index], ask, used))
         queue = queues[best]
-        free = _less(free, queue.requirement)
+        free = without(free, [_needed(queue.requirement)])
         used[queue.owner_id] = used.get(queue.owner_id, 0) + 1
         taken[best] = taken.get(best, 0) + 1
         waiting[best] -= 1
@@ -124,9 +124,16 @@ def _fits(wanted: Requirement, free: Capacity) -> bool:
     return wanted.cpus <= free.cpus and wanted.memory_bytes <= free.memory_bytes and wanted.disk_bytes <= free.disk_bytes
 
 
-def _less(free: Capacity, wanted: Requirement) -> Capacity:
-    return Capacity(
-        cpus=free.cpus - wanted.cpus,
-        memory_bytes=free.memory_bytes - wanted.memory_bytes,
-        disk_bytes=free.disk_bytes - wanted.disk_bytes,
-    )
+def _needed(wanted: Requirement) -> Capacity:
+    return Capacity(cpus=wanted.cpus, memory_bytes=wanted.memory_bytes, disk_bytes=wanted.disk_bytes)
+
+
+def without(free: Capacity, needs: Iterable[Capacity]) -> Capacity:
+    """Return what is left of `free` once all needs are met."""
+    for need in needs:
+        free = Capacity(
+            cpus=free.cpus - need.cpus,
+            memory_bytes=free.memory_bytes - need.memory_bytes,
+            disk_bytes=free.disk_bytes - need.disk_bytes,
+        )
+    return free

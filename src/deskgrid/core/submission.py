@@ -22,6 +22,8 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("limits", "max_suspend_s", 1, 366 * 86400),
 )
 _MOST_PATHS, _LONGEST_NAME, _LONGEST_PATH = 100, 200, 1000
+_MOST_PATHS_BYTES = 20_000
+"""All together: the worker hands them to a program as one argument, of which Linux takes 128 KiB (JSON may need six bytes for one)."""
 
 
 def check_spec(spec: JobSpec) -> None:
@@ -41,6 +43,8 @@ def check_spec(spec: JobSpec) -> None:
     paths = spec.results.paths
     if not paths or len(paths) > _MOST_PATHS or any(not path or len(path) > _LONGEST_PATH or "\0" in path for path in paths):
         raise InvalidInput("1 to 100 globs of at most 1000 characters", where="results.paths", hint='as in ["**"]')
+    if sum(len(path.encode()) for path in paths) > _MOST_PATHS_BYTES:
+        raise InvalidInput(f"more than {_MOST_PATHS_BYTES} bytes of globs", where="results.paths", hint="name folders, not files")
 
 
 def _label(field: str) -> str:

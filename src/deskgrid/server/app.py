@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import uuid
 from typing import Any
@@ -162,6 +163,8 @@ def _decode_query(route: wire.Route[Any, Any], http: HttpRequest) -> dict[str, A
                 found[name] = msgspec.convert(http.query_params[name], kind, strict=False)
             except msgspec.ValidationError as error:
                 raise InvalidInput(f"{http.query_params[name][:80]!r} is not allowed", where=name, hint=kind.__name__) from error
+            if isinstance(found[name], float) and not math.isfinite(found[name]):
+                raise InvalidInput("a finite number is needed", where=name)  # not a number as a delay breaks the loop's timers
     return found
 
 
@@ -213,9 +216,9 @@ async def clean(services: Services) -> None:
         return list(freed), [row.id for row in tx.rows(sa.select(upload.c.id))]
 
     freed, kept = await services.store.write(forget)
+    services.repository.forget_uploads(kept)  # first: an upload that begins while we wait below is not in `kept`
     for sha256 in freed:
         await services.repository.remove(sha256)
-    services.repository.forget_uploads(kept)
 
 
 @contextlib.contextmanager
@@ -224,3 +227,6 @@ def _failures_logged(message: str) -> Any:
         yield
     except DeskgridError as error:
         _log.error(message, error=str(error))
+    except Exception as error:
+        # As a disk that cannot be written: without the sweep no lease ends, and its end would be the server's.
+        _log.error(message, error=repr(error), exc_info=error)

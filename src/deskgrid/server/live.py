@@ -7,26 +7,36 @@ from collections import defaultdict
 
 __all__ = ["Live"]
 
+_MOST_MARKS = 10_000
+
 
 class Live:
-    """Counts changes per topic and wakes those who wait."""
+    """Counts changes, notes the last of each topic and wakes those who wait."""
 
     def __init__(self) -> None:
-        self._marks: dict[str, int] = defaultdict(int)
+        self._marks: dict[str, int] = {}
+        """Of the topics that changed last, the one longest ago first."""
+        self._count = 0
+        self._forgotten = 0
+        """Mark of topics that are not kept: to who waits for one, it may seem to have changed, which costs one look."""
         self._waiting: dict[str, list[asyncio.Future[None]]] = defaultdict(list)
         self._seen: dict[str, dict[str, int]] = {}
 
     def notify(self, topics: list[str]) -> None:
-        """Note one change of each topic named (a topic named twice changed twice) and wake its waiters."""
+        """Note a change of each topic named and wake its waiters."""
         for topic in topics:
-            self._marks[topic] += 1
+            self._count += 1
+            self._marks.pop(topic, None)
+            self._marks[topic] = self._count
             for future in self._waiting.pop(topic, ()):
                 if not future.done():
                     future.set_result(None)
+        while len(self._marks) > _MOST_MARKS:
+            self._forgotten = self._marks.pop(next(iter(self._marks)))
 
     def mark(self, topic: str) -> int:
         """Return a number that grows with each change of a topic."""
-        return self._marks.get(topic, 0)
+        return self._marks.get(topic, self._forgotten)
 
     def remember(self, principal: str, marks: dict[str, int]) -> None:
         """Keep what somebody had seen when it last looked, so that a change before it waits again is not missed."""

@@ -13,10 +13,10 @@ import errno
 import hashlib
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from deskgrid.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from deskgrid.model.data import Blob
@@ -34,7 +34,8 @@ class Repository:
         self._uploads = home / "uploads"
         self._reserve_bytes = reserve_bytes
         self._max_bytes = max_bytes
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """A lock is here as long as somebody holds it or waits for it."""
         self._digests: dict[int, tuple[int, Any]] = {}
         """Running sha256 of uploads that this process has received from their beginning: (bytes, digest)."""
         for folder in (self._blobs, self._uploads):
@@ -70,27 +71,29 @@ class Repository:
         if not 0 <= blob.size_bytes <= self._max_bytes:
             raise InvalidInput(f"{blob.size_bytes} bytes are too many for one upload", hint=f"at most {self._max_bytes}")
         if blob.size_bytes > self.free_bytes():
-            raise StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help")
+            raise _full()
 
     async def receive(self, upload_id: int, blob: Blob, offset: int, chunks: AsyncIterator[bytes]) -> int:
         """Append chunks to an upload and return how far it is. What arrived stays, however the stream ends.
 
         Raise Conflict if `offset` is not where the upload stands, InvalidInput if more bytes come than it has.
         """
-        async with self._locks[f"upload:{upload_id}"]:
+        async with self._lock(f"upload:{upload_id}"):
             have = self.received_bytes(upload_id)
             if offset != have:
                 raise Conflict(f"the upload stands at {have}, not {offset}", hint="ask where it stands and go on there")
-            _, digest = self._digests.pop(upload_id, (0, None)) if have else (0, hashlib.sha256())
-            with self._part(upload_id).open("ab") as output:
+            size, digest = self._digests.pop(upload_id, (-1, None)) if have else (0, hashlib.sha256())
+            digest = digest if size == have else None
+            with self._part(upload_id).open("ab", buffering=0) as output:
                 try:
                     async for piece in _grouped(chunks):
                         if have + len(piece) > blob.size_bytes:
                             raise InvalidInput(f"more bytes came than the {blob.size_bytes} announced")
+                        if len(piece) > self.free_bytes():
+                            raise _full()
                         await asyncio.to_thread(_append, output, piece, digest)
                         have += len(piece)
                 finally:
-                    output.flush()
                     if digest is not None:
                         self._digests[upload_id] = (self.received_bytes(upload_id), digest)
             return have
@@ -101,9 +104,11 @@ class Repository:
         Raise InvalidInput, and forget the bytes, if their sha256 is not what was announced.
         """
         part = self._part(upload_id)
-        async with self._locks[f"upload:{upload_id}"]:
+        async with self._lock(f"upload:{upload_id}"):
             if not part.exists() and self.holds(blob):
                 return
+            if blob.size_bytes == 0:
+                part.touch()  # nothing is ever sent of an empty file
             size, digest = self._digests.pop(upload_id, (-1, None))
             if digest is None or size != blob.size_bytes:
                 digest = await asyncio.to_thread(_digest_of, part)
@@ -112,12 +117,12 @@ class Repository:
                 raise InvalidInput(
                     f"the bytes that came have the sha256 {digest.hexdigest()[:12]}, not {blob.sha256[:12]}", hint="send them again"
                 )
-            async with self._locks[blob.sha256]:
+            async with self._lock(blob.sha256):
                 await asyncio.to_thread(_settle, part, self._place(blob.sha256))
 
     async def remove(self, sha256: str) -> None:
         """Remove a blob's bytes. Idempotent."""
-        async with self._locks[sha256]:
+        async with self._lock(sha256):
             self._place(sha256).unlink(missing_ok=True)
 
     def forget_uploads(self, keep: Iterable[int]) -> None:
@@ -126,6 +131,13 @@ class Repository:
         for part in self._uploads.iterdir():
             if part.name not in kept:
                 part.unlink(missing_ok=True)
+        self._digests = {upload_id: found for upload_id, found in self._digests.items() if str(upload_id) in kept}
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        lock = self._locks.get(name)
+        if lock is None:
+            self._locks[name] = lock = asyncio.Lock()
+        return lock
 
     def _place(self, sha256: str) -> Path:
         return self._blobs / sha256[:2] / sha256
@@ -153,15 +165,22 @@ async def _grouped(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _append(output: Any, piece: bytes, digest: Any | None) -> None:
-    try:
-        output.write(piece)
-        output.flush()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help") from error
-        raise StoreUnavailable(f"the repository cannot be written: {error.strerror}") from error
-    if digest is not None:
-        digest.update(piece)
+    """Write unbuffered, and hash what was really written: on a full disk that may be a part of the piece."""
+    left = memoryview(piece)
+    while left:
+        try:
+            written = output.write(left)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _full() from error
+            raise StoreUnavailable(f"the repository cannot be written: {error.strerror}") from error
+        if digest is not None:
+            digest.update(left[:written])
+        left = left[written:]
+
+
+def _full() -> StoreUnavailable:
+    return StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help")
 
 
 def _digest_of(file: Path) -> Any:

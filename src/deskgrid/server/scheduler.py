@@ -6,10 +6,10 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid.core.lifecycle import AttemptEvent, event_of_report
-from deskgrid.core.matching import Ask, match
-from deskgrid.errors import Conflict
+from deskgrid.core.matching import Ask, match, need_of, without
+from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.data import Blob
-from deskgrid.model.ids import AttemptId, Sha256, WorkerId
+from deskgrid.model.ids import AttemptId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, JobSpec
 from deskgrid.model.wire import Sync, SyncAnswer
 from deskgrid.model.workers import Assignment, AttemptReport
@@ -21,6 +21,8 @@ from deskgrid.settings import ServerSettings
 __all__ = ["leave", "sync"]
 
 _MOST_PER_CALL = 100
+_MOST_ATTEMPTS, _MOST_PROFILE_BYTES = 2000, 1 << 16
+"""One worker must not keep the writer busy, nor make everybody's list of workers long."""
 _FINAL_REPORTS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED})
 
 
@@ -36,6 +38,8 @@ class _Verdict(Struct):
 def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSettings) -> tuple[SyncAnswer, list[Sha256]]:
     """Handle one call of a worker; return the answer and the blobs whose bytes nobody needs any more."""
     worker_id = _worker_of(caller)
+    if len(request.attempts) > _MOST_ATTEMPTS or len(msgspec.json.encode(request.profile)) > _MOST_PROFILE_BYTES:
+        raise InvalidInput("this is more than a worker has to say", hint=f"at most {_MOST_ATTEMPTS} attempts")
     workers.seen(tx, worker_id, request)
     verdict = _Verdict()
     for report in request.attempts:
@@ -74,6 +78,12 @@ def _take_report(
     if row is None or event is None:
         verdict.cancelled.append(report.attempt_id)
         return
+    if (
+        report.state is AttemptState.SUSPENDED
+        and row.state == AttemptState.LOST
+        and _lease_end(tx, row, report.state, settings) <= tx.now
+    ):
+        return  # it was lost because it was suspended for too long: it stays so, but may come back running or with its result
     report = _with_proof(tx, caller, report)
     event = event_of_report(report.state) or event
     applied = jobs.apply_event(tx, report.attempt_id, event, exit_code=report.exit_code, reason=report.reason, result=report.result)
@@ -107,7 +117,7 @@ def _lease_end(tx: Transaction, row: object, state: AttemptState, settings: Serv
     """Return until when an attempt is leased; a suspended one up to its job's bound, however long its PC is silent."""
     if state is not AttemptState.SUSPENDED:
         return tx.now + settings.lease_s
-    suspended_at = getattr(row, "suspended_at", None) if getattr(row, "state", "") == AttemptState.SUSPENDED else None
+    suspended_at = getattr(row, "suspended_at", None)
     spec = msgspec.json.decode(getattr(row, "job_spec", "{}"), type=JobSpec)
     return float(suspended_at or tx.now) + spec.limits.max_suspend_s
 
@@ -122,9 +132,22 @@ def _return_unlisted(tx: Transaction, worker_id: WorkerId, listed: set[AttemptId
 def _lease(tx: Transaction, worker_id: WorkerId, request: Sync, settings: ServerSettings) -> list[Assignment]:
     if request.free.cpus <= 0:
         return []
-    queues = jobs.waiting_queues(tx)
-    if not queues:
-        return []
+    leased: list[Assignment] = []
     ask = Ask(free=request.free, drivers=request.profile.drivers, cached=frozenset(request.cached))
-    shares = match(ask, queues, jobs.live_by_owner(tx), limit=_MOST_PER_CALL)
-    return jobs.lease_jobs(tx, worker_id, shares, settings.lease_s)
+    exhausted: set[tuple[int, UserId]] = set()
+    while True:
+        queues = [queue for queue in jobs.waiting_queues(tx) if (queue.class_id, queue.owner_id) not in exhausted]
+        if not queues:
+            return leased
+        shares = match(ask, queues, jobs.live_by_owner(tx), limit=_MOST_PER_CALL - len(leased))
+        short = False
+        for share in shares:
+            found = jobs.lease_jobs(tx, worker_id, [share], settings.lease_s)
+            leased += found
+            ask = msgspec.structs.replace(ask, free=without(ask.free, [need_of(one.spec) for one in found]))
+            if len(found) < share.count:
+                # The rest are jobs that this worker refused a moment ago; what they would have taken goes to other queues.
+                exhausted.add((share.class_id, share.owner_id))
+                short = True
+        if not short:
+            return leased

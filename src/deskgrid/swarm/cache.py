@@ -165,7 +165,8 @@ class Cache:
             over_disk = need_bytes - there_bytes + self._reserve_bytes - self._free_bytes(self._folder)
             if over_bound <= 0 and over_disk <= 0:
                 return
-            if not self.shrink(1):
+            # What cannot be had anyway must not cost the disks that are here: a disk's size is what a user says.
+            if max(over_bound, over_disk) > sum(map(_size, self._removable())) or not self.shrink(1):
                 raise NoSpace(_why_no_room(need_bytes, self._bound_bytes, over_bound > 0))
 
     def _promised_bytes(self) -> int:

@@ -472,13 +472,16 @@ class Agent:
         while True:
             for runner in list(self._runners.values()):
                 runner.disk_bytes = await in_thread(allocated_bytes, runner.folder)
-            await self._hold_bounds()
+            try:
+                await self._hold_bounds()
+            except (DeskgridError, OSError) as error:
+                _log.error("bounds_not_held", error=str(error))
             await self._clock.sleep(_MEASURE_S)
 
     async def _hold_bounds(self) -> None:
         over, short = self._bounds.excess_bytes(self._disk_bytes())
         if short:
-            short -= await in_thread(self._cache.shrink, short)
+            short -= self._cache.shrink(short)  # not in a thread: nobody may begin to use a disk between the look and its removal
         running = [runner for runner in self._runners.values() if runner.entry.phase is Phase.STARTED and not runner.entry.verdict]
         if running and (over > 0 or short > 0):
             largest = max(running, key=lambda runner: runner.disk_bytes)

@@ -160,7 +160,11 @@ class Runner:
                 return
             _log.info("attempt_ends", **self._names(), reason=verdict.reason)
             await self._note(verdict=verdict)
-        await self._driver().stop(self._handle(), grace_s=grace_s)
+        try:
+            await self._driver().stop(self._handle(), grace_s=grace_s)
+        except (DeskgridError, OSError):
+            await self._note(verdict=None)  # so that it is tried again
+            raise
 
     async def settle(
         self, state: AttemptState, reason: str, *, exit_code: int | None = None, result: Blob | None = None, rests: bool = True

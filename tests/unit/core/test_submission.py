@@ -31,6 +31,7 @@ def test_defaults_are_allowed():
         (msgspec.structs.replace(GOOD, limits=Limits(attempts=0)), "limits.attempts"),
         (msgspec.structs.replace(GOOD, name="a\nb"), "name"),
         (msgspec.structs.replace(GOOD, results=Results(paths=())), "results.paths"),
+        (msgspec.structs.replace(GOOD, results=Results(paths=("\u00e9" * 1000,) * 11)), "results.paths"),
     ],
 )
 def test_value_out_of_bounds_names_its_field(spec: JobSpec, where: str):

@@ -120,3 +120,64 @@ async def test_repeated_finish_and_remove_do_no_harm(tmp_path: Path):
     await store.remove(blob.sha256)
     await store.remove(blob.sha256)
     assert not store.holds(blob)
+
+
+class PartOfADisk:
+    """A file on a disk that takes half of a piece and is then full."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.open("ab", buffering=0)
+        self.full = False
+
+    def write(self, piece: memoryview) -> int:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.full = True
+        return self.file.write(piece[: len(piece) // 2])
+
+    def __enter__(self) -> PartOfADisk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+async def test_upload_that_a_full_disk_cut_inside_a_piece_is_continued_and_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = bytes(range(200))
+    store, blob = repository(tmp_path), blob_of(content)
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_part", lambda upload_id: FullPart(tmp_path / "uploads" / str(upload_id)))
+        with pytest.raises(StoreUnavailable, match="full"):
+            await store.receive(1, blob, 0, pieces(content, 200))
+    offset = store.received_bytes(1)
+    assert 0 < offset < 200
+    await store.receive(1, blob, offset, pieces(content[offset:], 200))
+    await store.finish(1, blob)
+    assert store.path(blob.sha256).read_bytes() == content
+
+
+class FullPart(type(Path())):  # type: ignore[misc]
+    def open(self, *_: object, **__: object) -> PartOfADisk:
+        return PartOfADisk(Path(self))
+
+
+async def test_uploads_begun_together_leave_the_reserve_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = b"x" * 100
+    store, blob = repository(tmp_path), blob_of(content)
+    store.admit(blob)
+    monkeypatch.setattr(store, "free_bytes", lambda: 99)
+    with pytest.raises(StoreUnavailable, match="full"):
+        await store.receive(1, blob, 0, pieces(content, 100))
+
+
+async def test_nothing_is_kept_in_memory_of_uploads_that_are_over(tmp_path: Path):
+    store = repository(tmp_path)
+    for number in range(20):
+        blob = blob_of(b"%d" % number)
+        await store.receive(number, blob, 0, pieces(b"%d" % number, 1))
+        await store.finish(number, blob)
+        await store.remove(blob.sha256)
+    await store.receive(99, blob_of(b"never ends"), 0, pieces(b"never", 5))
+    store.forget_uploads([])
+    assert not store._locks
+    assert not store._digests

@@ -210,3 +210,14 @@ async def test_idle_partial_downloads_go_before_disks(tmp_path: Path) -> None:
     (tmp_path / "partial" / digest("old")).write_bytes(b"x" * 5)
     assert cache.shrink(1) == 5
     assert cache.entries() == (digest("a"),)
+
+
+async def test_disk_that_can_never_fit_costs_no_disk_that_is_here(tmp_path: Path):
+    cache = Cache(tmp_path, bound_bytes=3 * BOTH)
+    cache.open()
+    async with cache.use(ref("small"), Source()):
+        pass
+    with pytest.raises(NoSpace):
+        async with cache.use(ref("huge", 1 << 50), Source(1 << 50)):
+            pass
+    assert cache.entries() == (digest("small"),)

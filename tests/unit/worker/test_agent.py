@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import msgspec
 import pytest
 
 from deskgrid.errors import BadImage, Conflict, InvalidInput, MachineFailed, NoSpace, StoreUnavailable, Unauthenticated, Unreachable
-from deskgrid.machines.driver import Booted, ExitCause, Exited, Output, Stream
+from deskgrid.machines.driver import Booted, ExitCause, Exited, MachineHandle, Output, Stream
 from deskgrid.model.jobs import AttemptState, Limits
 from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
 from deskgrid.worker.slots import NOTHING
-from tests.unit.worker.play import DISK, SETTINGS, Rig, blob_of, disk_ref
+from tests.unit.worker.play import DISK, SETTINGS, PlayDriver, Rig, blob_of, disk_ref
 
 
 async def test_job_runs_and_leaves_nothing_but_the_disk_in_the_cache(rig: Rig) -> None:
@@ -392,6 +393,25 @@ async def test_nearly_full_pc_evicts_the_cache_and_then_ends_work(rig: Rig) -> N
         attempt = await rig.running()
         rig.free_bytes = GIB - 1
         report = await rig.ended(attempt)
+    assert (report.state, report.reason) == (AttemptState.REFUSED, "the disk of the PC is nearly full")
+
+
+async def test_machine_that_cannot_be_ended_on_a_full_disk_is_tried_again_and_the_worker_lives(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, failures = PlayDriver.stop, [OSError(errno.ENOSPC, "No space left on device"), MachineFailed("process 7 does not end")]
+
+    async def failing(driver: PlayDriver, handle: MachineHandle, *, grace_s: float) -> None:
+        if failures:
+            raise failures.pop()
+        await stop(driver, handle, grace_s=grace_s)
+
+    monkeypatch.setattr(PlayDriver, "stop", failing)
+    async with rig.working(msgspec.structs.replace(SETTINGS, reserve_bytes=GIB)):
+        attempt = await rig.running()
+        rig.free_bytes = GIB - 1
+        report = await rig.ended(attempt)
+    assert not failures
     assert (report.state, report.reason) == (AttemptState.REFUSED, "the disk of the PC is nearly full")
 
 

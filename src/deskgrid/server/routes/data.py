@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse
 
@@ -11,6 +15,9 @@ from deskgrid.model.data import Blob, Data
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
 from deskgrid.server.store import data
 from deskgrid.server.store.engine import Transaction
+
+_SILENCE_S = 30.0
+"""After which a sender of whom nothing comes has gone: a cut cable sends no goodbye, and its upload could not be continued."""
 
 
 @serves(wire.BEGIN_UPLOAD)
@@ -36,10 +43,23 @@ async def upload_bytes(services: Services, call: Call[bytes], http: HttpRequest)
     wanted, complete = await services.store.read(lambda tx: data.upload_of(tx, call.caller, upload_id))
     if complete:
         return wire.Upload(id=upload_id, received_bytes=wanted.size_bytes, complete=True)
-    received = await services.repository.receive(upload_id, wanted, int(offset), http.stream())
+    received = await services.repository.receive(upload_id, wanted, int(offset), _until_silent(http))
     if received == wanted.size_bytes:
         return await _finish(services, upload_id, wanted)
     return wire.Upload(id=upload_id, received_bytes=received, complete=False)
+
+
+async def _until_silent(http: HttpRequest) -> AsyncIterator[bytes]:
+    stream = http.stream()
+    while True:
+        try:
+            async with asyncio.timeout(_SILENCE_S):
+                piece = await anext(stream, None)
+        except TimeoutError as error:
+            raise ClientDisconnect from error
+        if piece is None:
+            return
+        yield piece
 
 
 async def _finish(services: Services, upload_id: int, wanted: Blob) -> wire.Upload:

@@ -191,10 +191,15 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
 
 
 def find_data(tx: Transaction, caller: Caller, reference: str) -> Data:
-    """Find visible data by name (the newest version; one's own first), name@version or sha256. Raise NotFound."""
-    row = tx.row(
-        _matching(reference).where(_visible(caller)).order_by((data.c.owner_id == caller.user_id).desc(), data.c.version.desc())
-    )
+    """Find visible data by name (the newest version), name@version or sha256. Raise NotFound.
+
+    Where several users have such data: one's own first, then an admin's, then of who had the name first, so that nobody can put
+    his data in the place of what others use.
+    """
+    older = data.alias("older")
+    since = sa.select(sa.func.min(older.c.id)).where(older.c.owner_id == data.c.owner_id, older.c.name == data.c.name)
+    order = ((data.c.owner_id == caller.user_id).desc(), account.c.admin.desc(), since.scalar_subquery(), data.c.version.desc())
+    row = tx.row(_matching(reference).where(_visible(caller)).order_by(*order))
     if row is None:
         raise NotFound(f"there is no data {reference!r}", hint="deskgrid data list")
     return _data(row)

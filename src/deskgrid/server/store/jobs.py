@@ -258,7 +258,9 @@ def apply_event(
     values: dict[str, Any] = {"state": new.value}
     if new is AttemptState.RUNNING and row.started_at is None:
         values["started_at"] = tx.now
-    if new is AttemptState.SUSPENDED and old is not AttemptState.SUSPENDED:
+    if new is AttemptState.RUNNING:
+        values["suspended_at"] = None
+    if new is AttemptState.SUSPENDED and row.suspended_at is None:
         values["suspended_at"] = tx.now
     if new in _ENDED and old is not new:
         values |= {"ended_at": tx.now, "reason": reason[:2000], "exit_code": exit_code}

@@ -1,0 +1,37 @@
+"""Hints: never lost while somebody waits, and not kept for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+from deskgrid.server import live
+from deskgrid.server.live import Live
+
+
+async def test_a_change_between_look_and_wait_is_seen():
+    hints = Live()
+    seen = {"job:1": hints.mark("job:1")}
+    hints.notify(["job:1"])
+    assert await hints.wait(seen, 10)
+
+
+async def test_who_waits_is_woken_by_its_topic_only():
+    hints = Live()
+    waiting = asyncio.create_task(hints.wait({"job:1": hints.mark("job:1")}, 10))
+    await asyncio.sleep(0)
+    hints.notify(["job:2"])
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    hints.notify(["job:1"])
+    assert await waiting
+
+
+async def test_topics_are_forgotten_without_a_change_being_missed():
+    hints = Live()
+    hints.notify(["job:0"])
+    unchanged, changed = {"new": hints.mark("new")}, {"job:0": hints.mark("job:0")}
+    hints.notify(["job:0"])
+    assert not await hints.wait(unchanged, 0.01)
+    hints.notify([f"job:{number}" for number in range(1, 2 * live._MOST_MARKS)])
+    assert len(hints._marks) == live._MOST_MARKS
+    assert await hints.wait(changed, 0.01)
