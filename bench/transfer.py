@@ -7,6 +7,7 @@ from nginx, then sha256sum of the file: what a careful person would do by hand.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import psutil
+import structlog
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report import Figure, arguments, median_of, publish
@@ -143,6 +145,7 @@ def main() -> None:
         folder, source, sha256, size = sys.argv[2:]
         asyncio.run(client(Path(folder), Path(source), Blob(sha256=sha256, size_bytes=int(size))))  # type: ignore[arg-type]
         return
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     options = arguments(__doc__)
     size_bytes = (128 if options.quick else 1024) << 20
     with tempfile.TemporaryDirectory(prefix="deskgrid-bench-") as folder:
