@@ -31,7 +31,7 @@ from deskgrid.machines.sandbox import sandbox_status
 MB = 10**6
 GIB = 1 << 30
 SCRATCH_BYTES = 8 * GIB
-PLOT = Path("docs/figures/scratch.svg")
+PLOT = Path("docs/bench/scratch.svg")
 FILE_BYTES = (2_000, 30_000, 400_000, 4_000_000, 32 << 20)
 
 
@@ -82,8 +82,8 @@ def figure(name: str, value: float, unit: str, yardstick: float, target: str, me
         "unit": unit,
         "yardstick": round(yardstick, 4),
         "ratio": ratio,
-        "target": target,
-        "met": met,
+        "target": target or None,
+        "met": met if target else None,
     }
 
 
