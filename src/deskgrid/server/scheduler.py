@@ -98,11 +98,15 @@ def _take_report(
 
 
 def _with_proof(tx: Transaction, caller: Caller, report: AttemptReport) -> AttemptReport:
-    """Return the report; a success whose result is not in the repository is a failure."""
-    unproved = report.state is AttemptState.SUCCEEDED if report.result is None else not _was_sent(tx, caller, report.result)
-    if not unproved:
+    """Return the report without a result that is not in the repository. A success without its result gives the job back:
+    whatever became of the bytes, it was not the job's doing."""
+    if report.result is None and report.state is not AttemptState.SUCCEEDED:
         return report
-    return msgspec.structs.replace(report, state=AttemptState.FAILED, result=None, reason=report.reason or "the result is missing")
+    if report.result is not None and _was_sent(tx, caller, report.result):
+        return report
+    if report.state is AttemptState.SUCCEEDED:
+        return msgspec.structs.replace(report, state=AttemptState.REFUSED, result=None, reason="its result did not arrive")
+    return msgspec.structs.replace(report, result=None)
 
 
 def _was_sent(tx: Transaction, caller: Caller, result: Blob) -> bool:

@@ -170,13 +170,26 @@ async def test_cancelled_job_is_told_to_its_worker_and_stays_cancelled(grid: Tes
             grid.services.repository.path(late.result.sha256)
 
 
-async def test_success_without_its_result_is_a_failure(grid: TestGrid, tmp_path: Path):
+async def test_success_without_its_result_gives_the_job_back(grid: TestGrid, tmp_path: Path):
     async with Grid(await grid.admin()) as user, Transport(await grid.worker()) as worker:
         await publish(user, tmp_path)
         job = await user.submit(SPEC)
         [assignment] = (await worker.call(wire.SYNC, ask())).assignments
         claimed = Blob(sha256=Sha256("0" * 64), size_bytes=5)
         report = AttemptReport(attempt_id=assignment.attempt_id, state=AttemptState.SUCCEEDED, exit_code=0, result=claimed)
+        await worker.call(wire.SYNC, ask(report, free=Capacity(cpus=0, memory_bytes=0, disk_bytes=0)))
+        detail = await user.job(job.id)
+        assert detail.job.state is JobState.WAITING
+        assert detail.attempts[0].state is AttemptState.REFUSED
+
+
+async def test_failure_whose_result_did_not_arrive_is_still_a_failure(grid: TestGrid, tmp_path: Path):
+    async with Grid(await grid.admin()) as user, Transport(await grid.worker()) as worker:
+        await publish(user, tmp_path)
+        job = await user.submit(SPEC)
+        [assignment] = (await worker.call(wire.SYNC, ask())).assignments
+        claimed = Blob(sha256=Sha256("0" * 64), size_bytes=5)
+        report = AttemptReport(attempt_id=assignment.attempt_id, state=AttemptState.FAILED, exit_code=3, result=claimed)
         await worker.call(wire.SYNC, ask(report, free=Capacity(cpus=0, memory_bytes=0, disk_bytes=0)))
         assert (await user.job(job.id)).attempts[0].state is AttemptState.FAILED
 
