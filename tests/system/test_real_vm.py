@@ -101,7 +101,8 @@ def test_cancelled_and_paused_virtual_machines_obey(vm_system: System):
 def test_virtual_machine_that_is_killed_or_hangs_fails_with_its_reason(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "sleep 1000", name="killed", limits="max_lost = 1"))["id"]
     [machine] = until(lambda: vm_system.machines(), what="the machine runs", limit_s=LIMIT_S)
-    until(lambda: vm_system.states(job)[1] == ["running"], what="the server knows that it runs")
+    attempts = vm_system.folder / "pc" / "attempts"
+    until(lambda: any(file.stat().st_size for file in attempts.glob("**/journal.out")), what="QEMU has begun")
     machine.kill()
     detail = vm_system.wait_for(job, "failed", ["lost"], limit_s=LIMIT_S)
     assert "killed" in detail["job"]["message"]
