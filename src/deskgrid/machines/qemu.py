@@ -222,7 +222,7 @@ def _boot_sector() -> bytes:
     """A guest of 512 bytes that counts, then ends QEMU through its debug port.
 
     It counts because there are PCs (VMs in a cloud, mostly) whose KVM starts any guest but interprets every instruction, so
-    that a kernel never comes up: hardware counts to this in 0.1 s, QEMU's own translator in 0.5 s, such a KVM in minutes.
+    that a kernel never comes up: QEMU's own translator counts to this in 0.5 s, such a KVM not in many seconds.
     """
     code = (
         b"\x66\xb9" + _PROBE_LOOPS.to_bytes(4, "little")  # mov ecx, loops
