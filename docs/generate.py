@@ -40,15 +40,22 @@ def lifecycle_diagram(text: str) -> str:
     return f"{head}<!-- lifecycle:begin -->\n{diagram}\n<!-- lifecycle:end -->{tail}"
 
 
+_SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
+    ("Server", "server.toml", settings.ServerSettings, "DESKGRID_SERVER"),
+    ("Worker", "worker.toml", settings.WorkerSettings, "DESKGRID_WORKER"),
+    ("Hub", "hub.toml", settings.HubSettings, "DESKGRID_HUB"),
+    ("Peer: a worker, and a user's programs", "peer.toml", settings.PeerSettings, "DESKGRID_PEER"),
+)
+
+
 def settings_reference() -> str:
-    """Return the reference of both settings files."""
-    server = _settings_table(settings.ServerSettings, "DESKGRID_SERVER")
-    worker = _settings_table(settings.WorkerSettings, "DESKGRID_WORKER")
-    return (
+    """Return the reference of all settings files."""
+    head = (
         "# Settings\n\nGenerated from `src/deskgrid/settings.py`.\n\n"
-        "Sizes and durations may be written for people: `8GiB`, `10m`. The environment wins over the file.\n\n"
-        f"## Server: HOME/server.toml\n\n{server}\n\n## Worker: HOME/worker.toml\n\n{worker}\n"
+        "Sizes and durations may be written for people: `8GiB`, `10m`. The environment wins over the file.\n"
     )
+    parts = [f"\n## {title}: HOME/{file}\n\n{_settings_table(kind, prefix)}\n" for title, file, kind, prefix in _SETTINGS]
+    return head + "".join(parts)
 
 
 def _settings_table(kind: Any, prefix: str) -> str:

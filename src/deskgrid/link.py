@@ -2,6 +2,7 @@
 
     deskgrid://HOST:PORT/join?authority=SHA256&secret=SECRET      for a PC
     deskgrid://HOST:PORT/login?authority=SHA256&secret=SECRET     for a user
+    deskgrid://HOST:PORT/hub?authority=SHA256&secret=SECRET       for a hub
 
 `authority` is the sha256 of the grid's CA certificate (DER, hexadecimal): whoever holds the link can tell the real server
 from any other before the secret is sent.
@@ -21,10 +22,10 @@ __all__ = ["Link", "hash_secret", "make_secret", "parse_link"]
 
 
 class Link(Struct, frozen=True, kw_only=True):
-    """A join or login link."""
+    """A link by which somebody gets in."""
 
     purpose: str
-    """join or login."""
+    """join, login or hub."""
     address: str
     """HOST:PORT."""
     authority: str
@@ -60,4 +61,4 @@ def hash_secret(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_COMMAND = {"join": "worker join", "login": "login"}
+_COMMAND = {"join": "worker join", "login": "login", "hub": "hub join"}

@@ -18,7 +18,17 @@ from msgspec import Struct
 from deskgrid.errors import InvalidInput
 from deskgrid.units import parse_duration, parse_size
 
-__all__ = ["ServerSettings", "WorkerSettings", "client_home", "load_settings", "server_home", "worker_home"]
+__all__ = [
+    "HubSettings",
+    "PeerSettings",
+    "ServerSettings",
+    "WorkerSettings",
+    "client_home",
+    "hub_home",
+    "load_settings",
+    "server_home",
+    "worker_home",
+]
 
 S = TypeVar("S", bound=Struct)
 
@@ -48,6 +58,16 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Free bytes on the blob folder's disk below which uploads are refused, so that the database can go on."""
     max_log_bytes: int = 1 << 20
     """Live output kept per attempt and stream."""
+    hub_listen: str = ""
+    """HOST:PORT of the hub inside the server; empty: the host of `listen` and the next port; "off": no hub in this process."""
+    hub_address: str = ""
+    """HOST:PORT that peers dial, if it is another one than the hub listens on."""
+    grant_s: float = 60.0
+    """Seconds that a grant is valid."""
+    peer_s: float = 900.0
+    """Seconds after which a peer or hub that was not heard of is forgotten."""
+    max_peers_per_user: int = 1000
+    """Programs and attempts of one user that may be peers at the same time."""
 
 
 class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,6 +87,10 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest content of a scratch that is taken out."""
     drivers: tuple[str, ...] = ("qemu",)
     """Drivers that may be used, by name."""
+    overlay: bool = True
+    """Whether machines may have a network with the services of their jobs."""
+    internet: bool = False
+    """Whether machines may reach public addresses on the internet, too; private ones never."""
     accelerator: str = ""
     """kvm, hvf, whpx or tcg; empty: the best that is found to work."""
     nice: int = 19
@@ -77,6 +101,48 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """First pause after the server could not be reached; doubles, with jitter, up to max_backoff_s."""
     max_backoff_s: float = 60.0
     """Longest pause between tries to reach the server."""
+
+
+class HubSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A hub's settings: HOME/hub.toml, or DESKGRID_HUB_*; they hold for the hub inside a server, too."""
+
+    listen: str = "0.0.0.0:8471"
+    """HOST:PORT to listen on."""
+    address: str = ""
+    """HOST:PORT that peers dial; empty: what `listen` says."""
+    max_peers: int = 20_000
+    """Registered peers."""
+    max_peers_per_name: int = 64
+    """Registrations with the same name in the certificate: programs of one user."""
+    max_streams_per_peer: int = 4096
+    """Relayed streams that one peer may have at the same time, called or calling."""
+    max_connects_per_s: float = 100.0
+    """Connects that one peer may ask for, on average; bursts of ten times as many."""
+    max_bytes_per_s: int = 0
+    """Bytes that one relayed stream may carry in a second, both directions together; 0: no bound."""
+    idle_s: float = 86400.0
+    """Seconds after which a relayed stream that carried nothing is ended."""
+    handshake_s: float = 10.0
+    """Seconds that a connection may take until it has said what it is."""
+    ping_s: float = 60.0
+    """Seconds between a peer's signs of life."""
+    pumps: int = 2
+    """Threads that carry relayed streams."""
+
+
+class PeerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How this PC takes part in the overlay: HOME/peer.toml, or DESKGRID_PEER_*."""
+
+    listen: str = "0.0.0.0:0"
+    """HOST:PORT to listen on for other peers; port 0 takes a free one; "off": do not listen."""
+    relay_only: bool = False
+    """Hide this PC's addresses: every stream goes through a hub."""
+    private: bool = True
+    """Whether private addresses of peers behind the same router may be dialled."""
+    paths: tuple[str, ...] = ("direct", "reverse", "punched", "relayed")
+    """Ways that may be tried."""
+    pumps: int = 2
+    """Threads that carry streams."""
 
 
 def load_settings(kind: type[S], file: Path, prefix: str) -> S:
@@ -120,3 +186,8 @@ def worker_home() -> Path:
 def client_home() -> Path:
     """Return the folder where a user's logins are kept."""
     return Path(os.environ.get("DESKGRID_CLIENT_HOME") or platformdirs.user_config_path("deskgrid"))
+
+
+def hub_home() -> Path:
+    """Return the folder of a hub, where --home does not say otherwise."""
+    return Path(os.environ.get("DESKGRID_HUB_HOME") or platformdirs.user_data_path("deskgrid") / "hub")

@@ -16,6 +16,7 @@ from deskgrid.machines.fake import FakeDriver
 from deskgrid.machines.processes import find_by_token
 from deskgrid.model.machines import MachineKind
 from deskgrid.testing.driver_contract import (
+    NETWORK,
     ContractJob,
     DriverContract,
     Prepare,
@@ -68,6 +69,10 @@ class TestFakeDriver(DriverContract):
         reading = asyncio.create_task(events_until_exit(driver, handle))
         await driver.stop(handle, grace_s=1)
         assert (await reading)[-1] == Exited(ExitCause.STOPPED)
+
+    async def test_fetch_from_what_is_no_doorway_is_refused(self, prepare: Prepare) -> None:
+        with pytest.raises(InvalidInput, match="mail"):
+            await prepare(ContractJob("", {"fetch": ["mail:25"]}), **NETWORK)
 
     async def test_misspelt_plan_is_refused_and_leaves_nothing(self, prepare: Prepare, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput):

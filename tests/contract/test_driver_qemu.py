@@ -6,21 +6,36 @@ Guests of one sector stand for whatever a guest can do to the machine; they run 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from deskgrid.clock import SystemClock
 from deskgrid.errors import BadImage
 from deskgrid.machines import base, processes
-from deskgrid.machines.driver import ContextExited, ExitCause, Exited, MachineHandle, MachineSpec, Output, Running, Stream
+from deskgrid.machines.driver import (
+    ContextExited,
+    Doorway,
+    ExitCause,
+    Exited,
+    Listening,
+    MachineHandle,
+    MachineSpec,
+    Output,
+    Running,
+    Stream,
+)
 from deskgrid.machines.qemu import QemuDriver
-from deskgrid.model.machines import DiskFormat, MachineKind
+from deskgrid.model.machines import DiskFormat, MachineKind, Network
 from deskgrid.templates.tiny import TinyBuild
 from deskgrid.testing.driver_contract import (
+    BOOT_LIMIT_S,
     ContractJob,
     DriverContract,
     Prepare,
@@ -59,6 +74,65 @@ async def run(driver: QemuDriver, handle: MachineHandle) -> Exited:
     end = (await events_until_exit(driver, handle))[-1]
     assert isinstance(end, Exited)
     return end
+
+
+def host_addresses() -> list[str]:
+    """Return the IPv4 addresses of this machine that mean another one to a guest."""
+    found = [address.address for card in psutil.net_if_addrs().values() for address in card if address.family == socket.AF_INET]
+    return sorted(address for address in set(found) if not address.startswith("127."))
+
+
+def gateways() -> list[str]:
+    """Return the routers that this machine uses (proc_net(5))."""
+    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    return sorted({socket.inet_ntoa(bytes.fromhex(route[2])[::-1]) for route in routes if route[2] != "00000000"})
+
+
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Carry bytes to the end, and then the end."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.write_eof()
+
+
+@contextlib.asynccontextmanager
+async def echo_server(driver: QemuDriver, handle: MachineHandle, address: tuple[str, int]) -> AsyncIterator[None]:
+    """Listen at an address of the machine's cage and send back what comes."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await copy(reader, writer)
+        writer.close()
+
+    listener = await driver.open_socket(handle)
+    listener.bind(address)
+    async with await asyncio.start_server(answer, sock=listener):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def forwarded(driver: QemuDriver, handle: MachineHandle, port: int) -> AsyncIterator[int]:
+    """Lead a port of ours to a port of the machine."""
+
+    async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inside = await driver.open_socket(handle)
+        inside.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(inside, ("127.0.0.1", port))
+        inner_reader, inner_writer = await asyncio.open_connection(sock=inside)
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+        writer.close()
+        inner_writer.close()
+
+    async with await asyncio.start_server(lead, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def call(*command: str | Path) -> tuple[int | None, bytes]:
+    """Run a program; return its exit code and what it printed."""
+    process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    return process.returncode, output
 
 
 class TestQemuDriver(DriverContract):
@@ -128,6 +202,79 @@ class TestQemuDriver(DriverContract):
         assert end.cause is ExitCause.IO_ERROR
         assert "full" in end.detail
         assert read_scratch(driver.scratch(handle), "/.deskgrid/exit") == b""
+
+    # ---- network
+
+    async def test_guest_reaches_its_doorway_and_nothing_else_in_the_world(self, driver: QemuDriver, prepare: Prepare) -> None:
+        with socket.create_server(("0.0.0.0", 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+            udp.bind(("0.0.0.0", 0))
+            port, udp_port = tcp.getsockname()[1], udp.getsockname()[1]
+            for address in host_addresses():
+                # So that the test could fail.
+                socket.create_connection((address, port)).close()
+            neighbours = [f"10.0.2.{number}" for number in (1, 2, 3, 4, 16, 255)]
+            world = [*gateways(), "1.1.1.1", "8.8.8.8", "192.168.1.1", "169.254.169.254", "10.64.0.1", "10.64.1.2", "10.64.255.254"]
+            targets = [*neighbours, *host_addresses(), *world]
+            # All at the same time, and the doorway among them: were the guest too slow to reach anything, that one would fail.
+            script = (
+                "reach() { echo scan | nc -w 3 $1 $2 >/dev/null 2>&1 && echo reached $1 $2; }\n"
+                f"for target in {' '.join(targets)} 10.64.1.1; do\n"
+                f"    for port in {port} 22 53 80 443; do reach $target $port & done\n"
+                f"    timeout 3 tftp -g -r x -l /tmp/$target $target {udp_port} 2>/dev/null && echo reached $target by UDP &\n"
+                "    wget -q -T 3 -O - http://$target/ 2>/dev/null && echo reached $target by HTTP &\n"
+                "done\n"
+                "timeout 3 nslookup localhost 10.0.2.3 2>&1 | grep -q 'NXDOMAIN\\|Name:' && echo reached a name server &\n"
+                "wait\n"
+                f"reach db {port}; echo scanned\n"
+            )
+            reach = (Doorway("db", "10.64.1.1", port, "db.job-1"),)
+            handle = await prepare(ContractJob(script, {}), network=Network.OVERLAY, reach=reach)
+            await driver.start(handle)
+            async with echo_server(driver, handle, ("10.64.1.1", port)):
+                events = await events_until_exit(driver, handle)
+            assert output_of(events, Stream.STDOUT).decode() == f"reached 10.64.1.1 {port}\nreached db {port}\nscanned\n"
+            # A connection from the guest would wait here, behind those of before.
+            tcp.setblocking(False)
+            for _ in host_addresses():
+                tcp.accept()[0].close()
+            udp.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                tcp.accept()
+            with pytest.raises(BlockingIOError):
+                udp.recv(1)
+
+    async def test_ssh_into_the_tiny_guest_with_a_key_copies_files_and_finds_services_at_localhost(
+        self, driver: QemuDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f"]
+        subprocess.run([*keygen, tmp_path / "key"], check=True)
+        handle = await prepare(
+            ContractJob("while [ ! -e end ]; do sleep 0.2; done; cat end\n", {}),
+            network=Network.OVERLAY,
+            reach=(Doorway("db", "10.64.1.1", 5432, "db.job-1"),),
+            offer=(("ssh", 22),),
+            ssh_keys=((tmp_path / "key.pub").read_text().strip(),),
+        )
+        await driver.start(handle)
+        reading = driver.events(handle)
+        async with asyncio.timeout(BOOT_LIMIT_S):
+            while await anext(reading) != Listening(22):
+                pass
+            async with echo_server(driver, handle, ("10.64.1.1", 5432)), forwarded(driver, handle, 22) as port:
+                known = [f"-oIdentityFile={tmp_path}/key", "-oBatchMode=yes", "-oUserKnownHostsFile=/dev/null"]
+                options = [*known, "-oStrictHostKeyChecking=no", "-oLogLevel=ERROR"]
+                assert await call("ssh", *options, "-p", str(port), "root@127.0.0.1", "echo $HOME; exit 3") == (3, b"/root\n")
+                said = await call("ssh", *options, "-p", str(port), "root@127.0.0.1", "echo asked | nc localhost 5432")
+                assert said == (0, b"asked\n")
+                (tmp_path / "end").write_text("copied\n")
+                assert await call("scp", *options, "-P", str(port), tmp_path / "end", "root@127.0.0.1:/scratch/new") == (0, b"")
+                assert await call("ssh", *options, "-p", str(port), "root@127.0.0.1", "mv /scratch/new /scratch/end") == (0, b"")
+                subprocess.run([*keygen, tmp_path / "other"], check=True)
+                options[0] = f"-oIdentityFile={tmp_path}/other"
+                assert (await call("ssh", *options, "-p", str(port), "root@127.0.0.1", "id"))[0] == 255
+            events = [event async for event in reading]
+        assert output_of(events, Stream.STDOUT) == b"copied\n"
+        assert events[-1] == Exited(ExitCause.POWERED_OFF)
 
     # ---- guests of one sector
 

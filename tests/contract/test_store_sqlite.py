@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,37 @@ def test_migrations_make_exactly_the_tables_of_the_schema(tmp_path: Path):
     engine = open_engine(url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_database_of_the_first_version_keeps_what_is_in_it(tmp_path: Path):
+    from alembic import command
+    from alembic.config import Config
+
+    from deskgrid.server.store.engine import open_engine
+
+    url = sqlite_url(tmp_path / "grid.sqlite")
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("deskgrid.server.store") / "migrations"))
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql("insert into account (id, name, admin, created_at) values (3, 'ann', 0, 1.0)")
+        for number in (1, 2):
+            connection.exec_driver_sql(
+                "insert into token (hash, role, account_id, label, created_at) values (?, 'user', 3, '', 1.0)", (f"h{number}",)
+            )
+        connection.exec_driver_sql("commit")
+    migrate(url)
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("select id, hash, account_id, attempt_id, hub_id from token order by id").all()
+        assert [tuple(row) for row in found] == [(1, "h1", 3, None, None), (2, "h2", 3, None, None)]
+        connection.exec_driver_sql("delete from token where id = 2")
+        connection.exec_driver_sql(
+            "insert into token (hash, role, account_id, label, created_at) values ('h3', 'user', 3, '', 1.0)"
+        )
+        assert connection.exec_driver_sql("select max(id) from token").scalar() == 3
     engine.dispose()
 
 

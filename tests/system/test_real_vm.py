@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from deskgrid.testing.tiny_template import tiny_template
 from tests.system.harness import System, until
+from tests.system.talk import answered, serve_folder, started
 
 SCRIPT = """
 echo "hello from $(uname -s), $1"
@@ -154,3 +156,39 @@ def test_kill_storm_on_a_real_virtual_machine_leaves_nothing(vm_system: System, 
     vm_system.cli("job", "results", str(job), "-o", vm_system.folder / "out")
     assert (vm_system.folder / "out" / "big").stat().st_size == 20 << 20
     vm_system.nothing_left()
+
+
+TALK = """
+wget -q -O fetched http://site:8000/ || exit 1
+cat /context/services.json
+env | grep DESKGRID_ | sort
+mkdir www && echo "page of job $DESKGRID_JOB" > www/index.html
+httpd -f -p 8080 -h /scratch/www &
+while [ ! -e /scratch/stop ]; do sleep 1; done
+"""
+
+
+def test_programs_in_a_virtual_machine_talk_to_the_user_and_back(vm_system: System):
+    """wget in the machine from the user's PC; the machine's web server from the user's PC; ssh, scp and rsync into the machine."""
+    (vm_system.folder / "site").mkdir()
+    (vm_system.folder / "site" / "index.html").write_text("from the user's PC\n")
+    with serve_folder(vm_system.folder / "site") as port:
+        started(vm_system, "offer", "web", str(port))
+        network = {"network": '"overlay"', "offer": '["web:8080", "ssh:22"]', "reach": '{ site = "web.user:8000" }'}
+        vm_system.cli("job", "submit", vm_job(vm_system, TALK, disk='"tiny"', **network))
+        _, ready = started(vm_system, "connect", "web.job-1")
+        assert b"page of job 1" in answered(ready["address"], b"GET / HTTP/1.0\r\n\r\n"), vm_system.logs()
+        (vm_system.folder / "big").write_bytes(os.urandom(1_000_000))
+        vm_system.cli("scp", "big", "job-1:/scratch/big")
+        vm_system.cli("scp", "job-1:/scratch/big", "back")
+        assert (vm_system.folder / "back").read_bytes() == (vm_system.folder / "big").read_bytes()
+        shell = f"{sys.executable} -m deskgrid ssh"
+        rsync = ["rsync", "-e", shell, "-a", "site/", "job-1:/scratch/synced/"]
+        subprocess.run(rsync, cwd=vm_system.folder, env=vm_system.environment, timeout=120, check=True)
+        assert vm_system.cli("ssh", "job-1", "cat /scratch/synced/index.html; exit 7", expect=7).stdout == "from the user's PC\n"
+        vm_system.cli("ssh", "job-1", "touch", "/scratch/stop")
+        vm_system.wait_for(1, "completed", limit_s=LIMIT_S)
+    vm_system.cli("job", "results", "1", "-o", vm_system.folder / "out")
+    assert (vm_system.folder / "out" / "fetched").read_text() == "from the user's PC\n"
+    assert "DESKGRID_SITE=site:8000" in vm_system.cli("job", "logs", "1").stdout
+    vm_system.nothing_left(limit_s=LIMIT_S)

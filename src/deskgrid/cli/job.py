@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 from cyclopts import App, Parameter
 from msgspec import Struct
 
@@ -21,13 +22,14 @@ from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.ids import JobId
 from deskgrid.model.jobs import Job, JobState
 from deskgrid.model.wire import JobDetail, JobList
+from deskgrid.settings import client_home
 from deskgrid.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from deskgrid.archive import UnpackReport
     from deskgrid.client.grid import Grid
 
-__all__ = ["JobOptions", "RunReport", "app", "finish_job", "run", "submit_job", "tell_end"]
+__all__ = ["JobOptions", "RunReport", "app", "finish_job", "read_wanted", "run", "submit_job", "tell_end"]
 
 app = App(default_parameter=NO_NEGATIVES, name="job", help="Submit and follow jobs.")
 
@@ -53,6 +55,11 @@ class JobOptions:
     cpus: Annotated[int | None, _key("cpus")] = None
     scratch: Annotated[str | None, _key("scratch")] = None
     network: Annotated[str | None, _key("network")] = None
+    offer: Annotated[tuple[str, ...] | None, _key("offer")] = None
+    reach: Annotated[tuple[str, ...] | None, _key("reach")] = None
+    share: Annotated[tuple[str, ...] | None, _key("share")] = None
+    reach_wait: Annotated[str | None, _key("reach_wait")] = None
+    ssh_keys: Annotated[tuple[str, ...] | None, _key("ssh_keys")] = None
     wall_time: Annotated[str | None, _key("wall_time")] = None
     boot_time: Annotated[str | None, _key("boot_time")] = None
     attempts: Annotated[int | None, _key("attempts")] = None
@@ -87,7 +94,7 @@ async def submit(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, jso
         deskgrid job submit hello.toml --memory 1GiB
         deskgrid job submit --disk tiny --context context/ --wall-time 10m
     """
-    wanted = _read(spec, options)
+    wanted = read_wanted(spec, options)
     async with connected() as grid:
         with make_reporter(json) as reporter:
             job = await submit_job(grid, wanted, reporter)
@@ -97,8 +104,17 @@ async def submit(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, jso
         print_lines(str(job.id))
 
 
-def _read(spec: Path | None, options: JobOptions) -> JobFile:
-    return read_job(spec, dataclasses.asdict(options))
+def read_wanted(spec: Path | None, options: JobOptions) -> JobFile:
+    """Return the job of a file and options. One that offers ssh lets this user's own key in, unless it names keys."""
+    wanted = read_job(spec, dataclasses.asdict(options))
+    machine = wanted.spec.machine
+    if machine.ssh_keys or not any(offer.name == "ssh" for offer in machine.offer):
+        return wanted
+    from deskgrid.client.sshkeys import ensure_ssh_key
+
+    _, public = ensure_ssh_key(client_home())
+    machine = msgspec.structs.replace(machine, ssh_keys=(public,))
+    return msgspec.structs.replace(wanted, spec=msgspec.structs.replace(wanted.spec, machine=machine))
 
 
 async def submit_job(grid: Grid, wanted: JobFile, reporter: Reporter) -> Job:
@@ -118,7 +134,7 @@ async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output
         deskgrid run --disk tiny --context context/ -o out
         deskgrid run hello.toml --json | jq .folder
     """
-    wanted = _read(spec, options)
+    wanted = read_wanted(spec, options)
     _require_new(output)
     async with connected() as grid:
         with make_reporter(json) as reporter:

@@ -8,8 +8,11 @@ import sys
 __all__ = ["configure_logs"]
 
 
-def configure_logs(*, json: bool, verbose: bool) -> None:
-    """Write logs to stderr: for people on a terminal, as key=value lines into files, as JSON lines with --json."""
+def configure_logs(*, json: bool, verbose: bool, quiet: bool = False) -> None:
+    """Write logs to stderr: for people on a terminal, as key=value lines into files, as JSON lines with --json.
+
+    `quiet` leaves only what is wrong, for commands that share the terminal with another program.
+    """
     import structlog
 
     renderer: structlog.typing.Processor
@@ -19,7 +22,7 @@ def configure_logs(*, json: bool, verbose: bool) -> None:
         renderer = structlog.dev.ConsoleRenderer()
     else:
         renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
-    level = logging.DEBUG if verbose else logging.INFO
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

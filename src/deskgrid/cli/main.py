@@ -18,7 +18,7 @@ import msgspec
 from cyclopts import App, CycloptsError
 
 from deskgrid import __version__
-from deskgrid.cli import data, demo, disk, job, server, status, user, worker
+from deskgrid.cli import data, demo, disk, hub, job, overlay, server, ssh, status, user, worker
 from deskgrid.cli.output import NO_NEGATIVES, clean, warn
 from deskgrid.errors import DeskgridError, InvalidInput, NotFound, Unreachable
 
@@ -39,15 +39,18 @@ For example:
     deskgrid demo                       see it work on this machine
     deskgrid login LINK                 log in to a grid
     deskgrid run hello.toml             run a job and fetch its result
+    deskgrid connect web.job-42         use a program in a job from here
     deskgrid worker join LINK           lend this PC to a grid
 
 Each command has --help. Exit codes: 0 done, 1 failed, 2 usage, 3 cannot reach, 130 interrupted.
 """,
 )
-for part in (job.app, data.app, disk.app, worker.app, user.app, user.group_app, server.app):
+for part in (job.app, data.app, disk.app, worker.app, user.app, user.group_app, server.app, hub.app, overlay.connection_app):
     app.command(part)
 app.command(job.run)
 app.command(user.login)
+for function in (overlay.connect, overlay.offer, overlay.proxy, overlay.peers, ssh.ssh, ssh.scp, ssh.shell):
+    app.command(function)
 app.command(status.status)
 app.command(demo.demo)
 app.register_install_completion_command(help="Install tab completion for your shell.")
@@ -56,6 +59,8 @@ app.register_install_completion_command(help="Install tab completion for your sh
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["ssh"]:
+        given[1:] = ssh.command_apart(given[1:])
     try:
         code = app(given, result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()

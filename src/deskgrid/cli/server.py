@@ -24,6 +24,11 @@ Home = Annotated[
 ]
 Listen = Annotated[str | None, Parameter(help="HOST:PORT to listen on; 0.0.0.0 for all interfaces, port 0 for a free one.")]
 Address = Annotated[str | None, Parameter(help="HOST:PORT that workers and users dial, if it is another one.")]
+HubListen = Annotated[
+    str | None,
+    Parameter(help='HOST:PORT of the hub inside the server; by default the next port; "off" for no hub in this process.'),
+]
+HubAddress = Annotated[str | None, Parameter(help="HOST:PORT that peers dial for the hub, if it is another one.")]
 Database = Annotated[str | None, Parameter(help="SQLAlchemy URL of the database; by default SQLite in the folder.")]
 Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, help="Log every call.")]
 
@@ -40,6 +45,8 @@ async def init(
     home: Home = None,
     listen: Listen = None,
     address: Address = None,
+    hub_listen: HubListen = None,
+    hub_address: HubAddress = None,
     database: Database = None,
     name: str | None = None,
     admin: str = "admin",
@@ -65,7 +72,8 @@ async def init(
 
     configure_logs(json=json, verbose=False)
     folder = home or server_home()
-    given = {"name": name, "listen": listen, "address": address, "database": database}
+    given = {"name": name, "listen": listen, "address": address, "hub_listen": hub_listen, "hub_address": hub_address}
+    given["database"] = database
     settings = load_server_settings(folder, **given)
     _require_same_settings(folder, settings)
     user = await init_server(folder, settings, admin=admin)
@@ -105,11 +113,13 @@ async def run(
     home: Home = None,
     listen: Listen = None,
     address: Address = None,
+    hub_listen: HubListen = None,
+    hub_address: HubAddress = None,
     database: Database = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Run the server until Ctrl-C or SIGTERM. Prints where it listens once it answers; logs go to stderr.
+    """Run the server, with a hub, until Ctrl-C or SIGTERM. Prints where it listens once it answers; logs go to stderr.
 
     For example:
 
@@ -121,13 +131,14 @@ async def run(
     configure_logs(json=json, verbose=verbose)
     folder = home or server_home()
 
-    def ready(where: str) -> None:
+    def ready(where: str, hub: str) -> None:
         if json:
-            print_json({"address": where, "home": str(folder)}, indent=0)  # a line: programs wait for it
+            print_json({"address": where, "hub": hub or None, "home": str(folder)}, indent=0)  # a line: programs wait for it
         else:
-            print_lines(f"listening on {where}")
+            print_lines(f"listening on {where}" + (f"; its hub is {hub}" if hub else ""))
 
-    await run_server(folder, load_server_settings(folder, listen=listen, address=address, database=database), ready=ready)
+    given = {"listen": listen, "address": address, "hub_listen": hub_listen, "hub_address": hub_address, "database": database}
+    await run_server(folder, load_server_settings(folder, **given), ready=ready)
 
 
 @app.command(name="join-link")
@@ -158,4 +169,36 @@ async def join_link(*, uses: int = 1, lifetime: str = "7d", home: Home = None, j
         print_json({"link": str(link), "uses": uses, "lifetime_s": lifetime_s})
         return
     warn(f"for {uses} PC{'s' if uses > 1 else ''}, within {lifetime}: deskgrid worker join LINK, where LINK is")
+    print_lines(str(link))
+
+
+@app.command(name="hub-link")
+async def hub_link(*, uses: int = 1, lifetime: str = "7d", home: Home = None, json: Json = False) -> None:
+    """Print a link by which machines become hubs. Works on the server's machine, beside the running server.
+
+    The server has a hub of its own; more of them bring peers nearer to each other, and take load off the server.
+
+    For example:
+
+        deskgrid server hub-link
+
+    Parameters
+    ----------
+    uses
+        How many machines may use it.
+    lifetime
+        How long it may be used.
+    """
+    from deskgrid.server.setup import make_hub_link
+
+    if uses < 1:
+        raise InvalidInput(f"{uses} is too few", where="--uses", hint="1 or more")
+    configure_logs(json=json, verbose=False)
+    folder = home or server_home()
+    lifetime_s = lifetime_of(lifetime)
+    link = await make_hub_link(folder, load_server_settings(folder), uses=uses, lifetime_s=lifetime_s)
+    if json:
+        print_json({"link": str(link), "uses": uses, "lifetime_s": lifetime_s})
+        return
+    warn(f"for {uses} hub{'s' if uses > 1 else ''}, within {lifetime}: deskgrid hub join LINK, where LINK is")
     print_lines(str(link))

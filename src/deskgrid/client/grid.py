@@ -24,10 +24,11 @@ from deskgrid.model import wire
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import JobId, Sha256
 from deskgrid.model.jobs import Job, JobSpec, JobState
+from deskgrid.model.overlay import Peer
 from deskgrid.model.users import Group, Token, User
 from deskgrid.model.workers import Worker
 
-__all__ = ["Grid", "describe_file", "join", "login"]
+__all__ = ["Grid", "describe_file", "join", "join_hub", "login"]
 
 Progress = Callable[[int], None]
 _HOLD_S = 20.0
@@ -49,6 +50,15 @@ async def join(link: Link, name: str) -> Credentials:
     async with Transport(found) as transport:
         token = make_secret()
         await transport.call(wire.JOIN, wire.JoinRequest(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token))))
+    return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
+
+
+async def join_hub(link: Link, name: str) -> Credentials:
+    """Exchange a hub link for a hub's credentials. Raise Unauthenticated if its secret is used up or has expired."""
+    found = await fetch_authority(link)
+    async with Transport(found) as transport:
+        token = make_secret()
+        await transport.call(wire.JOIN_HUB, wire.JoinHub(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token))))
     return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
 
 
@@ -210,9 +220,32 @@ class Grid:
         await self.transport.call(wire.ADD_JOIN_SECRET, request)
         return self._link("join", secret)
 
+    async def hub_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> Link:
+        """Make a link by which `uses` machines may become hubs (admins)."""
+        secret = make_secret()
+        request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses)
+        await self.transport.call(wire.ADD_HUB_SECRET, request)
+        return self._link("hub", secret)
+
     def _link(self, purpose: str, secret: str) -> Link:
         credentials = self.transport.credentials
         return Link(purpose=purpose, address=credentials.address, authority=credentials.authority, secret=secret)
+
+    # The overlay
+
+    async def peers(self, *, everyone: bool = False) -> tuple[Peer, ...]:
+        """Return the peers of one's own programs and jobs, with what they offer and carry; or everyone's (admins)."""
+        return (await self.transport.call(wire.LIST_PEERS, query={"all": everyone or None})).peers
+
+    async def hubs(self) -> tuple[wire.HubDetail, ...]:
+        """Return all hubs, also those that are not there any more."""
+        return (await self.transport.call(wire.LIST_HUBS)).hubs
+
+    async def remove_hub(self, hub_id: int) -> None:
+        """Forget a hub: its token ends, and peers go elsewhere (admins). The number is that in its name."""
+        await self.transport.call(wire.REMOVE_HUB, path={"hub": hub_id})
+
+    # Tokens and groups
 
     async def tokens(self) -> tuple[Token, ...]:
         """Return the caller's tokens."""

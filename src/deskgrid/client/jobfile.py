@@ -20,6 +20,7 @@ from deskgrid.core.submission import check_spec
 from deskgrid.errors import DeskgridError, InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import MachineKind, Network
+from deskgrid.model.overlay import Offer, Reach, parse_offer, parse_reach
 from deskgrid.units import format_duration, format_size, parse_duration, parse_size
 
 N = TypeVar("N", int, float)
@@ -121,6 +122,40 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _offers(value: Any) -> tuple[Offer, ...]:
+    if not isinstance(value, list | tuple):
+        raise InvalidInput(f"{_shown(value)} is not a list", hint='as in ["ssh:22"]')
+    return tuple(parse_offer(_text(item)) for item in value)
+
+
+def _reaches(value: Any) -> tuple[Reach, ...]:
+    """Read a table, or what several options gave: NAME=SERVICE.PEER:PORT."""
+    if isinstance(value, list | tuple):
+        return tuple(_reach_option(_text(item)) for item in value)
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{_shown(value)} is not a table", hint='as in { db = "db.job-41:5432" }')
+    return tuple(_reach(name, service) for name, service in value.items())
+
+
+def _reach_option(text: str) -> Reach:
+    name, equals, service = text.partition("=")
+    if not equals:
+        raise InvalidInput(f"{_shown(text)} is not NAME=SERVICE.PEER:PORT", hint="as in db=db.job-41:5432")
+    return _reach(name.strip(), service)
+
+
+def _reach(name: str, service: Any) -> Reach:
+    """Read one entry. The error's place is the entry's name, so that it can be told by its own line."""
+    try:
+        return parse_reach(name, _text(service))
+    except InvalidInput as error:
+        raise InvalidInput(error.message, where=name, hint=error.hint or 'as in db = "db.job-41:5432"') from error
+
+
+def _shown_reaches(value: tuple[Reach, ...]) -> str:
+    return "{" + ", ".join(f'{reach.name} = "{reach}"' for reach in value) + "}"
+
+
 def _choice(allowed: type[MachineKind] | type[Network]) -> Callable[[Any], Any]:
     names = [str(member) for member in allowed]
 
@@ -154,6 +189,8 @@ SIZE = Kind("size", _size, lambda value: f'"{format_size(value)}"')
 DURATION = Kind("duration", _duration, lambda value: f'"{format_duration(value)}"')
 INTEGER = Kind("whole number", _integer)
 TEXTS = Kind("list of texts", _texts, lambda value: str(list(value)).replace("'", '"'))
+OFFERS = Kind("list of NAME:PORT", _offers, lambda value: TEXTS.show([str(offer) for offer in value]))
+REACHES = Kind("table of NAME = SERVICE.PEER:PORT", _reaches, _shown_reaches)
 FOLDER = Kind("folder", _folder)
 
 KEYS: tuple[Key, ...] = (
@@ -193,7 +230,44 @@ KEYS: tuple[Key, ...] = (
         name="network",
         field="network",
         kind=Kind('"none", "overlay" or "internet"', _choice(Network), lambda value: f'"{value}"'),
-        doc="What the machine can reach. Only `none` is offered so far.",
+        doc="What the machine can reach: nothing; the services below; or public addresses besides, on PCs whose owner allows it.",
+    ),
+    Key(
+        section="machine",
+        name="offer",
+        field="offer",
+        kind=OFFERS,
+        doc="Services of the job, as `ssh:22`: others reach them as `ssh.job-N`. Your own programs and jobs may; see `share`.",
+    ),
+    Key(
+        section="machine",
+        name="share",
+        field="share",
+        kind=TEXTS,
+        doc="Who else may reach what is offered: `group:NAME`, `user:NAME` or `everyone`.",
+    ),
+    Key(
+        section="machine",
+        name="reach",
+        field="reach",
+        kind=REACHES,
+        doc="Services that the job may reach, by the name and port that they have in it: `db = db.job-41:5432` of a job, "
+        "`site = web.user:8000` of a program of yours (`deskgrid offer`), `grid = api.server` the grid itself, "
+        "with your rights over jobs and data.",
+    ),
+    Key(
+        section="machine",
+        name="reach_wait",
+        field="reach_wait_s",
+        kind=DURATION,
+        doc="Time that a connection waits for a service that is not there yet.",
+    ),
+    Key(
+        section="machine",
+        name="ssh_keys",
+        field="ssh_keys",
+        kind=TEXTS,
+        doc="Public keys, lines as in authorized_keys, that may log in as root. By default your own, if the job offers `ssh`.",
     ),
     Key(
         section="limits",
@@ -321,29 +395,38 @@ def _written(tables: Mapping[str, Any], where: Callable[[str, str], str]) -> Ite
             if not isinstance(value, dict):
                 raise InvalidInput(f"{name} is a section", where=where("", name), hint=f"write [{name}] on a line of its own")
             for inner, inner_value in value.items():
-                yield _value(name, inner, inner_value, where(name, inner))
+                yield _value(name, inner, inner_value, where)
         else:
-            yield _value("", name, value, where("", name))
+            yield _value("", name, value, where)
 
 
-def _value(section: str, name: str, value: Any, where: str) -> tuple[str, _Written]:
+def _value(section: str, name: str, value: Any, where: Callable[[str, str], str]) -> tuple[str, _Written]:
     path = f"{section}.{name}" if section else name
     key = _BY_PATH.get(path)
     if key is None:
-        raise InvalidInput(f"unknown key {_shown(name)}{_inside(section)}", where=where, hint=_instead(section, name))
-    return path, _Written(_read(key, value, where), where)
+        place = where(section, name)
+        raise InvalidInput(f"unknown key {_shown(name)}{_inside(section)}", where=place, hint=_instead(section, name))
+    place = where(section, name)
+    return path, _Written(_read(key, value, place, lambda entry: where(path, entry)), place)
 
 
-def _read(key: Key, value: Any, where: str) -> Any:
+def _read(key: Key, value: Any, where: str, entry_where: Callable[[str], str]) -> Any:
+    """Read a value. An error about an entry of a table is placed at the entry."""
     try:
         return key.kind.read(value)
     except InvalidInput as error:
-        raise InvalidInput(_named(key, error.message, where), where=where, hint=error.hint) from error
+        message = error.message.removeprefix(f"{error.where}: ")
+        place = entry_where(error.where) if error.where else where
+        raise InvalidInput(_named(key, message, place), where=place, hint=error.hint) from error
 
 
 def _from_options(options: Mapping[str, Any]) -> dict[str, _Written]:
     given = {_BY_NAME[name]: value for name, value in options.items() if value is not None}
-    return {key.path: _Written(_read(key, value, key.option), key.option) for key, value in given.items()}
+    return {key.path: _from_option(key, value) for key, value in given.items()}
+
+
+def _from_option(key: Key, value: Any) -> _Written:
+    return _Written(_read(key, value, key.option, lambda _: key.option), key.option)
 
 
 def _assemble(written: Mapping[str, _Written], where: Callable[[str], str]) -> JobFile:
@@ -458,14 +541,16 @@ def _line_of(lines: list[str], section: str, name: str) -> int:
         header = _HEADER.fullmatch(line)
         if header:
             now = _bare(header["name"])
-            if now in (section or name, f"{section}.{name}") and not section_line:
+            if section and now == f"{section}.{name}":
+                return number
+            if now == (section or name) and not section_line:
                 section_line = number
             continue
         key = _bare(line.partition("=")[0]) if "=" in line else ""
         path = f"{now}.{key}" if now else key
         if key and (path == (f"{section}.{name}" if section else name) or path.startswith(f"{section or name}.{name}.")):
             return number
-        if key and path.split(".")[0] == (section or name) and not section_line:
+        if key and (path == section or path.split(".")[0] == (section or name)) and not section_line:
             section_line = number
     return section_line or 1
 

@@ -10,13 +10,22 @@
 #     1 text | 2 text        a line of its stdout or stderr
 #     1-text | 2-text        a piece of a line: what follows belongs to it
 #     ! context-exited RC    it ended; all its output that fits was told before
+#     ! listening PORT       something listens on a port that the job offers; once for each
 #
-# Needs a POSIX shell (busybox, dash, bash) and dd, head, tail, sed, tr, wc, mount, sync. Nothing else is sure to be there.
+# With a network (the folder .deskgrid has a file `network`) it first sets up the card, the hosts file and root's keys, and starts
+# an ssh server if the job offers ssh and the template has one.
+#
+# Needs a POSIX shell (busybox, dash, bash) and dd, head, tail, sed, tr, wc, mount, sync; for a network ip and chmod, too. Nothing
+# else is sure to be there.
 
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 export PATH
 CONTEXT=/context
 SCRATCH=/scratch
+OWN=$CONTEXT/.deskgrid
+ETC=/etc
+ROOT_HOME=/root
+NET=/proc/net
 REPORT=$SCRATCH/.deskgrid
 RUN=/run/deskgrid
 TOLD_BYTES=1048576   # of each stream; the rest is in the report only
@@ -66,12 +75,119 @@ follow() {
         stop=$last
         tell_new "$REPORT/stdout" 1 "$out"; out=$((out + told)); new=$told
         tell_new "$REPORT/stderr" 2 "$err"; err=$((err + told)); new=$((new + told))
+        [ -z "$silent" ] || tell_listening
         [ "$new" -eq 0 ] || continue
         [ -z "$stop" ] || break
         # wait is ended by the signal, sleep is not.
         [ -n "$last" ] || { sleep "$pause" 3>&- & wait $!; }
         pause=1
     done
+}
+
+# ---- network
+
+silent=   # the offered ports on which nothing listens yet, as NUMBER:HEX
+
+LOOPBACK='/: 0100007F:/d; /: 0\{24\}01000000:/d; /: 0\{16\}FFFF00000100007F:/d'
+
+# Print the ports, in hexadecimal and each between blanks, on which something listens for others: what listens at 127.0.0.1 only
+# cannot be reached. Given an empty argument, print those, too.
+listening_ports() {
+    sed -n -e "${1-$LOOPBACK}" -e 's/^ *[0-9]*: [0-9A-F]*:\([0-9A-F]*\) [0-9A-F]*:[0-9A-F]* 0A .*/ \1 /p' \
+        "$NET/tcp" "$NET/tcp6" 2>/dev/null
+}
+
+# has PORTS NUMBER: is it among them?
+has() { case $1 in *" $(printf %04X "$2") "*) ;; *) return 1 ;; esac; }
+
+# Tell each offered port as soon as something listens on it.
+tell_listening() {
+    open=$(listening_ports)
+    waiting=$silent
+    silent=
+    for port in $waiting; do
+        case $open in
+            *" ${port#*:} "*) tell "! listening ${port%:*}" ;;
+            *) silent="$silent $port" ;;
+        esac
+    done
+}
+
+# The first card, unless somebody has given it an address already. QEMU's network has no need for a server that tells it.
+set_up_card() {
+    read -r address gateway <"$OWN/network"
+    for card in /sys/class/net/*; do
+        card=${card##*/}
+        [ "$card" != lo ] && [ -e "/sys/class/net/$card/device" ] || continue
+        case $(ip -4 addr show dev "$card" 2>/dev/null) in *inet*) return 0 ;; esac
+        ip link set "$card" up && ip addr add "$address" dev "$card" && ip route add default via "$gateway"
+        return
+    done
+    return 1
+}
+
+add_hosts() {
+    [ -s "$ETC/hosts" ] || echo "127.0.0.1 localhost" >"$ETC/hosts"
+    # A last line without an end must not swallow the first of ours.
+    { echo; while read -r line; do printf '%s\n' "$line"; done <"$OWN/hosts"; } >>"$ETC/hosts"
+}
+
+add_keys() {
+    [ -s "$OWN/authorized_keys" ] || return 0
+    mkdir -p "$ROOT_HOME/.ssh"
+    { echo; while read -r line; do printf '%s\n' "$line"; done <"$OWN/authorized_keys"; } >>"$ROOT_HOME/.ssh/authorized_keys"
+    chmod 700 "$ROOT_HOME/.ssh"
+    chmod 600 "$ROOT_HOME/.ssh/authorized_keys"
+}
+
+# Start the template's ssh server if nobody else does: the way that it says itself, or those of the usual servers.
+start_ssh() {
+    while read -r name port; do [ "$name" != ssh ] || break; done <"$OWN/offer"
+    [ "$name" = ssh ] || return 0
+    has "$(listening_ports)" "$port" && return 0
+    if [ -x "$ETC/deskgrid/start-ssh" ]; then
+        "$ETC/deskgrid/start-ssh" "$port"
+    elif command -v dropbear >/dev/null; then
+        mkdir -p "$ETC/dropbear"
+        dropbear -R -s -p "$port"
+    elif server=$(command -v sshd); then
+        mkdir -p /run/sshd
+        ssh-keygen -A
+        "$server" -p "$port"
+    fi
+}
+
+# At localhost, too, where the agent can: many programs know no other place for their server. A port that is the machine's own, or
+# taken, is left alone. With one direction ended, the other may go on for a day.
+forward_localhost() {
+    cp "$OWN/services.json" "$RUN/services.json"
+    taken=$(listening_ports "")
+    while read -r _ port; do taken="$taken $(printf %04X "$port") "; done <"$OWN/offer"
+    case $(nc --help 2>&1) in *BusyBox*-ll*) busybox_nc=yes ;; *) busybox_nc= ;; esac
+    while read -r name address port; do
+        has "$taken" "$port" && continue
+        taken="$taken $(printf %04X "$port") "
+        if command -v socat >/dev/null; then
+            socat -t 86400 "TCP-LISTEN:$port,bind=127.0.0.1,fork,reuseaddr" "TCP:$address:$port" &
+        elif [ -n "$busybox_nc" ]; then
+            nc -ll -p "$port" -e nc "$address" "$port" &
+        else
+            return 0
+        fi
+        sed "s/^    \"$name\": {/&\"localhost\":true,/" "$RUN/services.json" >"$RUN/services.new"
+        mv "$RUN/services.new" "$RUN/services.json"
+    done <"$OWN/reach"
+}
+
+set_up_network() {
+    [ -f "$OWN/network" ] || return 0
+    set_up_card || tell "2 deskgrid: no network card was found"
+    add_hosts
+    add_keys
+    while read -r _ port; do silent="$silent $port:$(printf %04X "$port")"; done <"$OWN/offer"
+    # Without the channel, which a server would hold open.
+    forward_localhost </dev/null >"$RUN/network.log" 2>&1 3>&-
+    start_ssh </dev/null >>"$RUN/network.log" 2>&1 3>&- &
 }
 
 # ---- disks
@@ -129,7 +245,7 @@ run_context() {
     (
         exec 3>&-
         cd "$SCRATCH" || exit 126
-        [ ! -f "$CONTEXT/.deskgrid/environment" ] || . "$CONTEXT/.deskgrid/environment"
+        [ ! -f "$OWN/environment" ] || . "$OWN/environment"
         exec sh "$CONTEXT/context.sh"
     ) </dev/null >"$REPORT/stdout" 2>"$REPORT/stderr"
 }
@@ -166,6 +282,7 @@ fi
 mkdir -p "$REPORT"
 : >"$REPORT/stdout"
 : >"$REPORT/stderr"
+set_up_network
 tell "! booted"
 tell "! context-started"
 follow "" &

@@ -6,6 +6,7 @@ The folder of a machine (its `workdir`):
     channel.log  console.log  process.log     what the agent tells, the console, the words of the process itself
     journal.in  journal.out                   why it ended (qmp.py)
     process.json                              which process it is
+    cage.sock  cage.pid                       with a network: the keeper of its cage (cage.py)
     stopped                                   there if we asked it to end
 
 Everything that has to be known after a restart of the worker is in these files, so `events`, `recover` and `destroy` need
@@ -17,13 +18,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import msgspec
+
 from deskgrid.clock import Clock
 from deskgrid.errors import MachineFailed
-from deskgrid.machines import processes, qmp
+from deskgrid.machines import cage, processes, qmp
 from deskgrid.machines.channel import ChannelParser
 from deskgrid.machines.disks import check_space, wrap_disk_error
 from deskgrid.machines.driver import (
@@ -63,9 +67,15 @@ class ProcessDriver(ABC):
 
     name: DriverName
 
-    def __init__(self, clock: Clock, *, nice: int = 19) -> None:
+    def __init__(self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False) -> None:
         self._clock = clock
         self._nice = nice
+        self._allowed = (
+            Network.NONE,
+            *((Network.OVERLAY,) if overlay else ()),
+            *((Network.INTERNET,) if overlay and internet else ()),
+        )
+        self._networks = self._allowed
 
     # ---- what a subclass says
 
@@ -118,13 +128,16 @@ class ProcessDriver(ABC):
             raise MachineFailed("the machine has ended: it starts only once")
         if not workdir.is_dir():
             raise MachineFailed("the machine was removed")
-        command = processes.gently(await self._command(handle), nice=self._nice, cpu_time_s=handle.spec.cpu_time_s)
+        command = await self._command(handle)
+        if handle.spec.network is not Network.NONE:
+            command = cage.enter(command, workdir)
+        command = processes.gently(command, nice=self._nice, cpu_time_s=handle.spec.cpu_time_s)
         processes.write_identity(workdir, processes.spawn(command, cwd=workdir, log=workdir / PROCESS_LOG))
 
     async def events(self, handle: MachineHandle) -> AsyncIterator[MachineEvent]:
         """See Driver. What the machine wrote before is yielded again."""
         workdir = Path(handle.workdir)
-        logs = _Logs(workdir)
+        logs = _Logs(workdir, frozenset(port for _, port in handle.spec.offer))
         identity = self._identity(handle)
         delay_s = _POLL_MIN_S
         while True:
@@ -161,6 +174,7 @@ class ProcessDriver(ABC):
         identity = self._identity(handle)
         if identity is not None:
             await processes.kill(identity, self._clock)
+        await cage.wait_keeper_gone(Path(handle.workdir), self._clock)
         await asyncio.to_thread(_remove, Path(handle.workdir))
 
     async def recover(self, handle: MachineHandle) -> Recovery:
@@ -182,10 +196,26 @@ class ProcessDriver(ABC):
         """See Driver."""
         return Path(handle.workdir) / SCRATCH_DISK
 
+    async def open_socket(self, handle: MachineHandle) -> socket.socket:
+        """See Caged."""
+        if handle.spec.network is Network.NONE:
+            raise MachineFailed("the machine has no network")
+        identity = self._identity(handle)
+        if identity is None:
+            raise MachineFailed("the machine is off")
+        return await cage.open_socket(Path(handle.workdir), lambda: processes.is_alive(identity))
+
     # ---- shared parts
 
+    async def _with_networks(self, found: Fingerprint) -> Fingerprint:
+        """Return a fingerprint with the networks that machines can have here, and why not those that the owner allows besides."""
+        doubt = await cage.probe_cage(self._clock) if self._allowed != (Network.NONE,) else ""
+        self._networks = (Network.NONE,) if doubt else self._allowed
+        reason = "; ".join(words for words in (found.reason, doubt) if words)
+        return msgspec.structs.replace(found, networks=self._networks, reason=reason)
+
     def _check(self, spec: MachineSpec) -> None:
-        if spec.network is not Network.NONE:
+        if spec.network not in self._networks:
             raise MachineFailed(f"the {self.name} driver does not offer network {spec.network}")
 
     def _prepare(self, handle: MachineHandle) -> None:
@@ -246,12 +276,12 @@ class _Tail:
 class _Logs:
     """The two serial lines of a machine."""
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, workdir: Path, offered: frozenset[int]) -> None:
         self._workdir = workdir
         self._journal = (-1, qmp.Journal())
         self._channel = _Tail(workdir / CHANNEL_LOG)
         self._console = _Tail(workdir / CONSOLE_LOG)
-        self._parser = ChannelParser()
+        self._parser = ChannelParser(offered)
         self._cut: set[str] = set()
         self.more = False
         """The last read did not come to the end."""

@@ -3,6 +3,7 @@
 A line each (machines/agent.sh writes them):
 
     ! booted | ! context-started | ! context-exited RC      each counts once
+    ! listening PORT       once for each port that the machine offers
     1 text | 2 text        a line of stdout or stderr
     1-text | 2-text        a piece of a line
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-from deskgrid.machines.driver import Booted, ContextExited, ContextStarted, MachineEvent, Output, Stream
+from deskgrid.machines.driver import Booted, ContextExited, ContextStarted, Listening, MachineEvent, Output, Stream
 
 __all__ = ["MAX_LINE_BYTES", "ChannelParser", "channel_lines"]
 
@@ -21,15 +22,17 @@ MAX_LINE_BYTES = 65 << 10
 """An agent's longest line is a chunk of 64 KiB behind its prefix."""
 _STREAMS = {b"1": Stream.STDOUT, b"2": Stream.STDERR}
 _EXITED = re.compile(rb"context-exited (\d{1,3})")
+_LISTENING = re.compile(rb"listening (\d{1,5})")
 
 
 class ChannelParser:
-    """Bytes in, events out; holds at most MAX_LINE_BYTES."""
+    """Bytes in, events out; holds at most MAX_LINE_BYTES. `offered` are the ports whose listeners matter."""
 
-    def __init__(self) -> None:
+    def __init__(self, offered: frozenset[int] = frozenset()) -> None:
+        self._offered = offered
         self._rest = b""
         self._skipping = False
-        self._told: set[type] = set()
+        self._told: set[object] = set()
 
     def feed(self, data: bytes) -> list[MachineEvent]:
         """Return the events of all lines that are whole now."""
@@ -48,9 +51,12 @@ class ChannelParser:
         if kind in _STREAMS and mark in (b" ", b"-"):
             return Output(_STREAMS[kind], text if mark == b"-" else text + b"\n")
         event = _notice(text) if line[:2] == b"! " else None
-        if event is None or type(event) in self._told:
+        if event is None:
             return None
-        self._told.add(type(event))
+        subject = event if isinstance(event, Listening) else type(event)
+        if subject in self._told or (isinstance(event, Listening) and event.port not in self._offered):
+            return None
+        self._told.add(subject)
         return event
 
 
@@ -67,6 +73,9 @@ def _notice(text: bytes) -> MachineEvent | None:
         return Booted()
     if text == b"context-started":
         return ContextStarted()
+    listening = _LISTENING.fullmatch(text)
+    if listening is not None:
+        return Listening(int(listening[1]))
     match = _EXITED.fullmatch(text)
     if match is None or int(match[1]) > 255:
         return None

@@ -5,6 +5,16 @@
     /.deskgrid/environment    variables for context.sh, for a POSIX shell to read
     /user-data, /meta-data    cloud-init NoCloud, for disks without our agent; the user's own files go first
 
+With a network:
+
+    /services.json            the services that the job reaches and offers, for programs
+    /grid/credentials.json    with what the job itself may talk to the server; for root only
+    /.deskgrid/network        there if the machine has a network card
+    /.deskgrid/hosts          lines for /etc/hosts: ADDRESS NAME
+    /.deskgrid/reach          a line for each service that it reaches: NAME ADDRESS PORT
+    /.deskgrid/offer          a line for each service that it offers: NAME PORT
+    /.deskgrid/authorized_keys
+
 ISO 9660:1999 (level 4) has no limit on depth. There is no Joliet: only Windows needs it, and that could not read scratch.
 """
 
@@ -20,17 +30,30 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 from pycdlib import PyCdlib
 from pycdlib.pycdlibexception import PyCdlibException
 
 from deskgrid.errors import InvalidInput
+from deskgrid.machines.cage import CAGE_NETWORK, GATEWAY, HTTP_PROXY_PORT, SOCKS_PORT
 from deskgrid.machines.driver import MachineSpec
-from deskgrid.model.machines import ContextLabel
+from deskgrid.model.machines import ContextLabel, Network
 
-__all__ = ["OWN_FOLDER", "create_context", "environment_file", "meta_data", "user_data"]
+__all__ = [
+    "OWN_FOLDER",
+    "create_context",
+    "environment_file",
+    "meta_data",
+    "network_environment",
+    "services_file",
+    "user_data",
+]
 
 OWN_FOLDER = ".deskgrid"
+SOCKS = f"{GATEWAY}:{SOCKS_PORT}"
+HTTP_PROXY = f"{GATEWAY}:{HTTP_PROXY_PORT}"
+"""Where in the cage the worker listens itself."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NAME_BYTES = 255
 
@@ -44,8 +67,10 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
     image.new(interchange_level=4, rock_ridge="1.09", vol_ident=spec.context_label.value)
     writer = _Writer(image)
     try:
-        taken = writer.add_folder(spec.context) if spec.context else frozenset[str]()
-        writer.add_own(_own_files(spec, instance), taken)
+        if spec.context:
+            writer.add_folder(spec.context)
+        for file in _own_files(spec, instance):
+            writer.add_own(file)
         image.write(str(path))
     except PyCdlibException as error:
         raise InvalidInput(f"the context folder cannot be put on a disk: {error}") from error
@@ -70,31 +95,98 @@ def meta_data(name: str, instance: str) -> bytes:
     return f"instance-id: deskgrid-{mark}\nlocal-hostname: {hostname}\n".encode()
 
 
-def user_data(label: ContextLabel) -> bytes:
+def user_data(label: ContextLabel, ssh_keys: Iterable[str] = ()) -> bytes:
     """Return NoCloud's user-data, which does what a template's own start-up does."""
-    return (
-        "#cloud-config\n"
-        "runcmd:\n"
-        "  - mkdir -p /context\n"
-        f"  - test -e /context/{OWN_FOLDER}/agent.sh || mount -o ro LABEL={label.value} /context\n"
-        f"  - sh /context/{OWN_FOLDER}/agent.sh\n"
+    keys = [f"  - {msgspec.json.encode(key).decode()}\n" for key in ssh_keys]
+    return "".join(
+        (
+            "#cloud-config\n",
+            *(("disable_root: false\n", "ssh_authorized_keys:\n", *keys) if keys else ()),
+            "runcmd:\n",
+            "  - mkdir -p /context\n",
+            f"  - test -e /context/{OWN_FOLDER}/agent.sh || mount -o ro LABEL={label.value} /context\n",
+            f"  - sh /context/{OWN_FOLDER}/agent.sh\n",
+        )
     ).encode()
 
 
-def _own_files(spec: MachineSpec, instance: str) -> dict[str, bytes]:
-    return {
-        f"{OWN_FOLDER}/agent.sh": (importlib.resources.files("deskgrid.machines") / "agent.sh").read_bytes(),
-        f"{OWN_FOLDER}/environment": environment_file(spec.environment),
-        "user-data": user_data(spec.context_label),
-        "meta-data": meta_data(spec.name, instance),
-    }
+def services_file(spec: MachineSpec) -> bytes:
+    """Return services.json: JSON with a line for each service that is reached, so that a shell can work on it, too."""
+    reach = [
+        f"    {_json(door.name)}: {_json({'host': door.name, 'address': door.host, 'port': door.port, 'service': door.service})}"
+        for door in spec.reach
+    ]
+    lines = ",\n".join(reach)
+    doors = f"{{\n{lines}\n  }}" if reach else "{}"
+    return f'{{\n  "reach": {doors},\n  "offer": {_json(dict(spec.offer))},\n  "socks": {_json(SOCKS)}\n}}\n'.encode()
+
+
+def network_environment(spec: MachineSpec) -> tuple[tuple[str, str], ...]:
+    """Return the variables that tell programs their services, and with `internet` the way out. Nothing without a network."""
+    if spec.network is Network.NONE:
+        return ()
+    doors = [(f"DESKGRID_{door.name.upper().replace('-', '_')}", f"{door.name}:{door.port}") for door in spec.reach]
+    told = (("DESKGRID_SOCKS", SOCKS), *doors)
+    if spec.network is not Network.INTERNET:
+        return told
+    inside = ",".join(("localhost", "127.0.0.1", CAGE_NETWORK, *(word for door in spec.reach for word in (door.name, door.host))))
+    names = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    proxies = [(name, f"http://{HTTP_PROXY}") for name in names]
+    return (*told, *proxies, ("all_proxy", f"socks5h://{SOCKS}"), ("no_proxy", inside), ("NO_PROXY", inside))
+
+
+class _OwnFile(Struct, frozen=True):
+    """A file of ours. `path` is relative and at most one folder deep."""
+
+    path: str
+    data: bytes
+    mode: int = 0o644
+
+
+def _own_files(spec: MachineSpec, instance: str) -> Iterator[_OwnFile]:
+    yield _OwnFile(f"{OWN_FOLDER}/agent.sh", (importlib.resources.files("deskgrid.machines") / "agent.sh").read_bytes())
+    # The user's own variables come later, so they win.
+    yield _OwnFile(f"{OWN_FOLDER}/environment", environment_file((*network_environment(spec), *spec.environment)))
+    yield _OwnFile("user-data", user_data(spec.context_label, spec.ssh_keys if spec.network is not Network.NONE else ()))
+    yield _OwnFile("meta-data", meta_data(spec.name, instance))
+    if spec.network is not Network.NONE:
+        yield from _network_files(spec)
+
+
+def _network_files(spec: MachineSpec) -> Iterator[_OwnFile]:
+    services = services_file(spec)
+    yield _OwnFile("services.json", services)
+    yield _OwnFile(f"{OWN_FOLDER}/services.json", services)
+    yield _OwnFile(f"{OWN_FOLDER}/network", b"10.0.2.15/24 10.0.2.2\n")
+    yield _OwnFile(f"{OWN_FOLDER}/hosts", _lines(f"{door.host} {door.name}" for door in spec.reach))
+    yield _OwnFile(f"{OWN_FOLDER}/reach", _lines(f"{door.name} {door.host} {door.port}" for door in spec.reach))
+    yield _OwnFile(f"{OWN_FOLDER}/offer", _lines(f"{name} {port}" for name, port in spec.offer))
+    if spec.ssh_keys:
+        yield _OwnFile(f"{OWN_FOLDER}/authorized_keys", _lines(spec.ssh_keys), 0o600)
+    if spec.credentials is not None:
+        yield _OwnFile("grid/credentials.json", spec.credentials.read_bytes(), 0o600)
+
+
+def _lines(lines: Iterable[str]) -> bytes:
+    """Return lines of a file that a program of the guest reads. Raise InvalidInput for what is not one line."""
+    whole = []
+    for line in lines:
+        if not line.isprintable():
+            raise InvalidInput(f"{line[:60]!r} is not one line of text")
+        whole.append(f"{line}\n")
+    return "".join(whole).encode()
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 class _Place(Struct, frozen=True):
-    """A folder on the host and its identifier path on the ISO."""
+    """A folder on the host, its identifier path on the ISO, and its path there as guests see it (a / at the end, "" for the top)."""
 
     folder: Path
     identifier: str
+    path: str
 
 
 class _Writer:
@@ -103,38 +195,47 @@ class _Writer:
     def __init__(self, image: PyCdlib) -> None:
         self._image = image
         self._count = 0
+        self._taken: set[str] = set()
+        """What there is at the top and in the folders there, by path."""
+        self._folders: dict[str, str] = {}
+        """Identifiers of the folders at the top."""
 
-    def add_folder(self, root: Path) -> frozenset[str]:
-        """Add what is in `root`, at any depth; return the names at the top."""
-        places = [_Place(root, "")]
+    def add_folder(self, root: Path) -> None:
+        """Add what is in `root`, at any depth."""
+        places = [_Place(root, "", "")]
         while places:
             places.extend(self._add_entries(places.pop()))
-        return frozenset(entry.name for entry in root.iterdir())
 
-    def add_own(self, files: dict[str, bytes], taken: frozenset[str]) -> None:
-        """Add our files, but none whose name the user took."""
-        folder = self._directory("", OWN_FOLDER, 0o755)
-        for name, data in files.items():
-            inside = name.startswith(f"{OWN_FOLDER}/")
-            if not inside and name in taken:
-                continue
-            self._image.add_fp(
-                io.BytesIO(data),
-                len(data),
-                f"{folder if inside else ''}/{self._next('F')}.;1",
-                rr_name=name.rpartition("/")[2],
-                file_mode=stat.S_IFREG | 0o644,
-            )
+    def add_own(self, file: _OwnFile) -> None:
+        """Add a file of ours, but not if the user's has that name, or a file the name of its folder."""
+        folder, _, name = file.path.rpartition("/")
+        if file.path in self._taken or (folder in self._taken and folder not in self._folders):
+            return
+        if folder and folder not in self._folders:
+            self._folders[folder] = self._directory("", folder, 0o755)
+        self._image.add_fp(
+            io.BytesIO(file.data),
+            len(file.data),
+            f"{self._folders[folder] if folder else ''}/{self._next('F')}.;1",
+            rr_name=name,
+            file_mode=stat.S_IFREG | file.mode,
+        )
 
     def _add_entries(self, place: _Place) -> Iterator[_Place]:
         with os.scandir(place.folder) as entries:
             for entry in sorted(entries, key=lambda found: found.name):
-                if place.identifier == "" and entry.name == OWN_FOLDER:
+                path = f"{place.path}{entry.name}"
+                if path == OWN_FOLDER:
                     continue
                 _check_name(entry.name)
+                if place.path.count("/") <= 1:
+                    self._taken.add(path)
                 mode = entry.stat(follow_symlinks=False).st_mode
                 if stat.S_ISDIR(mode):
-                    yield _Place(Path(entry.path), self._directory(place.identifier, entry.name, stat.S_IMODE(mode)))
+                    identifier = self._directory(place.identifier, entry.name, stat.S_IMODE(mode))
+                    if not place.path:
+                        self._folders[path] = identifier
+                    yield _Place(Path(entry.path), identifier, f"{path}/")
                 elif stat.S_ISLNK(mode):
                     self._symlink(place.identifier, entry.name, str(Path(entry.path).readlink()))
                 elif stat.S_ISREG(mode):

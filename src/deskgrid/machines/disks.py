@@ -88,15 +88,11 @@ def create_scratch(path: Path, size_bytes: int, *, content: Path | None = None) 
 
     8 GiB take 0.02 s and 4 MiB of the disk. Raise NoSpace, MachineFailed, or DriverUnusable without mke2fs.
     """
-    program = find_program("mke2fs")
-    if program is None:
-        raise DriverUnusable("mke2fs is missing on this PC", hint="sudo apt-get install e2fsprogs")
+    command = scratch_command(path, content)
     if size_bytes < MIN_SCRATCH_BYTES:
         raise MachineFailed(f"a scratch disk of {size_bytes} bytes is too small for a file system")
     with path.open("xb") as image:
         image.truncate(size_bytes)
-    command = [program, "-q", "-F", "-t", "ext4", "-I", "256", "-L", SCRATCH_LABEL, "-m", "0", "-O", _FEATURES]
-    command += ["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", *(["-d", str(content)] if content else []), str(path)]
     # Without a configuration of the PC's own, and with a clock that does not matter.
     environment = dict(os.environ, LC_ALL="C", MKE2FS_CONFIG=os.devnull)
     try:
@@ -106,6 +102,15 @@ def create_scratch(path: Path, size_bytes: int, *, content: Path | None = None) 
     if done.returncode != 0:
         words = " ".join(done.stderr.split())[-300:]
         raise (NoSpace if "No space left" in words else MachineFailed)(f"the scratch disk cannot be made: {words}")
+
+
+def scratch_command(path: Path, content: Path | None) -> list[str]:
+    """Return the command that makes a file of the right size a scratch disk. Raise DriverUnusable without mke2fs."""
+    program = find_program("mke2fs")
+    if program is None:
+        raise DriverUnusable("mke2fs is missing on this PC", hint="sudo apt-get install e2fsprogs")
+    command = [program, "-q", "-F", "-t", "ext4", "-I", "256", "-L", SCRATCH_LABEL, "-m", "0", "-O", _FEATURES]
+    return [*command, "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", *(["-d", str(content)] if content else []), str(path)]
 
 
 def check_space(folder: Path) -> None:

@@ -13,6 +13,7 @@ Rules that every driver keeps (testing/driver_contract.py holds them against it)
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from enum import StrEnum
 from pathlib import Path
@@ -25,12 +26,15 @@ from deskgrid.model.machines import ContextLabel, DiskFormat, Fingerprint, Machi
 
 __all__ = [
     "Booted",
+    "Caged",
     "ContextExited",
     "ContextStarted",
+    "Doorway",
     "Driver",
     "ExitCause",
     "Exited",
     "Gone",
+    "Listening",
     "MachineEvent",
     "MachineHandle",
     "MachineSpec",
@@ -42,6 +46,16 @@ __all__ = [
     "decode_handle",
     "encode_handle",
 ]
+
+
+class Doorway(Struct, frozen=True):
+    """A service that a machine may reach: at `host`, an address of its cage, and at `name`, in its hosts file."""
+
+    name: str
+    host: str
+    port: int
+    service: str
+    """SERVICE.PEER, for people and programs."""
 
 
 class MachineSpec(Struct, frozen=True):
@@ -61,6 +75,14 @@ class MachineSpec(Struct, frozen=True):
     """Folder with the user's context files, already unpacked and checked; None for an empty context."""
     context_label: ContextLabel = ContextLabel.CONTEXT
     network: Network = Network.NONE
+    reach: tuple[Doorway, ...] = ()
+    """With a network: what is listed in /context/services.json, the hosts file and the environment (DESKGRID_NAME=host:port)."""
+    offer: tuple[tuple[str, int], ...] = ()
+    """With a network: the machine's own services, as (name, port)."""
+    ssh_keys: tuple[str, ...] = ()
+    """Lines for root's authorized_keys."""
+    credentials: Path | None = None
+    """A file to appear as /context/grid/credentials.json, readable by root only."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables for context.sh, as (name, value)."""
     cpu_time_s: float = 0.0
@@ -134,6 +156,12 @@ class ContextExited(Struct, frozen=True, tag="context_exited"):
     exit_code: int
 
 
+class Listening(Struct, frozen=True, tag="listening"):
+    """Something in the machine listens on a port that its spec offers; told once per port."""
+
+    port: int
+
+
 class Exited(Struct, frozen=True, tag="exited"):
     """The machine is off. Its scratch can be read now."""
 
@@ -141,7 +169,7 @@ class Exited(Struct, frozen=True, tag="exited"):
     detail: str = ""
 
 
-MachineEvent = Booted | ContextStarted | Output | ContextExited | Exited
+MachineEvent = Booted | ContextStarted | Output | ContextExited | Listening | Exited
 
 
 class Running(Struct, frozen=True, tag="running"):
@@ -204,4 +232,19 @@ class Suspendable(Protocol):
 
     async def resume(self, handle: MachineHandle) -> None:
         """Let the CPUs run on. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Caged(Protocol):
+    """A driver whose machines can be in a cage: a network of their own with nothing but a loopback (machines/cage.py).
+
+    In it the machine's service on port P is at 127.0.0.1:P, and a listener on an address of a Doorway is what the machine reaches there.
+    """
+
+    async def open_socket(self, handle: MachineHandle) -> socket.socket:
+        """Return a new TCP socket (IPv4, blocking) inside the machine's cage, to bind and listen, or to connect.
+
+        Raise MachineFailed if the machine is off or has no cage.
+        """
         ...

@@ -10,6 +10,9 @@ recovery, taking results out of the disk) is the real thing.
     boot_s = 0.0
     tick_s = 0.0                write the line "tick" this often, without end
     hangs = false               also: never_boots, crashes, reboots, refuses (to start), io_error (as if the disk were full)
+    serve = [8080]              echo servers on these ports of the machine, from its boot to its end; each is told as listening
+    listening = [8080]          told as listening, too: what serves there is put into the machine's cage by a test
+    fetch = ["db:5432"]         say "hello from db" to the doorway db, and leave its answer in scratch as fetched/db
     [files]                     what is left in scratch: path -> text
 "a/b.txt" = "text"
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import signal
 import sys
-import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -30,8 +33,8 @@ from deskgrid.machines import fake_machine, processes, qmp
 from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, SCRATCH_DISK, ProcessDriver
 from deskgrid.machines.channel import channel_lines
 from deskgrid.machines.context import create_context
-from deskgrid.machines.disks import create_scratch
-from deskgrid.machines.driver import MachineHandle, Stream
+from deskgrid.machines.disks import create_scratch, scratch_command
+from deskgrid.machines.driver import Doorway, MachineHandle, MachineSpec, Stream
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 
@@ -40,6 +43,7 @@ __all__ = ["PLAN_FILE", "FakeDriver", "FakePlan"]
 PLAN_FILE = "fake.toml"
 _OUTPUT = "output"
 _FINISHED_DISK = "finished.img"
+_RESULT = "result"
 
 
 class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,20 +61,23 @@ class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
     reboots: bool = False
     refuses: bool = False
     io_error: bool = False
+    serve: tuple[int, ...] = ()
+    listening: tuple[int, ...] = ()
+    fetch: tuple[str, ...] = ()
     files: dict[str, str] = {}
 
 
 class FakeDriver(ProcessDriver):
-    """The Driver and Suspendable protocols without a hypervisor."""
+    """The Driver, Suspendable and Caged protocols without a hypervisor."""
 
     name = DriverName.FAKE
 
-    def __init__(self, clock: Clock, *, nice: int = 19) -> None:
-        super().__init__(clock, nice=nice)
+    def __init__(self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False) -> None:
+        super().__init__(clock, nice=nice, overlay=overlay, internet=internet)
 
     async def fingerprint(self) -> Fingerprint:
         """See Driver."""
-        return Fingerprint(DriverName.FAKE, (MachineKind.VM,), usable=True, version="1")
+        return await self._with_networks(Fingerprint(DriverName.FAKE, (MachineKind.VM,), usable=True, version="1"))
 
     async def pause(self, handle: MachineHandle) -> None:
         """See Suspendable."""
@@ -89,14 +96,14 @@ class FakeDriver(ProcessDriver):
         spec, workdir = handle.spec, Path(handle.workdir)
         plan = _read_plan(spec.context)
         create_scratch(workdir / SCRATCH_DISK, spec.scratch_bytes)
-        with tempfile.TemporaryDirectory(dir=workdir) as folder:
-            _leave_result(Path(folder), plan)
-            create_scratch(workdir / _FINISHED_DISK, spec.scratch_bytes, content=Path(folder))
+        result = workdir / _RESULT
+        _leave_result(result, plan)
+        create_scratch(workdir / _FINISHED_DISK, spec.scratch_bytes, content=result)
         create_context(workdir / CONTEXT_DISK, spec, instance=handle.token)
         qmp.create_journal(workdir)
         output = channel_lines(Stream.STDOUT, plan.stdout.encode()) + channel_lines(Stream.STDERR, plan.stderr.encode())
         (workdir / _OUTPUT).write_bytes(output)
-        (workdir / "plan.json").write_bytes(msgspec.json.encode(_orders(plan)))
+        (workdir / "plan.json").write_bytes(msgspec.json.encode(_orders(plan, spec, workdir)))
 
     async def _command(self, handle: MachineHandle) -> list[str]:
         # -I -S: no site packages to search, so that it starts in 10 ms.
@@ -119,7 +126,7 @@ def _read_plan(context: Path | None) -> FakePlan:
 
 def _leave_result(folder: Path, plan: FakePlan) -> None:
     report = folder / ".deskgrid"
-    report.mkdir()
+    report.mkdir(parents=True)
     (report / "stdout").write_text(plan.stdout)
     (report / "stderr").write_text(plan.stderr)
     (report / "exit").write_text(f"{plan.exit_code}\n")
@@ -131,10 +138,25 @@ def _leave_result(folder: Path, plan: FakePlan) -> None:
         (folder / relative).write_text(text)
 
 
-def _orders(plan: FakePlan) -> dict[str, object]:
+def _fetches(plan: FakePlan, doorways: Sequence[Doorway]) -> Iterator[tuple[str, str, int]]:
+    """Yield name, address and port of what is to be fetched."""
+    hosts = {doorway.name: doorway.host for doorway in doorways}
+    for word in plan.fetch:
+        name, _, port = word.partition(":")
+        if name not in hosts or not port.isdecimal():
+            raise InvalidInput(
+                f"{word!r} is no doorway of this machine", where=PLAN_FILE, hint=f"it has {', '.join(hosts) or 'none'}"
+            )
+        yield name, hosts[name], int(port)
+
+
+def _orders(plan: FakePlan, spec: MachineSpec, workdir: Path) -> dict[str, object]:
     """Return what the process is told: the plan, the names of its files, and the words for its journal."""
     return {
         **msgspec.structs.asdict(plan),
+        "fetch": list(_fetches(plan, spec.reach)),
+        "result": _RESULT,
+        "remake": scratch_command(workdir / _FINISHED_DISK, workdir / _RESULT),
         "journal": qmp.JOURNAL_OUTPUT,
         "channel": CHANNEL_LOG,
         "console": CONSOLE_LOG,

@@ -11,9 +11,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from socket import socket
 
 GREETING = b'{"QMP": {}}\n'
+_REACH_LIMIT_S = 30.0
+_RETRY_S = 0.02
 
 
 def main(workdir: Path) -> int:
@@ -29,6 +34,11 @@ def main(workdir: Path) -> int:
     time.sleep(plan["boot_s"])
     _append(workdir / plan["channel"], b"! booted\n! context-started\n")
     _append(workdir / plan["channel"], (workdir / plan["output"]).read_bytes())
+    for port in plan["serve"]:
+        _serve(port)
+    for port in (*plan["serve"], *plan["listening"]):
+        _append(workdir / plan["channel"], b"! listening %d\n" % port)
+    _fetch_all(workdir, plan)
     _work(workdir, plan)
     # The scratch disk with the result takes the empty one's place: a machine killed before has no result.
     (workdir / plan["finished"]).replace(workdir / plan["scratch"])
@@ -53,6 +63,79 @@ def _work(workdir: Path, plan: dict[str, Any]) -> None:
     if plan["reboots"]:
         _append(workdir / plan["journal"], plan["reset"].encode())
         sys.exit(0)
+
+
+# ---- services
+
+
+def _serve(port: int) -> None:
+    """Listen on a port, and from now on send back what comes, each direction ended when the other one is."""
+    import socket  # here, for most fake machines have no network and should start fast
+    import threading
+
+    listener = socket.create_server(("127.0.0.1", port), backlog=128)
+
+    def accept() -> None:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_echo, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def _echo(connection: socket) -> None:
+    with connection:
+        try:
+            while data := connection.recv(1 << 16):
+                connection.sendall(data)
+        except OSError:
+            return
+
+
+def _fetch_all(workdir: Path, plan: dict[str, Any]) -> None:
+    """Ask each service and leave what it says in the result."""
+    if not plan["fetch"]:
+        return
+    import subprocess
+
+    folder = workdir / plan["result"] / "fetched"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, host, port in plan["fetch"]:
+        try:
+            with (folder / name).open("ab") as file:
+                file.write(_fetch(name, host, port))
+        except OSError as error:
+            _append(workdir / plan["channel"], f"2 {name}: {error}\n".encode())
+    subprocess.run(plan["remake"], env=dict(os.environ, MKE2FS_CONFIG=os.devnull), check=True)
+
+
+def _fetch(name: str, host: str, port: int) -> bytes:
+    import socket
+
+    with _connect(host, port) as connection:
+        connection.sendall(b"hello from %s\n" % name.encode())
+        connection.shutdown(socket.SHUT_WR)
+        answer = bytearray()
+        while data := connection.recv(1 << 16):
+            answer += data
+    return bytes(answer)
+
+
+def _connect(host: str, port: int) -> socket:
+    """Connect; a fake machine boots so fast that the worker may not listen yet."""
+    import socket
+
+    deadline = time.monotonic() + _REACH_LIMIT_S
+    while True:
+        try:
+            return socket.create_connection((host, port))
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY_S)
+
+
+# ---- traces
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "find_by_token",
     "find_program",
     "gently",
+    "identify",
     "is_alive",
     "kill",
     "read_identity",
@@ -127,13 +128,27 @@ async def kill(identity: ProcessIdentity, clock: Clock, *, limit_s: float = 20.0
 
 def find_by_token(token: str) -> ProcessIdentity | None:
     """Return the process of our own user that has `token` within its arguments."""
-    for process in psutil.process_iter(["cmdline"]):
+    found = {}
+    for process in psutil.process_iter(["cmdline", "ppid"]):
         if process.pid == os.getpid() or not any(token in word for word in process.info["cmdline"] or ()):
             continue
         began = _began(process.pid)
         if began is not None and _is_ours(process):
-            return ProcessIdentity(process.pid, began)
-    return None
+            found[process.pid] = (process.info["ppid"], ProcessIdentity(process.pid, began))
+    # A child has its parent's arguments until it becomes another program.
+    return next((identity for parent, identity in found.values() if parent not in found), None)
+
+
+def identify(pid: int, word: str) -> ProcessIdentity | None:
+    """Return the process of our own user that has this id now, if `word` is one of its arguments."""
+    began = _began(pid)
+    try:
+        process = psutil.Process(pid)
+        if began is None or word not in process.cmdline() or not _is_ours(process):
+            return None
+    except psutil.Error:
+        return None
+    return ProcessIdentity(pid, began)
 
 
 def write_identity(workdir: Path, identity: ProcessIdentity) -> None:

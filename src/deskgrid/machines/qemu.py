@@ -5,7 +5,12 @@ The guest sees a PC with IDE disks (VirtualBox guests and old kernels know them,
     hda  the job's disk: an overlay of the attempt's own over the read-only cached file; an ISO as a CD
     hdb  scratch: raw, sparse, ext4; what the guest trims is given back to the owner's disk
     hdd  the context CD
-    ttyS0 console, ttyS1 the agent's channel; no network card, no display, no USB
+    ttyS0 console, ttyS1 the agent's channel; no display, no USB
+    a virtio network card if the job has a network, else none
+
+With a network QEMU runs in a cage (cage.py): its user networking gives the guest 10.0.2.15 and dials for it whatever the guest
+dials, and in the cage there are only the job's services to be dialled. 10.0.2.2 is the cage's 127.0.0.1, where only the guest's
+own forwarded ports listen. There is no IPv6 and no other name server than the hosts file that the agent writes.
 
 QEMU runs in its seccomp sandbox, at low priority, within bounds on memory (the guest's) and CPU time. Formats are always
 given, so QEMU never guesses what an image is, and an image cannot name another file.
@@ -34,7 +39,7 @@ from deskgrid.machines.context import create_context
 from deskgrid.machines.disks import create_overlay, create_scratch, qcow2_virtual_size
 from deskgrid.machines.driver import MachineHandle, MachineSpec
 from deskgrid.machines.processes import ProcessIdentity
-from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, MachineKind
+from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, MachineKind, Network
 
 __all__ = ["DEFAULT_BINARY", "QemuDriver", "command_line"]
 
@@ -56,8 +61,17 @@ class QemuDriver(ProcessDriver):
 
     name = DriverName.QEMU
 
-    def __init__(self, clock: Clock, *, binary: str = DEFAULT_BINARY, accelerator: str | None = None, nice: int = 19) -> None:
-        super().__init__(clock, nice=nice)
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        binary: str = DEFAULT_BINARY,
+        accelerator: str | None = None,
+        nice: int = 19,
+        overlay: bool = True,
+        internet: bool = False,
+    ) -> None:
+        super().__init__(clock, nice=nice, overlay=overlay, internet=internet)
         self._binary = binary
         self._forced = accelerator
         self._found: str | None = None
@@ -66,7 +80,7 @@ class QemuDriver(ProcessDriver):
         """See Driver. Takes 0.5 s with working hardware support, up to 20 s without; run it when the worker starts."""
         found = await asyncio.to_thread(_fingerprint, self._binary, self._forced)
         self._found = found.accelerator or None
-        return found
+        return await self._with_networks(found)
 
     async def pause(self, handle: MachineHandle) -> None:
         """See Suspendable. Nothing happens if the machine is off."""
@@ -142,6 +156,7 @@ def command_line(spec: MachineSpec, *, binary: str, accelerator: str, token: str
         *("-m", f"{spec.memory_bytes >> 20}M", "-smp", str(spec.cpus)),
         *("-boot", "menu=off,strict=on"),
         *_disks(spec),
+        *_network(spec),
         *_file_port("console", CONSOLE_LOG),
         *_file_port("channel", CHANNEL_LOG),
         *("-chardev", f"pipe,id=journal,path={qmp.JOURNAL_NAME}", "-mon", "chardev=journal,mode=control"),
@@ -156,6 +171,17 @@ def _plain(name: str) -> str:
 
 def _file_port(chardev: str, name: str) -> tuple[str, ...]:
     return ("-chardev", f"file,id={chardev},path={name}", "-device", f"isa-serial,chardev={chardev}")
+
+
+def _network(spec: MachineSpec) -> list[str]:
+    if spec.network is Network.NONE:
+        return []
+    # QEMU listens for each service of the guest from the beginning; the agent tells when the guest does.
+    ports = dict.fromkeys(port for _, port in spec.offer)
+    forwards = [f"hostfwd=tcp:127.0.0.1:{port}-:{port}" for port in ports]
+    # Without its ROM the card costs no time in the firmware, which never boots from it.
+    card = "virtio-net-pci,netdev=net,romfile="
+    return ["-netdev", ",".join(["user,id=net,ipv6=off", *forwards]), "-device", card]
 
 
 def _disks(spec: MachineSpec) -> list[str]:

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.machines import MachineKind, Network
+from deskgrid.model.overlay import Offer, Reach
 from deskgrid.units import GIB, MIB
 
 __all__ = [
@@ -55,6 +56,16 @@ class Machine(Struct, frozen=True, kw_only=True):
     memory_bytes: int = 256 * MIB
     cpus: int = 1
     network: Network = Network.NONE
+    offer: tuple[Offer, ...] = ()
+    """Services of this job; need network overlay or internet."""
+    reach: tuple[Reach, ...] = ()
+    """Services that this job may reach, by the name and port that they have in its machine."""
+    share: tuple[str, ...] = ()
+    """Who may reach the services besides the submitter and his jobs: group:NAME, user:NAME or everyone."""
+    reach_wait_s: float = 300.0
+    """Seconds that a connection waits for a service that is not there yet."""
+    ssh_keys: tuple[str, ...] = ()
+    """Public keys (lines as in authorized_keys) that may log in as root."""
 
 
 class Limits(Struct, frozen=True, kw_only=True):

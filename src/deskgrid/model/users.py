@@ -17,6 +17,9 @@ class Role(StrEnum):
     USER = "user"
     WORKER = "worker"
     ADMIN = "admin"
+    JOB = "job"
+    """A job's own token: what its owner may do with jobs and data, while the attempt lives."""
+    HUB = "hub"
 
 
 class User(Struct, frozen=True, kw_only=True):

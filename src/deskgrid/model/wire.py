@@ -26,13 +26,14 @@ from deskgrid.errors import (
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import AttemptId, Sha256, WorkerId
 from deskgrid.model.jobs import Attempt, Job, JobSpec, JobState
+from deskgrid.model.overlay import Connection, Hub, Peer
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
 
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 WIRE_VERSION_HEADER = "Deskgrid-Wire"
 UPLOAD_OFFSET_HEADER = "Upload-Offset"
-WIRE_VERSION = (1, 0)
+WIRE_VERSION = (1, 1)
 """Major and minor. A server accepts its own minor version and the two before."""
 SERVER_NAME = "server.deskgrid"
 """The name in the server's certificate. Clients check this name against the grid's authority whatever address they dialled."""
@@ -274,6 +275,117 @@ class AppendLog(Struct, frozen=True, kw_only=True):
     data: bytes
 
 
+# Overlay
+
+
+class PeerOffer(Struct, frozen=True):
+    """A service on a user's PC."""
+
+    name: str
+    share: tuple[str, ...] = ()
+    """Who may reach it besides his own jobs and programs: group:NAME, user:NAME or everyone."""
+
+
+class RegisterPeer(Struct, frozen=True, kw_only=True):
+    """Make a peer known, or renew it: the same key is the same peer. It is forgotten after `lifetime_s` of the answer."""
+
+    key: str
+    """Its public key: ECDSA on P-256, SubjectPublicKeyInfo in PEM."""
+    attempt_id: AttemptId | None = None
+    """From a worker: the attempt that it holds and that this peer is for."""
+    offers: tuple[PeerOffer, ...] = ()
+    """From a user. What a job offers is in its spec."""
+    hub: str = ""
+    """Name of the hub where it is registered; empty while it is at none."""
+    connections: tuple[Connection, ...] = ()
+    """What it carries now, for people."""
+    job_token_hash: Sha256 | None = None
+    """From a worker: the token made for the job, if the job's spec reaches api.server."""
+
+
+class PeerAnswer(Struct, frozen=True, kw_only=True):
+    peer_id: int
+    name: str
+    """In the certificate."""
+    certificate: str
+    """PEM, signed by the grid's authority."""
+    grant_key: str
+    """Ed25519 public key by which grants are checked, PEM."""
+    hubs: tuple[Hub, ...]
+    """Those alive, in no order."""
+    now: float
+    """The server's time, in which grants expire."""
+    lifetime_s: float
+
+
+class AskGrant(Struct, frozen=True, kw_only=True):
+    peer_id: int
+    """The caller's peer that will connect."""
+    service: str
+    """SERVICE.PEER"""
+
+
+class GrantAnswer(Struct, frozen=True, kw_only=True):
+    """A grant, or why there is none yet: then asking again may help."""
+
+    grant: str = ""
+    target: str = ""
+    """Name in the certificate of the peer to reach."""
+    hub: Hub | None = None
+    """Where that peer is registered."""
+    lifetime_s: float = 0.0
+    waiting_for: str = ""
+
+
+class PeerList(Struct, frozen=True):
+    peers: tuple[Peer, ...]
+
+
+class JoinHub(Struct, frozen=True, kw_only=True):
+    """A machine asks to become a hub. It makes key and token itself."""
+
+    secret: str
+    name: str
+    """For people."""
+    token_hash: Sha256
+
+
+class JoinHubAnswer(Struct, frozen=True, kw_only=True):
+    hub_id: int
+
+
+class RenewHub(Struct, frozen=True, kw_only=True):
+    """A hub says that it is there; it does so every third of `lifetime_s`."""
+
+    key: str
+    """Its public key, PEM."""
+    address: str
+    """HOST:PORT that peers dial."""
+    peers: int
+    """Registered now."""
+
+
+class HubAnswer(Struct, frozen=True, kw_only=True):
+    name: str
+    """In the certificate."""
+    certificate: str
+    grant_key: str
+    now: float
+    lifetime_s: float
+
+
+class HubDetail(Struct, frozen=True, kw_only=True):
+    hub: Hub
+    label: str
+    """Its name for people."""
+    peers: int
+    alive: bool
+
+
+class HubList(Struct, frozen=True):
+    hubs: tuple[HubDetail, ...]
+
+
 # Routes
 
 Request = TypeVar("Request")
@@ -282,6 +394,12 @@ ANYBODY: frozenset[Role] = frozenset()
 USERS = frozenset({Role.USER, Role.ADMIN})
 ADMINS = frozenset({Role.ADMIN})
 WORKERS = frozenset({Role.WORKER})
+JOBS = USERS | {Role.JOB}
+"""Users, and their jobs with tokens of their own."""
+PEERS = USERS | WORKERS
+SENDERS = JOBS | WORKERS
+"""Who has files to send and to fetch."""
+HUBS = frozenset({Role.HUB})
 EVERYONE = frozenset(Role)
 
 
@@ -321,7 +439,7 @@ AUTHORITY = Route("authority", _GET, "/v1/authority", Nothing, bytes, ANYBODY, "
 JOIN = Route("join", _POST, "/v1/join", JoinRequest, JoinAnswer, ANYBODY, "Become a worker with a join secret")
 LOGIN = Route("login", _POST, "/v1/login", LoginRequest, LoginAnswer, ANYBODY, "Exchange a login secret for a token")
 WHO = Route("who", _GET, "/v1/who", Nothing, WhoAmI, EVERYONE, "Whose token this is")
-STATUS = Route("status", _GET, "/v1/status", Nothing, GridStatus, USERS, "The grid at a glance")
+STATUS = Route("status", _GET, "/v1/status", Nothing, GridStatus, JOBS, "The grid at a glance")
 
 ADD_JOIN_SECRET = Route("add_join_secret", _POST, "/v1/join-secrets", SecretRequest, SecretAnswer, ADMINS, "Make a join secret")
 ADD_USER = Route("add_user", _POST, "/v1/users", AddUser, User, ADMINS, "Add a user")
@@ -342,31 +460,31 @@ LIST_GROUPS = Route("list_groups", _GET, "/v1/groups", Nothing, GroupList, USERS
 SET_MEMBERS = Route("set_members", _POST, "/v1/groups/{group}/members", SetMembers, Group, ADMINS, "Change a group's members")
 LIST_WORKERS = Route("list_workers", _GET, "/v1/workers", Nothing, WorkerList, USERS, "List workers")
 
-BEGIN_UPLOAD = Route("begin_upload", _POST, "/v1/uploads", BeginUpload, Upload, EVERYONE, "Begin or continue an upload")
+BEGIN_UPLOAD = Route("begin_upload", _POST, "/v1/uploads", BeginUpload, Upload, SENDERS, "Begin or continue an upload")
 UPLOAD_BYTES = Route(
     "upload_bytes",
     _PATCH,
     "/v1/uploads/{upload}",
     bytes,
     Upload,
-    EVERYONE,
+    SENDERS,
     "Append bytes at the offset of the Upload-Offset header",
     raw=True,
 )
-GET_BLOB = Route("get_blob", _GET, "/v1/blobs/{sha256}", Nothing, bytes, EVERYONE, "Bytes of a blob; ranges are served", raw=True)
-REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, USERS, "Name an uploaded blob")
-LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, USERS, "List data", query={"kind": str})
-GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, USERS, "Find data by name, name@version or sha256")
+GET_BLOB = Route("get_blob", _GET, "/v1/blobs/{sha256}", Nothing, bytes, SENDERS, "Bytes of a blob; ranges are served", raw=True)
+REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, JOBS, "Name an uploaded blob")
+LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, JOBS, "List data", query={"kind": str})
+GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, JOBS, "Find data by name, name@version or sha256")
 REMOVE_DATA = Route("remove_data", _DELETE, "/v1/data/{reference}", Nothing, Nothing, USERS, "Remove a version of data")
 
-SUBMIT_JOB = Route("submit_job", _POST, "/v1/jobs", SubmitJob, Job, USERS, "Submit a job")
+SUBMIT_JOB = Route("submit_job", _POST, "/v1/jobs", SubmitJob, Job, JOBS, "Submit a job")
 LIST_JOBS = Route(
     "list_jobs",
     _GET,
     "/v1/jobs",
     Nothing,
     JobList,
-    USERS,
+    JOBS,
     "List jobs, newest first",
     query={"state": str, "before": int, "limit": int, "all": bool},
 )
@@ -376,18 +494,18 @@ GET_JOB = Route(
     "/v1/jobs/{job}",
     Nothing,
     JobDetail,
-    USERS,
+    JOBS,
     "A job with its attempts; with wait_s the answer is held until something changed since `seen` (attempt states joined by commas)",
     query={"wait_s": float, "seen": str},
 )
-CANCEL_JOB = Route("cancel_job", _POST, "/v1/jobs/{job}/cancel", Nothing, Job, USERS, "Cancel a job; final jobs stay as they are")
+CANCEL_JOB = Route("cancel_job", _POST, "/v1/jobs/{job}/cancel", Nothing, Job, JOBS, "Cancel a job; final jobs stay as they are")
 READ_LOG = Route(
     "read_log",
     _GET,
     "/v1/jobs/{job}/log",
     Nothing,
     LogChunk,
-    USERS,
+    JOBS,
     "Output of an attempt from an offset",
     query={"stream": str, "attempt": int, "offset": int},
 )
@@ -398,6 +516,27 @@ WAKE = Route(
 )
 APPEND_LOG = Route("append_log", _POST, "/v1/worker/log", AppendLog, Nothing, WORKERS, "Append live output of an attempt")
 LEAVE = Route("leave", _POST, "/v1/worker/leave", Nothing, Nothing, WORKERS, "Leave the grid; live attempts go back")
+
+REGISTER_PEER = Route("register_peer", _POST, "/v1/peers", RegisterPeer, PeerAnswer, PEERS, "Make a peer known, or renew it")
+LIST_PEERS = Route(
+    "list_peers", _GET, "/v1/peers", Nothing, PeerList, USERS, "The caller's peers, and what they carry", query={"all": bool}
+)
+REMOVE_PEER = Route("remove_peer", _DELETE, "/v1/peers/{peer}", Nothing, Nothing, PEERS, "Forget a peer of the caller's")
+ASK_GRANT = Route(
+    "ask_grant",
+    _POST,
+    "/v1/grants",
+    AskGrant,
+    GrantAnswer,
+    PEERS,
+    "Get the permission to reach a service; waits up to `wait_s` for a service that is not there yet",
+    query={"wait_s": float},
+)
+ADD_HUB_SECRET = Route("add_hub_secret", _POST, "/v1/hub-secrets", SecretRequest, SecretAnswer, ADMINS, "Make a secret for a hub")
+JOIN_HUB = Route("join_hub", _POST, "/v1/hubs", JoinHub, JoinHubAnswer, ANYBODY, "Become a hub with a hub secret")
+RENEW_HUB = Route("renew_hub", _POST, "/v1/hub", RenewHub, HubAnswer, HUBS, "Say that a hub is there, and get its certificate")
+LIST_HUBS = Route("list_hubs", _GET, "/v1/hubs", Nothing, HubList, USERS, "List hubs")
+REMOVE_HUB = Route("remove_hub", _DELETE, "/v1/hubs/{hub}", Nothing, Nothing, ADMINS, "Forget a hub and its token")
 
 
 def change_mark(detail: JobDetail) -> str:

@@ -31,7 +31,7 @@ from deskgrid.model.users import Role
 from deskgrid.server import routes
 from deskgrid.server.openapi import openapi_document, openapi_page
 from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, once
-from deskgrid.server.store import accounts, data, jobs
+from deskgrid.server.store import accounts, data, jobs, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import idempotency, upload
@@ -190,7 +190,7 @@ async def _unexpected(_http: HttpRequest, error: Exception) -> Response:
 
 
 async def sweep_forever(services: Services) -> None:
-    """Make attempts with expired leases lost, and now and then remove what nobody refers to.
+    """Make attempts with expired leases lost, forget silent peers, and now and then remove what nobody refers to.
 
     Leases are not looked at in the first lease's length after the start: while the server was down nobody could renew.
     """
@@ -199,11 +199,16 @@ async def sweep_forever(services: Services) -> None:
     next_cleaning = services.clock.monotonic()
     while True:
         with _failures_logged("the sweep failed"):
-            await services.store.write(jobs.expire_leases)
+            await services.store.write(_expire)
             if services.clock.monotonic() >= next_cleaning:
                 next_cleaning += 3600
                 await clean(services)
         await services.clock.sleep(settings.sweep_s)
+
+
+def _expire(tx: Transaction) -> None:
+    jobs.expire_leases(tx)
+    peers.sweep_peers(tx)
 
 
 async def clean(services: Services) -> None:
@@ -212,6 +217,7 @@ async def clean(services: Services) -> None:
 
     def forget(tx: Transaction) -> tuple[list[Any], list[int]]:
         tx.run(sa.delete(idempotency).where(idempotency.c.created_at < oldest))
+        accounts.drop_tokens_of_ended_attempts(tx, oldest)
         freed = data.drop_unreferenced(tx, oldest, limit=1000)
         return list(freed), [row.id for row in tx.rows(sa.select(upload.c.id))]
 

@@ -1,7 +1,11 @@
-"""The grid's certificate authority: one root made at init, which signs the server's certificate.
+"""The grid's certificate authority: one root made at init, which signs the certificates of the server, of hubs and of peers.
 
-Keys are ECDSA on P-256 (which every TLS library and browser takes), made here and readable by the server's user only. The server's certificate carries the name that every
-client checks (wire.SERVER_NAME), so a grid may change its address; localhost and the listening host are in it for browsers.
+Keys are ECDSA on P-256 (which every TLS library and browser takes), made where they are used and readable by their user only. The server's
+certificate carries the name that every client checks (wire.SERVER_NAME), so a grid may change its address; localhost and the listening host
+are in it for browsers. A peer or hub brings its public key and gets a certificate with one name (model/overlay.py), which is made here of its
+number: no peer can have the name of a hub or of the server.
+
+HOME/authority/grants.key is the Ed25519 key by which grants (core/trust.py) are signed.
 """
 
 from __future__ import annotations
@@ -10,31 +14,115 @@ import datetime
 import hashlib
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deskgrid.core.trust import Grant, key_hash, sign_grant
+from deskgrid.errors import InvalidInput
+from deskgrid.model.ids import Sha256
+from deskgrid.model.overlay import hub_peer
 from deskgrid.model.wire import SERVER_NAME
 
-__all__ = ["authority_fingerprint", "ensure_certificate", "make_authority"]
+__all__ = ["Authority", "PeerKey", "authority_fingerprint", "ensure_certificate", "ensure_key", "make_authority", "read_peer_key"]
 
 _ROOT_DAYS, _SERVER_DAYS, _RENEW_DAYS = 3650, 397, 30
 _SKEW = datetime.timedelta(hours=1)
+_PEER_SKEW = datetime.timedelta(days=1)
+"""Of peers' and hubs' certificates: their clocks may be that wrong."""
+_PEER_SLACK = datetime.timedelta(hours=1)
+"""For which a certificate is good after its registration has ended, so that a server that is away does not end the overlay."""
+_LONGEST_KEY_PEM = 1000
+_PEER_NAME = re.compile(r"(?:attempt-[0-9]+\.job|user|worker)-[0-9]+\.deskgrid")
+
+
+class PeerKey(NamedTuple):
+    """A public key that a peer or hub sent, as far as it is one that we certify."""
+
+    key: ec.EllipticCurvePublicKey
+    hash: Sha256
+    """See core.trust.key_hash."""
+
+
+def read_peer_key(pem: str) -> PeerKey:
+    """Read a peer's public key. Raise InvalidInput for anything but ECDSA on P-256."""
+    wanted = "a public key is PEM of ECDSA on P-256"
+    if len(pem) > _LONGEST_KEY_PEM or not pem.isascii():
+        raise InvalidInput(wanted, where="key")
+    try:
+        key = serialization.load_pem_public_key(pem.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise InvalidInput(wanted, where="key") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise InvalidInput(wanted, where="key")
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return PeerKey(key, key_hash(der))
+
+
+class Authority:
+    """The authority's keys in memory. Raise ValueError or OSError if they cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pem = (folder / "authority.pem").read_bytes()
+        self._root = x509.load_pem_x509_certificate(self.pem)
+        self._key = _load_root_key(folder)
+        self._grant_key = _ensure_grant_key(folder)
+
+    @property
+    def grant_key_pem(self) -> str:
+        """The public key by which grants are checked."""
+        public = self._grant_key.public_key()
+        return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+
+    def sign_grant(self, grant: Grant) -> str:
+        """Return a grant as it travels."""
+        return sign_grant(grant, self._grant_key)
+
+    def sign_peer(self, name: str, key: PeerKey, *, now: float, lifetime_s: float) -> str:
+        """Return a certificate (PEM) for a peer. `name` must be of model.overlay's attempt_peer, user_peer or worker_peer."""
+        if not _PEER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a peer's name")
+        return self._sign(name, key, now, lifetime_s)
+
+    def sign_hub(self, hub_id: int, key: PeerKey, *, now: float, lifetime_s: float) -> str:
+        """Return a certificate (PEM) for a hub."""
+        return self._sign(hub_peer(hub_id), key, now, lifetime_s)
+
+    def _sign(self, name: str, key: PeerKey, now: float, lifetime_s: float) -> str:
+        begin = datetime.datetime.fromtimestamp(now, datetime.UTC)
+        end = begin + datetime.timedelta(seconds=lifetime_s) + _PEER_SLACK
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        certificate = (
+            _builder(subject, self._root.subject, key.key, begin - _PEER_SKEW, end)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def make_authority(folder: Path, name: str, now: datetime.datetime) -> None:
-    """Make the root key and certificate in `folder`, unless they are there. Interrupted, it can be called again."""
+    """Make the root key and certificate, and the key for grants, in `folder`, unless they are there. Interrupted, it can be called again."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _ensure_grant_key(folder)
     if (folder / "authority.pem").exists():
         return
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{name} deskgrid authority")])
     certificate = (
-        _builder(subject, subject, key, now, _ROOT_DAYS)
+        _builder(subject, subject, key.public_key(), now - _SKEW, now + datetime.timedelta(days=_ROOT_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
@@ -50,13 +138,11 @@ def ensure_certificate(folder: Path, hosts: Sequence[str], now: datetime.datetim
     if chain.exists() and key_file.exists() and _still_good(chain, names, now):
         return chain, key_file
     root = x509.load_pem_x509_certificate((folder / "authority.pem").read_bytes())
-    root_key = serialization.load_pem_private_key((folder / "authority.key").read_bytes(), password=None)
-    if not isinstance(root_key, ec.EllipticCurvePrivateKey):
-        raise TypeError("authority.key is not an EC key")
+    root_key = _load_root_key(folder)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SERVER_NAME)])
     certificate = (
-        _builder(subject, root.subject, key, now, _SERVER_DAYS)
+        _builder(subject, root.subject, key.public_key(), now - _SKEW, now + datetime.timedelta(days=_SERVER_DAYS))
         .add_extension(names, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
@@ -76,17 +162,17 @@ def authority_fingerprint(folder: Path) -> str:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime.datetime, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begin: datetime.datetime, end: datetime.datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .not_valid_before(begin)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
@@ -120,7 +206,33 @@ def _still_good(chain: Path, names: x509.SubjectAlternativeName, now: datetime.d
     return found == names and certificate.not_valid_after_utc > now + datetime.timedelta(days=_RENEW_DAYS)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _load_root_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key((folder / "authority.key").read_bytes(), password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise TypeError("authority.key is not an EC key")
+    return key
+
+
+def _ensure_grant_key(folder: Path) -> Ed25519PrivateKey:
+    """Return the key for grants, made if it is missing: grids made by earlier versions have none."""
+    file = folder / "grants.key"
+    if not file.exists():
+        _write_secret(file, _key_pem(Ed25519PrivateKey.generate()))
+    key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise TypeError("grants.key is not an Ed25519 key")
+    return key
+
+
+def ensure_key(file: Path) -> bytes:
+    """Return the PEM of an EC key of a program inside the server, made if it is missing."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_secret(file, _key_pem(ec.generate_private_key(ec.SECP256R1())))
+    return file.read_bytes()
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 

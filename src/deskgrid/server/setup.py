@@ -1,7 +1,9 @@
 """Making a server, its links, and running it.
 
 HOME/server.toml       settings (may be missing)
-HOME/authority/        root and server keys and certificates
+HOME/hub.toml          settings of the hub inside the server (may be missing)
+HOME/authority/        root and server keys and certificates, the key for grants
+HOME/hub/hub.key       the key of the hub inside the server
 HOME/grid.sqlite       the store, unless settings say otherwise
 HOME/blobs, uploads    the repository
 HOME/lock              held by the running server
@@ -26,7 +28,8 @@ from deskgrid.errors import InvalidInput, OperatorError
 from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model.users import User
 from deskgrid.server.app import make_app, sweep_forever
-from deskgrid.server.authority import authority_fingerprint, ensure_certificate, make_authority
+from deskgrid.server.authority import Authority, authority_fingerprint, ensure_certificate, make_authority
+from deskgrid.server.hub import OwnHub
 from deskgrid.server.live import Live
 from deskgrid.server.repository import Repository
 from deskgrid.server.routes.handler import Services
@@ -35,7 +38,19 @@ from deskgrid.server.store.engine import SqlStore, Transaction, sqlite_url
 from deskgrid.server.store.migrate import migrate
 from deskgrid.settings import ServerSettings
 
-__all__ = ["init_server", "listen", "make_join_link", "make_login_link", "open_services", "run_server", "server_config"]
+__all__ = [
+    "hub_address",
+    "init_server",
+    "listen",
+    "listen_hub",
+    "make_hub_link",
+    "make_join_link",
+    "make_login_link",
+    "open_services",
+    "run_server",
+    "running_hub",
+    "server_config",
+]
 
 _WEEK_S = 7 * 86400.0
 _log = structlog.get_logger("deskgrid.server")
@@ -58,6 +73,11 @@ def _ensure_admin(tx: Transaction, name: str) -> User:
 async def make_join_link(home: Path, settings: ServerSettings, *, uses: int = 1, lifetime_s: float = _WEEK_S) -> Link:
     """Return a link by which `uses` PCs may join. Works beside a running server."""
     return await _make_link(home, settings, accounts.JOIN, None, uses, lifetime_s)
+
+
+async def make_hub_link(home: Path, settings: ServerSettings, *, uses: int = 1, lifetime_s: float = _WEEK_S) -> Link:
+    """Return a link by which `uses` machines may become hubs. Works beside a running server."""
+    return await _make_link(home, settings, accounts.HUB, None, uses, lifetime_s)
 
 
 async def make_login_link(home: Path, settings: ServerSettings, user: str, *, lifetime_s: float = _WEEK_S) -> Link:
@@ -118,14 +138,30 @@ async def open_services(home: Path, settings: ServerSettings, clock: Clock) -> A
             repository=Repository(home, reserve_bytes=settings.reserve_bytes, max_bytes=settings.max_upload_bytes),
             live=live,
             clock=clock,
-            authority_pem=(home / "authority" / "authority.pem").read_bytes(),
+            authority=Authority(home / "authority"),
         )
     finally:
         await store.close()
 
 
-async def run_server(home: Path, settings: ServerSettings, *, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. `ready` is called with HOST:PORT once calls are answered."""
+@contextlib.asynccontextmanager
+async def running_hub(home: Path, services: Services, listener: socket.socket, address: str) -> AsyncIterator[OwnHub]:
+    """Run the server's own hub on a listening socket until the block ends. Peers are told to dial `address`."""
+    own = OwnHub(home, services, address)
+    try:
+        await own.start(listener)
+        renewing = asyncio.create_task(own.renew_forever())
+        try:
+            yield own
+        finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])
+    finally:
+        await own.close()
+
+
+async def run_server(home: Path, settings: ServerSettings, *, ready: Callable[[str, str], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. `ready` is called once calls are answered, with HOST:PORT of the server and of its hub ("" if none)."""
     _require_init(home)
     migrate(database_url(home, settings))
     listener = listen(settings)
@@ -135,9 +171,14 @@ async def run_server(home: Path, settings: ServerSettings, *, ready: Callable[[s
     chain, key = ensure_certificate(home / "authority", names, _utc_now())
     (home / "address").write_text(public_or(shown, settings))
     clock = SystemClock()
-    async with open_services(home, settings, clock) as services:
+    async with open_services(home, settings, clock) as services, contextlib.AsyncExitStack() as running:
+        hub = ""
+        if settings.hub_listen != "off":
+            hub_listener = running.enter_context(listen_hub(settings, port))
+            hub = hub_address(hub_listener, settings)
+            await running.enter_async_context(running_hub(home, services, hub_listener, hub))
         config = server_config(make_app(services), chain, key)
-        await _serve(_Server(config, lambda: ready and ready(shown)), listener, sweep_forever(services))
+        await _serve(_Server(config, lambda: ready and ready(shown, hub)), listener, sweep_forever(services))
 
 
 def server_config(app: Starlette, chain: Path, key: Path) -> uvicorn.Config:
@@ -192,7 +233,40 @@ async def _serve(server: _Server, listener: socket.socket, sweep: Coroutine[None
 
 def listen(settings: ServerSettings) -> socket.socket:
     """Return the socket to serve on. Raise OperatorError if the address cannot be had."""
-    host, port = parse_listen(settings.listen)
+    return _listen(*parse_listen(settings.listen), hint="choose another port with --listen")
+
+
+def listen_hub(settings: ServerSettings, server_port: int) -> socket.socket:
+    """Return the socket of the server's hub. Raise OperatorError if the address that the settings name cannot be had.
+
+    Without settings it is the port after the server's, or, if that is taken, a free one: peers are told which.
+    """
+    if settings.hub_listen:
+        return _listen(*parse_listen(settings.hub_listen), hint="choose another port with --hub-listen")
+    host, wanted = parse_listen(settings.listen)
+    if wanted == 0 or server_port == 65535:
+        return _listen(host, 0)
+    try:
+        return _listen(host, server_port + 1)
+    except OperatorError as error:
+        _log.warning("the hub takes another port", error=error.message)
+        return _listen(host, 0)
+
+
+def hub_address(listener: socket.socket, settings: ServerSettings) -> str:
+    """Return the HOST:PORT that peers dial for the server's hub: at the host of the server's address, unless settings say otherwise."""
+    if settings.hub_address:
+        return settings.hub_address
+    host, _ = parse_listen(settings.hub_listen or settings.listen)
+    host, _ = parse_listen(public_or(f"{_bracketed(host)}:0", settings))
+    return f"{_bracketed(host)}:{listener.getsockname()[1]}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _listen(host: str, port: int, *, hint: str = "") -> socket.socket:
     # The protocol must be named: asyncio turns Nagle's delay off only for sockets that say they are TCP, and leaving it on
     # costs 40 ms a call.
     server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -202,9 +276,7 @@ def listen(settings: ServerSettings) -> socket.socket:
         server.listen(1024)
     except OSError as error:
         server.close()
-        raise OperatorError(
-            f"cannot listen on {settings.listen}: {error.strerror}", hint="choose another port with --listen"
-        ) from error
+        raise OperatorError(f"cannot listen on {host}:{port}: {error.strerror}", hint=hint) from error
     return server
 
 

@@ -13,6 +13,15 @@ ln -s /proc/self/fd /dev/fd
 # In order of dependence, written by the builder; not found hardware is no error.
 while read -r module; do insmod "/lib/modules/$module" 2>/dev/null; done </lib/modules/order
 
+# Only a machine with a network has a card (PCI class 02), and only that one pays for its drivers.
+for class in /sys/bus/pci/devices/*/class; do
+    read -r kind <"$class"
+    case $kind in 0x02*)
+        while read -r module; do insmod "/lib/modules/$module" 2>/dev/null; done </lib/modules/network
+        break ;;
+    esac
+done
+
 # The volume is known by its label only: sdX and srX do not follow the order of the ports.
 context() {
     for device in /dev/sr[0-9]* /dev/sd[a-z] /dev/vd[a-z]; do

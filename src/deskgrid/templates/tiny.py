@@ -12,9 +12,10 @@ import importlib.resources
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from msgspec import Struct
@@ -43,6 +44,21 @@ Ubuntu's (untested), which keeps its modules in a package of their own and compr
 _PACKAGES = ("busybox-static", "isolinux", "syslinux-common")
 _MODULES = ("virtio_pci", "virtio_blk", "ata_piix", "sd_mod", "sr_mod", "isofs")
 """Disks as IDE and virtio, and the context's file system; ext4 and serial ports are built in."""
+_NETWORK_MODULES = ("virtio_net",)
+_EXTRAS = {
+    "ssh": ("usr/sbin/dropbear", "usr/lib/sftp-server"),
+    "rsync": ("usr/bin/rsync",),
+}
+"""Archives on the boot medium, not in the initrd, unpacked in a machine that offers ssh -> programs in them. rsync is apart since it
+brings OpenSSL along, so that the server need not wait for it."""
+_EXTRA_PACKAGES = (
+    *("dropbear-bin", "openssh-sftp-server", "rsync"),
+    *("libc6", "libcrypt1", "libtomcrypt1", "libtommath1", "libgmp10", "zlib1g"),
+    *("libacl1", "liblz4-1", "libpopt0", "libssl3", "libxxhash0", "libzstd1"),
+)
+"""Those of the programs, and of the libraries that they need."""
+_PT_LOAD, _PT_DYNAMIC, _DT_NEEDED, _DT_STRTAB = 1, 2, 1, 5
+_LOADER = "ld-linux-x86-64.so.2"
 _FOLDERS = ("proc", "sys", "dev", "run", "tmp", "root", "bin", "scratch", "context", "etc", "lib/modules")
 _KERNEL_ARGUMENTS = "console=tty0 console=ttyS0,115200 quiet panic=-1 no_timer_check mitigations=off"
 _EPOCH = "1577836800"
@@ -72,12 +88,15 @@ def build_tiny(output: Path, cache: Path, progress: Progress = lambda stage, fra
     output.mkdir(parents=True, exist_ok=True)
     progress("packages", 0.0)
     packages = _packages(cache)
+    extra = _fetch(_EXTRA_PACKAGES, cache)
     with tempfile.TemporaryDirectory(prefix=".tiny-", dir=output) as folder:
         work = Path(folder)
         progress("unpack", 0.4)
         root = _unpack(packages, work / "root")
+        extra_root = _unpack(extra, work / "extra")
         progress("file system", 0.6)
         _lay_out(root, work / "iso")
+        _add_extras(extra_root, work / "iso")
         progress("image", 0.7)
         iso = _make_iso(root, work)
         progress("disk", 0.9)
@@ -127,6 +146,14 @@ def _packages(cache: Path) -> list[Path]:
         _download(wanted, cache)
     modules = _cached(cache, "linux-modules-*")[-1:]
     return [*(_cached(cache, name)[-1] for name in ("linux-image-*", *_PACKAGES)), *modules]
+
+
+def _fetch(names: Iterable[str], cache: Path) -> list[Path]:
+    """Return the files of packages; downloads into the cache what is not there."""
+    missing = [name for name in names if not _cached(cache, name)]
+    if missing:
+        _download(missing, cache)
+    return [_cached(cache, name)[-1] for name in names]
 
 
 def _cached(cache: Path, name: str) -> list[Path]:
@@ -183,13 +210,61 @@ def _initrd(root: Path) -> bytes:
     archive.character_device("dev/console", 5, 1)
     archive.file("bin/busybox", _find(root, "busybox").read_bytes(), executable=True)
     archive.file("init", (importlib.resources.files(__package__) / "tiny-init.sh").read_bytes(), executable=True)
+    archive.file("etc/deskgrid/start-ssh", (importlib.resources.files(__package__) / "tiny-ssh.sh").read_bytes(), executable=True)
     archive.file("etc/passwd", b"root:*:0:0:root:/root:/bin/sh\n")
     archive.file("etc/group", b"root:x:0:\n")
-    modules = _with_dependencies(root, _MODULES)
-    for module in modules:
-        archive.file(f"lib/modules/{_plain_name(module)}", _module_bytes(module))
-    archive.file("lib/modules/order", "".join(f"{_plain_name(module)}\n" for module in modules).encode())
+    for name, wanted in (("order", _MODULES), ("network", _NETWORK_MODULES)):
+        modules = _with_dependencies(root, wanted)
+        for module in modules:
+            archive.file(f"lib/modules/{_plain_name(module)}", _module_bytes(module))
+        archive.file(f"lib/modules/{name}", "".join(f"{_plain_name(module)}\n" for module in modules).encode())
     return archive.finish()
+
+
+def _add_extras(root: Path, iso: Path) -> None:
+    """Put the archives of programs beside the kernel. They are unpacked one after the other, so what one has the next does without."""
+    packed: dict[str, Path] = {}
+    for name, programs in _EXTRAS.items():
+        archive = CpioWriter()
+        libraries = {} if packed else {_LOADER: _find_library(root, _LOADER)}
+        for program in programs:
+            archive.file(program, (root / program).read_bytes(), executable=True)
+            _add_libraries(root, root / program, libraries)
+        for library in sorted(libraries.keys() - packed.keys()):
+            folder = "lib64" if library == _LOADER else "lib"
+            archive.file(f"{folder}/{library}", libraries[library].read_bytes(), executable=library == _LOADER)
+        packed |= libraries
+        _write_packed(iso / f"{name}.cpio.gz", archive.finish())
+
+
+def _add_libraries(root: Path, program: Path, found: dict[str, Path]) -> None:
+    """Add the libraries that a program needs, and those that they need, by the names that it knows them by."""
+    for name in _needed(program.read_bytes()):
+        if name not in found and name != _LOADER:
+            found[name] = _find_library(root, name)
+            _add_libraries(root, found[name], found)
+
+
+def _needed(program: bytes) -> list[str]:
+    """Return the libraries that a program is linked to: the DT_NEEDED entries of a 64-bit ELF file (elf(5))."""
+    start, size, count = struct.unpack_from("<Q14xHH", program, 32)
+    headers = [struct.unpack_from("<II6Q", program, start + number * size) for number in range(count)]
+    loaded = [(address, offset) for kind, _, offset, address, *_ in headers if kind == _PT_LOAD]
+    dynamic = next((program[offset : offset + length] for kind, _, offset, _, _, length, *_ in headers if kind == _PT_DYNAMIC), b"")
+    entries = list(struct.iter_unpack("<qQ", dynamic))
+    names = next((value for tag, value in entries if tag == _DT_STRTAB), 0)
+    address, offset = max(((address, offset) for address, offset in loaded if address <= names), default=(0, 0))
+    begin = names - address + offset
+    places = [begin + value for tag, value in entries if tag == _DT_NEEDED]
+    return [program[place : program.index(b"\0", place)].decode() for place in places]
+
+
+def _find_library(root: Path, name: str) -> Path:
+    """Return the file of a library, which most often is a link."""
+    for path in sorted(root.rglob(name)):
+        if path.is_file():
+            return path
+    raise OperatorError(f"the packages have no {name}", hint="empty the cache folder and build again")
 
 
 def _find(root: Path, name: str) -> Path:
@@ -242,20 +317,24 @@ def _lay_out(root: Path, iso: Path) -> None:
     boot.mkdir(parents=True)
     shutil.copyfile(_find(root, "vmlinuz-*"), iso / "vmlinuz")
     # The firmware reads slowly in software emulation: gzip saves 0.9 s of a boot from disk, and was better than LZ4.
-    (iso / "initrd").write_bytes(gzip.compress(_initrd(root), 9, mtime=0))
+    _write_packed(iso / "initrd", _initrd(root))
     shutil.copyfile(_find(root, "isolinux.bin"), boot / "isolinux.bin")
     shutil.copyfile(_find(root / "usr/lib/syslinux/modules/bios", "ldlinux.c32"), boot / "ldlinux.c32")
     # PROMPT 1 would wait for ever on a serial port.
     (boot / "isolinux.cfg").write_text(
         f"PROMPT 0\nTIMEOUT 0\nDEFAULT tiny\nLABEL tiny\n KERNEL /vmlinuz\n INITRD /initrd\n APPEND {_KERNEL_ARGUMENTS}\n"
     )
-    for path in (*iso.rglob("*"), iso):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-        os.utime(path, (int(_EPOCH), int(_EPOCH)))
+
+
+def _write_packed(path: Path, data: bytes) -> None:
+    path.write_bytes(gzip.compress(data, 9, mtime=0))
 
 
 def _make_iso(root: Path, work: Path) -> Path:
     iso = work / "tiny.iso"
+    for path in (*(work / "iso").rglob("*"), work / "iso"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        os.utime(path, (int(_EPOCH), int(_EPOCH)))
     _run(
         *("xorriso", "-as", "mkisofs", "-quiet", "-V", "TINY", "-R", "-uid", "0", "-gid", "0"),
         *("-isohybrid-mbr", str(_find(root, "isohdpfx.bin"))),

@@ -10,12 +10,14 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import psutil
 import pytest
 from msgspec import Struct
 
@@ -23,12 +25,15 @@ from deskgrid.errors import MachineFailed
 from deskgrid.machines import processes
 from deskgrid.machines.driver import (
     Booted,
+    Caged,
     ContextExited,
     ContextStarted,
+    Doorway,
     Driver,
     ExitCause,
     Exited,
     Gone,
+    Listening,
     MachineEvent,
     MachineHandle,
     MachineSpec,
@@ -45,11 +50,15 @@ from deskgrid.model.machines import Network
 
 __all__ = [
     "BROKEN",
+    "NETWORK",
+    "TALKING",
     "TICKING",
     "ContractJob",
     "DriverContract",
+    "NetworkedDriver",
     "SuspendableDriver",
     "events_until_exit",
+    "keepers_of",
     "output_of",
     "read_scratch",
 ]
@@ -62,6 +71,10 @@ QUIET_S = 0.7
 
 class SuspendableDriver(Driver, Suspendable, Protocol):
     """The drivers that this suite is for."""
+
+
+class NetworkedDriver(SuspendableDriver, Caged, Protocol):
+    """Those of them that put machines in cages."""
 
 
 class Prepare(Protocol):
@@ -99,6 +112,16 @@ BROKEN = ContractJob(
         "exit_code": 7,
     },
 )
+TALKING = ContractJob(
+    script=("nc -ll -p 8080 -e cat & server=$!\nmkdir fetched; echo hello from db | nc db 5432 >fetched/db\nkill $server\n"),
+    plan={"serve": [8080], "fetch": ["db:5432"]},
+)
+NETWORK: dict[str, Any] = {
+    "network": Network.OVERLAY,
+    "reach": (Doorway("db", "10.64.1.1", 5432, "db.job-1"),),
+    "offer": (("echo", 8080), ("never", 9)),
+}
+"""What a spec needs for TALKING."""
 TICKING = ContractJob(script="while :; do echo tick; sleep 0.1; done\n", plan={"tick_s": 0.1})
 
 
@@ -111,6 +134,30 @@ async def events_until_exit(driver: Driver, handle: MachineHandle) -> list[Machi
 def output_of(events: list[MachineEvent], stream: Stream) -> bytes:
     """Return what was told of one stream."""
     return b"".join(event.data for event in events if isinstance(event, Output) and event.stream is stream)
+
+
+def keepers_of(handle: MachineHandle) -> list[int]:
+    """Return the processes that keep a machine's cage."""
+    marks = {"--keep", handle.workdir}
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if marks <= set(process.info["cmdline"] or ())]
+
+
+async def _accept(listener: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    listener.setblocking(False)
+    connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+    return await asyncio.open_connection(sock=connection)
+
+
+async def _ask(connection: socket.socket, address: tuple[str, int], data: bytes) -> bytes:
+    """Connect, send all, end, and return all that comes back."""
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, address)
+    reader, writer = await asyncio.open_connection(sock=connection)
+    writer.write(data)
+    writer.write_eof()
+    answer = await reader.read()
+    writer.close()
+    return answer
 
 
 def _without_console(events: list[MachineEvent]) -> list[MachineEvent]:
@@ -168,6 +215,7 @@ class DriverContract:
         for handle in handles:
             await driver.destroy(handle)
             assert find_by_token(handle.token) is None
+            assert not keepers_of(handle)
 
     # ---- names and files first
 
@@ -178,7 +226,7 @@ class DriverContract:
         assert await driver.recover(handle) == Gone()
 
     async def test_handle_survives_the_journal(self, prepare: Prepare) -> None:
-        handle = await prepare(TICKING)
+        handle = await prepare(TICKING, **NETWORK, ssh_keys=("ssh-ed25519 AAAA",))
         assert decode_handle(encode_handle(handle)) == handle
 
     async def test_network_that_is_not_offered_is_refused_and_leaves_nothing(
@@ -291,6 +339,79 @@ class DriverContract:
         await driver.start(handle)
         assert find_by_token(handle.token) == identity
 
+    # ---- network
+
+    async def test_machine_talks_through_sockets_of_its_cage_and_a_restarted_worker_gets_new_ones(
+        self, driver: NetworkedDriver, new_driver: Callable[[], NetworkedDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TALKING, **NETWORK)
+        await driver.start(handle)
+        reading = asyncio.create_task(events_until_exit(driver, handle))
+        with await driver.open_socket(handle) as listener:
+            listener.bind(("10.64.1.1", 5432))
+            listener.listen()
+            async with asyncio.timeout(BOOT_LIMIT_S):
+                reader, writer = await _accept(listener)
+                assert await reader.read() == b"hello from db\n"
+                later = new_driver()
+                assert await later.recover(handle) == Running()
+                watching = later.events(handle)
+                while await anext(watching) != Listening(8080):
+                    pass
+                assert (
+                    await _ask(await later.open_socket(handle), ("127.0.0.1", 8080), b"many bytes " * 10000)
+                    == b"many bytes " * 10000
+                )
+                writer.write(b"hello yourself\n")
+                writer.close()
+                events = await reading
+        assert events[-1] == Exited(ExitCause.POWERED_OFF)
+        assert [event for event in events if isinstance(event, Listening)] == [Listening(8080)]
+        assert read_scratch(driver.scratch(handle), "/fetched/db") == b"hello yourself\n"
+        with pytest.raises(MachineFailed):
+            await later.open_socket(handle)
+
+    async def test_socket_of_a_machine_without_a_network_or_not_started_is_refused(
+        self, driver: NetworkedDriver, prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        with pytest.raises(MachineFailed, match="no network"):
+            await driver.open_socket(handle)
+        with pytest.raises(MachineFailed, match="off"):
+            await driver.open_socket(await prepare(TICKING, **NETWORK))
+
+    async def test_killed_machine_takes_its_keeper_along(self, driver: NetworkedDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING, **NETWORK)
+        await driver.start(handle)
+        (await driver.open_socket(handle)).close()
+        assert keepers_of(handle)
+        identity = processes.read_identity(Path(handle.workdir))
+        assert identity is not None
+        os.kill(identity.pid, signal.SIGKILL)
+        events = await events_until_exit(driver, handle)
+        assert isinstance(events[-1], Exited)
+        async with asyncio.timeout(10):
+            while keepers_of(handle):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.005)
+
+    async def test_destroy_right_after_start_in_a_cage_leaves_nothing(
+        self, driver: NetworkedDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        for _ in range(3):
+            handle = await prepare(TICKING, **NETWORK)
+            await driver.start(handle)
+            await self._destroy_leaves_nothing(driver, handle, tmp_path)
+
+    async def test_destroy_of_a_running_machine_in_a_cage_leaves_nothing(
+        self, driver: NetworkedDriver, new_driver: Callable[[], NetworkedDriver], prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(TICKING, **NETWORK)
+        await _start_fully(driver, handle)
+        (await driver.open_socket(handle)).close()
+        assert keepers_of(handle)
+        await self._destroy_leaves_nothing(new_driver(), handle, tmp_path)
+
     # ---- removal and recovery
 
     async def test_destroy_before_start_removes_all_files(
@@ -359,6 +480,7 @@ class DriverContract:
         await driver.destroy(handle)
         await driver.destroy(handle)
         assert find_by_token(handle.token) is None
+        assert not keepers_of(handle)
         assert not list(folder.glob("machine-*"))
         assert await driver.recover(handle) == Gone()
 

@@ -15,17 +15,21 @@ import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, applies, job_state
 from deskgrid.core.matching import Share
-from deskgrid.errors import NotFound, Unauthenticated
+from deskgrid.errors import Conflict, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
 from deskgrid.model.data import Blob, DataRef, Disk
-from deskgrid.model.ids import AttemptId, JobId, Sha256, WorkerId
+from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, Job, JobSpec, JobState, Limits, Machine
-from deskgrid.model.machines import DiskFormat
+from deskgrid.model.machines import DiskFormat, Network
+from deskgrid.model.overlay import Offer, PeerKind, Reach, attempt_peer, parse_service, user_peer
 from deskgrid.model.users import Role
-from deskgrid.server.store import accounts, data, jobs, workers
+from deskgrid.model.wire import AskGrant, PeerOffer
+from deskgrid.server.grants import Waiting, Way, find_way
+from deskgrid.server.store import accounts, data, hubs, jobs, peers, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Store, Transaction
-from deskgrid.server.store.schema import attempt, job, queue, team
+from deskgrid.server.store.peers import NewPeer
+from deskgrid.server.store.schema import attempt, job, peer, queue, team
 
 __all__ = ["StoreContract"]
 
@@ -35,6 +39,12 @@ _DISK = DataRef(
     disk=Disk(sha256=_DISK_SHA, size_bytes=1, virtual_bytes=1, format=DiskFormat.ISO),
 )
 _SPEC = JobSpec(machine=Machine(disk="d"), limits=Limits(attempts=2, max_lost=3))
+_NETWORKED = JobSpec(
+    machine=Machine(
+        disk="d", network=Network.OVERLAY, offer=(Offer("web", 80),), reach=(Reach("site", parse_service("site.user"), 80),)
+    )
+)
+_PEER_S = 900.0
 
 
 async def _people(store: Store) -> tuple[Caller, WorkerId]:
@@ -45,8 +55,8 @@ async def _people(store: Store) -> tuple[Caller, WorkerId]:
     return await store.write(add)
 
 
-async def _submit(store: Store, caller: Caller) -> Job:
-    return await store.write(lambda tx: jobs.add_job(tx, caller, _SPEC, _DISK, None))
+async def _submit(store: Store, caller: Caller, spec: JobSpec = _SPEC) -> Job:
+    return await store.write(lambda tx: jobs.add_job(tx, caller, spec, _DISK, None))
 
 
 async def _lease_one(store: Store, worker_id: WorkerId) -> AttemptId:
@@ -56,6 +66,50 @@ async def _lease_one(store: Store, worker_id: WorkerId) -> AttemptId:
         return leased.attempt_id
 
     return await store.write(lease)
+
+
+def _key(number: int) -> Sha256:
+    return Sha256(f"{number:064x}")
+
+
+async def _program(store: Store, caller: Caller, key: int, *offers: str, hub_id: int | None = None, most: int = 100) -> int:
+    wanted = NewPeer(
+        kind=PeerKind.USER,
+        name=user_peer(caller.user_id or UserId(0)),
+        key=_key(key),
+        user_id=caller.user_id,
+        offers=tuple(PeerOffer(name) for name in offers),
+        hub_id=hub_id,
+    )
+    return await store.write(lambda tx: peers.register(tx, wanted, lifetime_s=_PEER_S, max_per_user=most))
+
+
+async def _attempt_peer(store: Store, caller: Caller, worker_id: WorkerId, held: AttemptId, job_id: JobId, hub_id: int) -> int:
+    wanted = NewPeer(
+        kind=PeerKind.JOB,
+        name=attempt_peer(job_id, 1),
+        key=_key(held),
+        user_id=caller.user_id,
+        worker_id=worker_id,
+        job_id=job_id,
+        attempt_id=held,
+        hub_id=hub_id,
+    )
+    return await store.write(lambda tx: peers.register(tx, wanted, lifetime_s=_PEER_S, max_per_user=100))
+
+
+async def _hub(store: Store) -> int:
+    def add(tx: Transaction) -> int:
+        hub_id = hubs.add_hub(tx, "hub")
+        hubs.renew_hub(tx, hub_id, key=_key(1), address="hub:1", peers=0, lifetime_s=_PEER_S)
+        return hub_id
+
+    return await store.write(add)
+
+
+async def _way(store: Store, caller: Caller, peer_id: int, service: str) -> Way | Waiting:
+    wish = AskGrant(peer_id=peer_id, service=service)
+    return await store.read(lambda tx: find_way(tx, caller, wish, grant_s=60.0, nonce="n"))
 
 
 class StoreContract:
@@ -188,6 +242,93 @@ class StoreContract:
             await store.read(lambda tx: jobs.get_job(tx, bob, submitted.id))
         with pytest.raises(NotFound):
             await store.write(lambda tx: jobs.cancel_job(tx, bob, submitted.id, ""))
+
+    async def test_same_key_is_the_same_peer_until_it_was_silent_for_too_long(self, store: Store, clock: Any) -> None:
+        caller, _ = await _people(store)
+        first, other = await _program(store, caller, 1), await _program(store, caller, 2)
+        await clock.advance(_PEER_S - 1)
+        assert await _program(store, caller, 1, "web") == first != other
+        await clock.advance(1)
+        found = await store.read(lambda tx: peers.list_peers(tx, caller.user_id))
+        assert [(one.id, one.services) for one in found] == [(first, ("web",))]
+        assert await _program(store, caller, 2) not in (first, other)
+        await clock.advance(_PEER_S)
+        await store.write(peers.sweep_peers)
+        assert await store.read(lambda tx: tx.rows(sa.select(peer))) == []
+
+    async def test_public_key_of_somebody_else_names_another_peer(self, store: Store) -> None:
+        caller, _ = await _people(store)
+        added = await store.write(lambda tx: accounts.add_account(tx, "bob", admin=False))
+        bob = Caller(Role.USER, "bob", user_id=added.id)
+        assert await _program(store, caller, 1) != await _program(store, bob, 1)
+        assert len(await store.read(lambda tx: peers.list_peers(tx, None))) == 2
+
+    async def test_user_has_at_most_so_many_peers_at_the_same_time(self, store: Store, clock: Any) -> None:
+        caller, _ = await _people(store)
+        for key in (1, 2):
+            await _program(store, caller, key, most=2)
+        with pytest.raises(Conflict):
+            await _program(store, caller, 3, most=2)
+        await _program(store, caller, 2, most=2)
+        await clock.advance(_PEER_S)
+        await _program(store, caller, 3, most=2)
+
+    async def test_way_leads_to_the_peer_of_a_live_attempt_and_ends_with_it(self, store: Store, clock: Any) -> None:
+        caller, worker_id = await _people(store)
+        hub_id = await _hub(store)
+        job_id = (await _submit(store, caller, _NETWORKED)).id
+        mine = await _program(store, caller, 1)
+        assert await _way(store, caller, mine, f"web.job-{job_id}") == Waiting(
+            f"job {job_id} to start", (jobs.job_topic(job_id), peers.job_peers_topic(job_id))
+        )
+        held = await _lease_one(store, worker_id)
+        await _attempt_peer(store, caller, worker_id, held, job_id, hub_id)
+        way = await _way(store, caller, mine, f"web.job-{job_id}")
+        assert isinstance(way, Way)
+        assert (way.grant.target, way.grant.target_key, way.hub.address) == (attempt_peer(job_id, 1), _key(held), "hub:1")
+        await clock.advance(61)
+        await store.write(jobs.expire_leases)
+        assert isinstance(await _way(store, caller, mine, f"web.job-{job_id}"), Waiting)
+        await store.write(lambda tx: jobs.cancel_job(tx, caller, job_id, ""))
+        with pytest.raises(Conflict):
+            await _way(store, caller, mine, f"web.job-{job_id}")
+
+    async def test_job_finds_its_users_newest_program_at_a_hub(self, store: Store, clock: Any) -> None:
+        caller, worker_id = await _people(store)
+        hub_id = await _hub(store)
+        job_id = (await _submit(store, caller, _NETWORKED)).id
+        held = await _lease_one(store, worker_id)
+        source = await _attempt_peer(store, caller, worker_id, held, job_id, hub_id)
+        worker = Caller(Role.WORKER, "pc", worker_id=worker_id)
+        assert isinstance(await _way(store, worker, source, "site.user"), Waiting)
+        for key, offers in ((1, ("site",)), (2, ("site", "db")), (3, ("db",))):
+            await _program(store, caller, key, *offers, hub_id=hub_id)
+            await clock.advance(1)
+        way = await _way(store, worker, source, "site.user")
+        assert isinstance(way, Way)
+        assert way.grant.target_key == _key(2)
+        await store.write(lambda tx: hubs.end_hub(tx, hub_id))
+        assert isinstance(await _way(store, worker, source, "site.user"), Waiting)
+
+    async def test_token_of_an_attempt_is_valid_while_that_is_live_and_then_forgotten(self, store: Store, clock: Any) -> None:
+        caller, worker_id = await _people(store)
+        await _submit(store, caller, _NETWORKED)
+        held = await _lease_one(store, worker_id)
+        await store.write(lambda tx: accounts.add_token_of_attempt(tx, hash_secret("t"), held))
+        found = await store.read(lambda tx: accounts.authenticate(tx, "t"))
+        assert (found.role, found.user_id, found.attempt_id) == (Role.JOB, caller.user_id, held)
+        await store.write(lambda tx: accounts.drop_tokens_of_ended_attempts(tx, tx.now))
+        await clock.advance(61)
+        await store.write(jobs.expire_leases)
+        with pytest.raises(Unauthenticated, match="while its job ran"):
+            await store.read(lambda tx: accounts.authenticate(tx, "t"))
+        assert await store.write(lambda tx: jobs.apply_event(tx, held, AttemptEvent.STARTED))
+        assert (await store.read(lambda tx: accounts.authenticate(tx, "t"))).role is Role.JOB
+        await store.write(lambda tx: jobs.apply_event(tx, held, AttemptEvent.FAILED))
+        await clock.advance(1)
+        await store.write(lambda tx: accounts.drop_tokens_of_ended_attempts(tx, tx.now))
+        with pytest.raises(Unauthenticated, match="not valid"):
+            await store.read(lambda tx: accounts.authenticate(tx, "t"))
 
     @pytest.mark.parametrize("seed", range(6))
     async def test_random_history_agrees_with_the_lifecycle(self, store: Store, clock: Any, seed: int) -> None:

@@ -33,8 +33,8 @@ def tiny_template() -> TinyBuild:
 
 def _recipe() -> str:
     """Return a mark of everything in our sources that goes into the template."""
-    sources = [Path(cpio.__file__), Path(tiny.__file__), Path(tiny.__file__).with_name("tiny-init.sh")]
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    sources = [Path(cpio.__file__), Path(tiny.__file__), *Path(tiny.__file__).parent.glob("tiny-*.sh")]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sorted(sources))).hexdigest()[:16]
 
 
 @contextmanager

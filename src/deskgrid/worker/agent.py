@@ -26,7 +26,8 @@ from typing import Any
 import msgspec
 import structlog
 
-from deskgrid.client.transport import Transport, load_credentials
+from deskgrid.client.peers import ServerCalls
+from deskgrid.client.transport import Credentials, Transport, load_credentials
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NoSpace, Unauthenticated
@@ -35,7 +36,8 @@ from deskgrid.model import wire
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity
-from deskgrid.settings import WorkerSettings
+from deskgrid.overlay.endpoint import Endpoint
+from deskgrid.settings import PeerSettings, WorkerSettings, load_settings
 from deskgrid.swarm.cache import Cache
 from deskgrid.worker.bounds import Bounds
 from deskgrid.worker.connection import Connect, Connection
@@ -43,7 +45,7 @@ from deskgrid.worker.control import AttemptStatus, StatusAnswer, control_server
 from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
-from deskgrid.worker.kit import Kit
+from deskgrid.worker.kit import Kit, Overlay
 from deskgrid.worker.leave import attempt_status, destroy_strays, remove_files, say_goodbye
 from deskgrid.worker.owner import Owner
 from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile_of
@@ -519,14 +521,38 @@ async def run_worker(
         place.create()
         make_gentle(settings.nice)
         connect = transport_factory or (lambda found: Transport(found, rng=rng))
-        async with connect(credentials) as connection:
+        async with (
+            connect(credentials) as connection,
+            _overlay(place, settings, connection, credentials, clock, rng) as overlay,
+        ):
             agent = Agent(
-                place, settings, connection, chosen, clock=clock, rng=rng, name=credentials.name, address=credentials.address
+                place,
+                settings,
+                connection,
+                chosen,
+                clock=clock,
+                rng=rng,
+                name=credentials.name,
+                address=credentials.address,
+                overlay=overlay,
             )
             _log.info("worker_starts", home=str(place.folder), address=credentials.address, name=credentials.name)
             with _signals(lambda: agent.stop(keep=keep)):
                 async with control_server(place, agent.answer):
                     await agent.run()
+
+
+@contextlib.asynccontextmanager
+async def _overlay(
+    home: Home, settings: WorkerSettings, connection: Connection, credentials: Credentials, clock: Clock, rng: random.Random
+) -> AsyncIterator[Overlay | None]:
+    """Take part in the overlay, if the owner allows machines a network."""
+    if not settings.overlay:
+        yield None
+        return
+    chosen = load_settings(PeerSettings, home.folder / "peer.toml", "DESKGRID_PEER")
+    async with Endpoint(chosen, clock=clock, rng=rng, authority_pem=credentials.authority_pem) as endpoint:
+        yield Overlay(endpoint=endpoint, calls=ServerCalls(connection), credentials=credentials)
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -25,9 +26,10 @@ _log = structlog.get_logger()
 
 def make_driver(name: str, settings: WorkerSettings, clock: Clock) -> Driver:
     """Return a driver by its name. Raise InvalidInput for a name that is none."""
+    lent: dict[str, Any] = {"nice": settings.nice, "overlay": settings.overlay, "internet": settings.internet}
     makers: dict[str, Callable[[], Driver]] = {
-        DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, nice=settings.nice),
-        DriverName.FAKE: lambda: FakeDriver(clock, nice=settings.nice),
+        DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, **lent),
+        DriverName.FAKE: lambda: FakeDriver(clock, **lent),
     }
     if name not in makers:
         raise InvalidInput(f"there is no driver {name!r}", where="drivers", hint=f"allowed: {', '.join(makers)}")

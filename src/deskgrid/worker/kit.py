@@ -9,9 +9,12 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from deskgrid.client.transport import Credentials
 from deskgrid.clock import Clock
 from deskgrid.machines.images import unpack_disk
 from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
+from deskgrid.overlay.endpoint import Endpoint
+from deskgrid.overlay.peer import Calls
 from deskgrid.settings import WorkerSettings
 from deskgrid.swarm.cache import Cache
 from deskgrid.worker.connection import Connection
@@ -20,7 +23,16 @@ from deskgrid.worker.home import Home
 from deskgrid.worker.journal import Journal
 from deskgrid.worker.owner import Owner
 
-__all__ = ["Extract", "Kit"]
+__all__ = ["Extract", "Kit", "Overlay"]
+
+
+class Overlay(Struct, frozen=True, kw_only=True):
+    """A worker's part in the overlay."""
+
+    endpoint: Endpoint
+    calls: Calls
+    credentials: Credentials
+    """The worker's own: where the server is, and how to know it."""
 
 
 class Extract(Protocol):
@@ -47,5 +59,7 @@ class Kit(Struct, frozen=True, kw_only=True):
     """This PC could not do what was asked, for this reason: take no new work for a while."""
     result_room: Callable[[], int]
     """Bytes that a packed result may take now."""
+    overlay: Overlay | None = None
+    """How machines get a network; None: they get none."""
     unpack: Callable[..., Awaitable[object]] = unpack_disk
     extract: Extract = extract_results

@@ -34,10 +34,12 @@ from deskgrid.errors import (
 )
 from deskgrid.machines.driver import (
     Booted,
+    Caged,
     Driver,
     ExitCause,
     Exited,
     Gone,
+    Listening,
     MachineHandle,
     Output,
     Running,
@@ -55,6 +57,7 @@ from deskgrid.worker.journal import Entry, Phase, Verdict
 from deskgrid.worker.judging import NOT_THE_JOB, fault_of, judge, without_result
 from deskgrid.worker.kit import Kit
 from deskgrid.worker.output import LiveOutput
+from deskgrid.worker.services import make_services
 from deskgrid.worker.slots import Usage, usage_of
 from deskgrid.worker.supplies import Supplies
 from deskgrid.worker.tasks import beside, in_thread
@@ -84,6 +87,7 @@ class Runner:
         self.disk_bytes = 0
         self._folder = kit.home.attempt(self.id)
         self._supplies = Supplies(kit, entry.assignment)
+        self._services = make_services(kit, entry.assignment, self._supplies.credentials)
         self._output = LiveOutput(self.id, kit.connection, kit.clock, kit.rng)
         self._machine_lock = asyncio.Lock()
         self._journal_lock = asyncio.Lock()
@@ -292,7 +296,7 @@ class Runner:
 
     async def _watch(self) -> None:
         """Follow the machine until it is off."""
-        exited = await beside(self._follow(), self._keep_limits(), self._output.run())
+        exited = await beside(self._follow(), self._keep_limits(), self._output.run(), self._serve())
         self._stop_watch()
         _log.info("machine_exited", **self._names(), cause=exited.cause.value, detail=exited.detail, ran_s=round(self._ran_s, 1))
         await self._note(phase=Phase.EXITED, exited=exited)
@@ -306,12 +310,20 @@ class Runner:
                     self._output.feed(event.stream, event.data)
                 elif isinstance(event, Booted):
                     await self._note(booted=True)
+                elif isinstance(event, Listening) and self._services is not None:
+                    self._services.listening(event.port)
                 elif isinstance(event, Exited):
                     return event
         finally:
             if isinstance(events, AsyncGenerator):
                 await events.aclose()
         raise MachineFailed("the driver lost sight of the machine")
+
+    async def _serve(self) -> None:
+        """Join the machine with the services that its spec names."""
+        driver = self._driver()
+        if self._services is not None and isinstance(driver, Caged):
+            await self._services.run(driver, self._handle())
 
     async def _keep_limits(self) -> None:
         """End the machine when a limit of the job is passed."""

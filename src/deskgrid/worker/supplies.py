@@ -13,6 +13,7 @@ from deskgrid.model.ids import attempt_name
 from deskgrid.model.workers import Assignment
 from deskgrid.units import GIB
 from deskgrid.worker.kit import Kit
+from deskgrid.worker.services import doorways, job_credentials
 from deskgrid.worker.tasks import in_thread
 
 __all__ = ["Supplies"]
@@ -21,7 +22,7 @@ _CONTEXT_LIMITS = archive.UnpackLimits(bytes=2 * GIB, apparent_bytes=16 * GIB, f
 _DOWNLOAD_TRIES = 8
 """Failures in a row without a byte of progress after which a download is given up."""
 _CPU_SLACK_S = 600.0
-_CONTEXT, _CONTEXT_ARCHIVE = "context", "context.tar.zst"
+_CONTEXT, _CONTEXT_ARCHIVE, _CREDENTIALS = "context", "context.tar.zst", "credentials.json"
 
 
 class Supplies:
@@ -60,6 +61,17 @@ class Supplies:
             # What came is what was published (its sha256 is right), so nobody else's copy is better.
             raise BadImage(error.message, hint=error.hint) from error
 
+    @property
+    def credentials(self) -> Path:
+        """Where the job's own credentials are, if its spec reaches the server."""
+        return self._folder / _CREDENTIALS
+
+    def _job_credentials(self) -> Path | None:
+        if self._kit.overlay is None:
+            return None
+        name = attempt_name(self._assignment.job_id, self._assignment.number)
+        return job_credentials(self.credentials, self._assignment.spec.machine, self._kit.overlay.credentials, name)
+
     async def _download(self, blob: Blob, file: Path) -> None:
         """Fetch a blob, going on after interruptions. Raise Unreachable once tries without progress are used up."""
         failures, have = 0, _size(file)
@@ -96,6 +108,10 @@ class Supplies:
             context=context,
             context_label=known.context_label,
             network=machine.network,
+            reach=doorways(machine),
+            offer=tuple((offer.name, offer.port) for offer in machine.offer),
+            ssh_keys=machine.ssh_keys,
+            credentials=self._job_credentials(),
             environment=(
                 ("DESKGRID_JOB", str(assignment.job_id)),
                 ("DESKGRID_ATTEMPT", str(assignment.number)),

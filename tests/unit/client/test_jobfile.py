@@ -13,8 +13,10 @@ from deskgrid.client.jobfile import KEYS, JobFile, job_from_options, parse_job, 
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import MachineKind, Network
+from deskgrid.model.overlay import API_SERVICE, Offer, Reach, ServiceRef
 from deskgrid.units import GIB, MIB
 
+NET = '[machine]\ndisk = "t"\nnetwork = "overlay"\n'
 WHOLE = """
 name = "hello"
 [machine]
@@ -24,7 +26,12 @@ context = "context/"
 scratch = "8GiB"
 memory = "256MiB"
 cpus = 2
-network = "none"
+network = "overlay"
+offer = ["ssh:22", "web:8080"]
+share = ["group:hep"]
+reach = { db = "db.job-41:5432", site = "web.user:8000", grid = "api.server" }
+reach_wait = "1m"
+ssh_keys = ["ssh-ed25519 AAAA ann"]
 [limits]
 wall_time = "10m"
 boot_time = "1m30s"
@@ -39,10 +46,47 @@ paths = ["out/**", "*.root"]
 def test_every_key_is_read(tmp_path: Path):
     (tmp_path / "context").mkdir()
     job = parse_job(WHOLE, "job.toml", folder=tmp_path)
-    machine = Machine(kind=MachineKind.VM, disk="tiny", scratch_bytes=8 * GIB, memory_bytes=256 * MIB, cpus=2, network=Network.NONE)
+    machine = Machine(
+        kind=MachineKind.VM,
+        disk="tiny",
+        scratch_bytes=8 * GIB,
+        memory_bytes=256 * MIB,
+        cpus=2,
+        network=Network.OVERLAY,
+        offer=(Offer("ssh", 22), Offer("web", 8080)),
+        share=("group:hep",),
+        reach=(
+            Reach("db", ServiceRef("db", "job-41"), 5432),
+            Reach("site", ServiceRef("web", "user"), 8000),
+            Reach("grid", API_SERVICE, 8470),
+        ),
+        reach_wait_s=60.0,
+        ssh_keys=("ssh-ed25519 AAAA ann",),
+    )
     limits = Limits(wall_time_s=600, boot_time_s=90, attempts=2, max_lost=5, max_suspend_s=86400)
     assert job.spec == JobSpec(name="hello", machine=machine, limits=limits, results=Results(paths=("out/**", "*.root")))
     assert job.context == tmp_path / "context"
+
+
+REACHES = (
+    'network = "overlay"\nreach = { db = "db.job-41:5432" }',
+    'network = "overlay"\nreach.db = "db.job-41:5432"',
+    'network = "overlay"\n[machine.reach]\ndb = "db.job-41:5432"',
+    'network = "overlay"\nreach = ["db=db.job-41:5432"]',
+)
+
+
+@pytest.mark.parametrize("text", REACHES)
+def test_services_to_reach_are_written_in_any_way_that_toml_has(text: str):
+    spec = parse_job(f'[machine]\ndisk = "t"\n{text}', "job.toml").spec
+    assert spec.machine.reach == (Reach("db", ServiceRef("db", "job-41"), 5432),)
+
+
+def test_services_as_options():
+    options = {"disk": "t", "network": "overlay", "offer": ("ssh:22",), "reach": ("a=web.user:1", "grid=api.server")}
+    machine = job_from_options(options).spec.machine
+    assert machine.offer == (Offer("ssh", 22),)
+    assert machine.reach == (Reach("a", ServiceRef("web", "user"), 1), Reach("grid", API_SERVICE, 8470))
 
 
 def test_a_disk_is_enough_and_the_rest_has_defaults():
@@ -73,6 +117,20 @@ def test_a_disk_is_enough_and_the_rest_has_defaults():
         ('name = "x"\n[machine]\ncpus = 1', "job.toml:2: a disk is needed"),
         ('name = "x"\n[machine\ncpus = 1', "job.toml:2: not TOML: "),
         ('name = ""\nmachine.disk = "t"', "job.toml:1: name: a name has"),
+        (NET + 'offer = "ssh:22"', "job.toml:4: offer: 'ssh:22' is not a list"),
+        (NET + 'offer = ["ssh"]', "job.toml:4: offer: 'ssh' is not a service to offer (NAME:PORT, as in ssh:22)"),
+        (NET + 'offer = ["ssh:22", "ssh:23"]', "job.toml:4: offer: two offers are called ssh"),
+        ('machine.disk = "t"\nmachine.offer = ["ssh:22"]', "job.toml:2: offer: without a network there are no services"),
+        (NET + 'reach = "db.job-1:1"', "job.toml:4: reach: 'db.job-1:1' is not a table (as in { db ="),
+        (NET + 'reach = ["db"]', "job.toml:4: reach: 'db' is not NAME=SERVICE.PEER:PORT (as in db="),
+        (NET + 'reach = { db = "db.job1:5" }', "job.toml:4: reach: 'db.job1' is not a service (SERVICE.PEER, as"),
+        (NET + '[machine.reach]\na = "a.user:1"\ndb = "db.job-1"', "job.toml:6: reach: 'db.job-1' has no port (as in db ="),
+        (NET + "[machine.reach]\ndb = 5", "job.toml:5: reach: 5 is not a text"),
+        (NET + '[machine.reach]\njob = "a.user:1"', "job.toml:4: reach: job is taken (any name but localhost,"),
+        (NET + '[machine.reach]\nDB = "a.user:1"', "job.toml:5: reach: 'DB' is not a name for a service"),
+        (NET + '\noffer = ["a:1"]\nshare = ["hep"]', "job.toml:6: share: 'hep' is nobody to share with (group:NAME,"),
+        (NET + 'reach_wait = "2d"', "job.toml:4: reach_wait: 172800.0 is out of bounds (0 to"),
+        (NET + 'ssh_keys = ["a\\nb"]', "job.toml:4: ssh_keys: at most 20 lines as in authorized_keys"),
     ],
 )
 def test_a_mistake_is_refused_with_its_line_and_what_is_allowed(text: str, message: str):
@@ -89,6 +147,8 @@ def test_options_win_over_the_file_and_are_named_in_mistakes(tmp_path: Path):
         read_job(file, {"memory": "2GB2"})
     with pytest.raises(InvalidInput, match=r"^--cpus: 0 is out of bounds"):
         read_job(None, {"disk": "tiny", "cpus": 0})
+    with pytest.raises(InvalidInput, match=r"^--reach: 'db' is not NAME=SERVICE"):
+        read_job(None, {"disk": "tiny", "reach": ("db",)})
     with pytest.raises(InvalidInput, match=r"^--disk: a disk is needed"):
         read_job(None)
 

@@ -11,12 +11,28 @@ from deskgrid.core.submission import check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import Network
+from deskgrid.model.overlay import API_SERVICE, Offer, Reach, ServiceRef, parse_offer, parse_reach
 
 GOOD = JobSpec(machine=Machine(disk="tiny"))
+WEB, SSH = Offer("web", 8080), Offer("ssh", 22)
+DB = Reach("db", ServiceRef("db", "job-41"), 5432)
+
+
+def networked(**machine: object) -> JobSpec:
+    return JobSpec(machine=Machine(disk="tiny", **({"network": Network.OVERLAY} | machine)))
 
 
 def test_defaults_are_allowed():
     check_spec(GOOD)
+
+
+@pytest.mark.parametrize("network", [Network.OVERLAY, Network.INTERNET])
+def test_services_are_allowed_with_a_network(network: Network):
+    reach = (DB, Reach("other-db", ServiceRef("db", "user-ann"), 5432), Reach("grid", API_SERVICE, 8470))
+    check_spec(
+        networked(network=network, offer=(WEB, SSH), reach=reach, share=("everyone", "group:hep"), ssh_keys=("ssh-ed25519 A",))
+    )
+    check_spec(networked(network=network, reach_wait_s=0.0))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +42,35 @@ def test_defaults_are_allowed():
         (JobSpec(machine=Machine(disk="tiny", memory_bytes=1)), "machine.memory"),
         (JobSpec(machine=Machine(disk="tiny", scratch_bytes=1 << 60)), "machine.scratch"),
         (JobSpec(machine=Machine(disk="")), "machine.disk"),
-        (JobSpec(machine=Machine(disk="tiny", network=Network.INTERNET)), "machine.network"),
+        (networked(network=Network.NONE, offer=(WEB,)), "machine.offer"),
+        (networked(network=Network.NONE, reach=(DB,)), "machine.reach"),
+        (networked(offer=(WEB, Offer("web", 80))), "machine.offer"),
+        (networked(offer=(WEB, Offer("ssh", 8080))), "machine.offer"),
+        (networked(offer=(Offer("Web", 8080),)), "machine.offer"),
+        (networked(offer=(Offer("web", 0),)), "machine.offer"),
+        (networked(offer=(Offer("web", 80_000),)), "machine.offer"),
+        (networked(offer=(Offer("web:1", 80),)), "machine.offer"),
+        (networked(offer=tuple(Offer(f"web{number}", number) for number in range(1, 66))), "machine.offer"),
+        (networked(reach=(DB, DB)), "machine.reach"),
+        (networked(reach=tuple(Reach(f"db{number}", DB.service, 1) for number in range(65))), "machine.reach"),
+        (networked(reach=(Reach("d b", DB.service, 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("db", "job-0"), 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("db", "job-x"), 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("db.job-1:5", "job-41"), 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("db", "user-"), 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", DB.service, -1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("db", "server"), 1),)), "machine.reach"),
+        *((networked(reach=(Reach(name, DB.service, 1),)), "machine.reach") for name in ("localhost", "job", "socks", "services")),
+        (networked(offer=(WEB,), share=("hep",)), "machine.share"),
+        (networked(offer=(WEB,), share=("everyone",) * 65), "machine.share"),
+        (networked(share=("everyone",)), "machine.share"),
+        (networked(ssh_keys=("ssh-ed25519 A\nssh-ed25519 B",)), "machine.ssh_keys"),
+        (networked(ssh_keys=("k",) * 21), "machine.ssh_keys"),
+        (networked(ssh_keys=("\u00e9" * 1025,)), "machine.ssh_keys"),
+        (networked(ssh_keys=("\udc80",)), "machine.ssh_keys"),
+        (networked(ssh_keys=("",)), "machine.ssh_keys"),
+        (networked(reach_wait_s=-1.0), "machine.reach_wait"),
+        (networked(reach_wait_s=86401.0), "machine.reach_wait"),
         (msgspec.structs.replace(GOOD, limits=Limits(wall_time_s=float("nan"))), "limits.wall_time"),
         (msgspec.structs.replace(GOOD, limits=Limits(attempts=0)), "limits.attempts"),
         (msgspec.structs.replace(GOOD, name="a\nb"), "name"),
@@ -47,3 +91,17 @@ def test_any_numbers_are_allowed_or_refused_clearly(cpus: int, memory: int, wall
         check_spec(spec)
     except InvalidInput as error:
         assert error.where
+
+
+@given(
+    st.builds(Offer, st.text(max_size=8), st.integers()),
+    st.builds(Reach, st.text(max_size=8), st.builds(ServiceRef, st.text(max_size=8), st.text(max_size=8)), st.integers()),
+)
+def test_any_services_are_allowed_as_a_job_file_has_them_or_refused(offer: Offer, reach: Reach):
+    try:
+        check_spec(networked(offer=(offer,), reach=(reach,)))
+    except InvalidInput as error:
+        assert error.where in ("machine.offer", "machine.reach")
+    else:
+        assert parse_offer(str(offer)) == offer
+        assert parse_reach(reach.name, str(reach)) == reach

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import random
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from deskgrid.machines.channel import ChannelParser
 from deskgrid.machines.disks import create_scratch
-from deskgrid.machines.driver import Output, Stream
+from deskgrid.machines.driver import Listening, Output, Stream
 
 AGENT = (importlib.resources.files("deskgrid.machines") / "agent.sh").read_text()
 SHELLS = {
@@ -30,6 +31,9 @@ def functions(folder: Path) -> str:
         *moved.items(),
         ("exec 3>/dev/null", f"exec 3>{folder}/channel"),
         ("CONTEXT=/context", f"CONTEXT={folder}/context"),
+        ("ETC=/etc", f"ETC={folder}/etc"),
+        ("ROOT_HOME=/root", f"ROOT_HOME={folder}/root"),
+        ("NET=/proc/net", f"NET={folder}/net"),
     ):
         assert old in code
         code = code.replace(old, new)
@@ -113,3 +117,127 @@ def test_label_of_a_scratch_disk_is_read_without_tools(shell: list[str], tmp_pat
     assert run(shell, tmp_path, f'[ "$(ext_label {tmp_path}/disk)" = SCRATCH ]') == 0
     (tmp_path / "other").write_bytes(bytes(4096))
     assert run(shell, tmp_path, f"ext_label {tmp_path}/other") == 1
+
+
+# ---- network
+
+TCP = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 00000000:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1 0000000000000000 100 0 0 10 0
+   1: 0100007F:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2 1 0000000000000000 100 0 0 10 0
+   2: 0F02000A:01BB 0202000A:C350 01 00000000:00000000 00:00000000 00000000     0        0 3 1 0000000000000000 100 0 0 10 0
+"""
+TCP6 = """  sl  local_address                         remote_address                        st tx_queue rx_queue tr tm->when retrnsmt
+   0: 00000000000000000000000000000000:1538 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0
+   1: 00000000000000000000000001000000:1539 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0
+   2: 0000000000000000FFFF00000100007F:153A 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000     0
+"""
+
+
+def give_network(folder: Path, **files: str) -> None:
+    """Put files of a network into the context, and what the kernel says of ports."""
+    own = folder / "context" / ".deskgrid"
+    own.mkdir()
+    for name, text in {"network": "10.0.2.15/24 10.0.2.2\n", "hosts": "", "reach": "", "offer": "", **files}.items():
+        (own / name).write_text(text)
+    for name in ("etc", "net"):
+        (folder / name).mkdir()
+    (folder / "net" / "tcp").write_text(TCP)
+    (folder / "net" / "tcp6").write_text(TCP6)
+
+
+def listening_told(folder: Path, *ports: int) -> list[int]:
+    events = ChannelParser(frozenset(ports)).feed((folder / "channel").read_bytes())
+    return [event.port for event in events if isinstance(event, Listening)]
+
+
+def test_ports_that_others_can_reach_are_told_once(shell: list[str], tmp_path: Path) -> None:
+    give_network(tmp_path)
+    (tmp_path / "scratch/.deskgrid/stdout").write_text("")
+    (tmp_path / "scratch/.deskgrid/stderr").write_text("")
+    ports = {8080: "1F90", 22: "0016", 443: "01BB", 5432: "1538", 5433: "1539", 5434: "153A", 9: "0009"}
+    silent = " ".join(f"{number}:{text}" for number, text in ports.items())
+    assert run(shell, tmp_path, f'silent="{silent}"; tell_listening; echo "$silent" >{tmp_path}/rest; follow last') == 0
+    assert listening_told(tmp_path, *ports) == [8080, 5432]
+    assert (tmp_path / "channel").read_bytes().count(b"listening") == 2
+    assert [word.partition(":")[0] for word in (tmp_path / "rest").read_text().split()] == ["22", "443", "5433", "5434", "9"]
+
+
+def test_port_that_is_opened_later_is_told_by_the_follower(shell: list[str], tmp_path: Path) -> None:
+    give_network(tmp_path)
+    action = (
+        ': >"$REPORT/stdout"; : >"$REPORT/stderr"; : >"$NET/tcp6"; : >"$NET/tcp"\n'
+        'silent=" 8080:1F90"; follow "" & follower=$!\n'
+        "while ! [ -s $RUN/../net/tcp ]; do cp $RUN/../net/later $NET/tcp; done\n"
+        f"i=0; while ! grep -q listening {tmp_path}/channel && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done\n"
+        "kill -TERM $follower; wait $follower || follow last\n"
+    )
+    (tmp_path / "net" / "later").write_text(TCP)
+    assert run(shell, tmp_path, action) == 0
+    assert listening_told(tmp_path, 8080) == [8080]
+
+
+@pytest.mark.parametrize("before", [None, "127.0.0.1 localhost\n", "127.0.0.1 localhost"])
+def test_hosts_file_keeps_its_lines_and_gets_ours(shell: list[str], tmp_path: Path, before: str | None) -> None:
+    give_network(tmp_path, hosts="10.64.1.1 db\n10.64.1.2 site\n")
+    if before is not None:
+        (tmp_path / "etc/hosts").write_text(before)
+    assert run(shell, tmp_path, "add_hosts") == 0
+    lines = (tmp_path / "etc/hosts").read_text().split("\n")
+    assert [line for line in lines if line] == ["127.0.0.1 localhost", "10.64.1.1 db", "10.64.1.2 site"]
+
+
+def test_keys_are_added_for_root_only(shell: list[str], tmp_path: Path) -> None:
+    give_network(tmp_path, authorized_keys="ssh-ed25519 AAAA ann@pc\nssh-rsa BBBB\n")
+    (tmp_path / "root/.ssh").mkdir(parents=True)
+    (tmp_path / "root/.ssh/authorized_keys").write_text("ssh-rsa old")
+    assert run(shell, tmp_path, "umask 022; add_keys") == 0
+    keys = tmp_path / "root/.ssh/authorized_keys"
+    assert [line for line in keys.read_text().split("\n") if line] == ["ssh-rsa old", "ssh-ed25519 AAAA ann@pc", "ssh-rsa BBBB"]
+    assert (keys.stat().st_mode & 0o777, keys.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_without_keys_nothing_is_made(shell: list[str], tmp_path: Path) -> None:
+    give_network(tmp_path)
+    assert run(shell, tmp_path, "add_keys") == 0
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("offer", "started"),
+    [("web 8080\nssh 2222\n", "2222\n"), ("web 8080\n", None), ("", None), ("ssh 5432\n", None)],
+    ids=["offered", "other service", "nothing", "runs already"],
+)
+def test_ssh_server_is_started_only_if_ssh_is_offered_and_none_runs(
+    shell: list[str], tmp_path: Path, offer: str, started: str | None
+) -> None:
+    give_network(tmp_path, offer=offer)
+    starter = tmp_path / "etc/deskgrid/start-ssh"
+    starter.parent.mkdir()
+    starter.write_text(f'#!/bin/sh\necho "$1" >{tmp_path}/started\n')
+    starter.chmod(0o755)
+    assert run(shell, tmp_path, "start_ssh") == 0
+    told_port = (tmp_path / "started").read_text() if (tmp_path / "started").exists() else None
+    assert told_port == started
+
+
+def test_services_are_forwarded_at_localhost_where_the_port_is_free(shell: list[str], tmp_path: Path) -> None:
+    reach = "db 10.64.1.1 5000\nother 10.64.1.2 5000\nweb 10.64.1.3 8080\nown 10.64.1.4 6000\nmail 10.64.1.5 25\n"
+    give_network(tmp_path, reach=reach, offer="x 6000\n")
+    names = [line.split()[0] for line in reach.splitlines()]
+    lines = ",\n".join(f'    "{name}": {{"port":1}}' for name in names)
+    (tmp_path / "context/.deskgrid/services.json").write_text(f'{{\n  "reach": {{\n{lines}\n  }}\n}}\n')
+    action = f'socat() {{ echo "$@" >>{tmp_path}/forwards; }}\nforward_localhost; wait'
+    assert run(shell, tmp_path, action) == 0
+    assert sorted((tmp_path / "forwards").read_text().splitlines()) == [
+        "-t 86400 TCP-LISTEN:25,bind=127.0.0.1,fork,reuseaddr TCP:10.64.1.5:25",
+        "-t 86400 TCP-LISTEN:5000,bind=127.0.0.1,fork,reuseaddr TCP:10.64.1.1:5000",
+    ]
+    services = json.loads((tmp_path / "run/services.json").read_text())
+    assert {name for name, service in services["reach"].items() if service.get("localhost")} == {"db", "mail"}
+
+
+def test_without_a_network_nothing_of_it_runs(shell: list[str], tmp_path: Path) -> None:
+    (tmp_path / "context/.deskgrid").mkdir()
+    assert run(shell, tmp_path, 'set_up_network && [ -z "$silent" ]') == 0
+    assert not (tmp_path / "etc").exists()
+    assert not (tmp_path / "run/network.log").exists()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskgrid.machines.channel import MAX_LINE_BYTES, ChannelParser, channel_lines
-from deskgrid.machines.driver import Booted, ContextExited, ContextStarted, MachineEvent, Output, Stream
+from deskgrid.machines.driver import Booted, ContextExited, ContextStarted, Listening, MachineEvent, Output, Stream
 
 
 def joined(events: list[MachineEvent], stream: Stream) -> bytes:
@@ -24,6 +24,12 @@ def test_each_notice_counts_once() -> None:
 
 def test_exit_codes_that_cannot_be_are_ignored() -> None:
     assert ChannelParser().feed(b"! context-exited 256\n! context-exited -1\n! context-exited\n! context-exited 1 2\n") == []
+
+
+def test_ports_that_are_offered_are_told_once_each() -> None:
+    sent = b"! listening 80\n! listening 22\n! listening 80\n! listening 23\n! listening 99999\n! listening -1\n! listening\n"
+    assert ChannelParser(frozenset({22, 80})).feed(sent + sent) == [Listening(80), Listening(22)]
+    assert ChannelParser().feed(sent) == []
 
 
 def test_notice_inside_output_is_output() -> None:

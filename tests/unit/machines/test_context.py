@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pycdlib import PyCdlib
 
 from deskgrid.errors import InvalidInput
-from deskgrid.machines.context import create_context, environment_file, meta_data
-from deskgrid.machines.driver import MachineSpec
-from deskgrid.model.machines import ContextLabel, MachineKind
+from deskgrid.machines.context import create_context, environment_file, meta_data, network_environment
+from deskgrid.machines.driver import Doorway, MachineSpec
+from deskgrid.model.machines import ContextLabel, MachineKind, Network
 
 
 def spec_with(context: Path | None, label: ContextLabel = ContextLabel.CONTEXT) -> MachineSpec:
@@ -129,3 +131,123 @@ def test_instance_is_told_without_giving_the_token_away() -> None:
     assert b"secret-token" not in told
     assert b"local-hostname: job-7-attempt-2\n" in told
     assert told != meta_data("job-7/attempt-2", "another-token")
+
+
+# ---- with a network
+
+KEY = 'ssh-ed25519 AAAAC3Nza ann "the user" @ pc'
+NETWORKED = MachineSpec(
+    "job-7/attempt-2",
+    MachineKind.VM,
+    1,
+    1,
+    1,
+    network=Network.OVERLAY,
+    reach=(Doorway("db", "10.64.1.1", 5432, "db.job-41"), Doorway("my-site", "10.64.1.2", 80, "web.user-ann")),
+    offer=(("ssh", 22), ("web", 8080)),
+    ssh_keys=(KEY,),
+    environment=(("A", "b"), ("DESKGRID_DB", "mine:1")),
+)
+
+
+def make_networked(tmp_path: Path, context: Path | None = None, **changes: object) -> PyCdlib:
+    spec = msgspec.structs.replace(NETWORKED, context=context, **changes)
+    create_context(tmp_path / "context.iso", spec, instance="token")
+    image = PyCdlib()
+    image.open(str(tmp_path / "context.iso"))
+    return image
+
+
+def test_services_are_listed_for_programs_and_for_the_agent(tmp_path: Path) -> None:
+    image = make_networked(tmp_path)
+    assert json.loads(read(image, "/services.json")) == {
+        "reach": {
+            "db": {"host": "db", "address": "10.64.1.1", "port": 5432, "service": "db.job-41"},
+            "my-site": {"host": "my-site", "address": "10.64.1.2", "port": 80, "service": "web.user-ann"},
+        },
+        "offer": {"ssh": 22, "web": 8080},
+        "socks": "10.64.0.1:1080",
+    }
+    assert read(image, "/.deskgrid/hosts") == b"10.64.1.1 db\n10.64.1.2 my-site\n"
+    assert read(image, "/.deskgrid/reach") == b"db 10.64.1.1 5432\nmy-site 10.64.1.2 80\n"
+    assert read(image, "/.deskgrid/offer") == b"ssh 22\nweb 8080\n"
+    assert read(image, "/.deskgrid/authorized_keys").decode() == f"{KEY}\n"
+
+
+def test_services_file_without_services_is_whole(tmp_path: Path) -> None:
+    image = make_networked(tmp_path, reach=(), offer=())
+    assert json.loads(read(image, "/services.json")) == {"reach": {}, "offer": {}, "socks": "10.64.0.1:1080"}
+
+
+def test_environment_names_services_and_the_users_own_variables_win(tmp_path: Path) -> None:
+    script = read(make_networked(tmp_path), "/.deskgrid/environment") + b"env"
+    done = subprocess.run(["sh"], input=script, capture_output=True, check=True, env={"PATH": os.environ["PATH"]})
+    variables = dict(line.split("=", 1) for line in done.stdout.decode().splitlines())
+    assert variables["DESKGRID_DB"] == "mine:1"
+    assert variables["DESKGRID_MY_SITE"] == "my-site:80"
+    assert variables["DESKGRID_SOCKS"] == "10.64.0.1:1080"
+    assert "http_proxy" not in variables
+
+
+def test_way_out_is_named_by_the_usual_variables_and_services_do_not_take_it() -> None:
+    variables = dict(network_environment(msgspec.structs.replace(NETWORKED, network=Network.INTERNET)))
+    assert {variables[name] for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} == {"http://10.64.0.1:3128"}
+    assert variables["all_proxy"] == "socks5h://10.64.0.1:1080"
+    assert {"db", "my-site", "10.64.0.0/16", "localhost"} <= set(variables["no_proxy"].split(","))
+
+
+def test_keys_are_told_to_cloud_init_too(tmp_path: Path) -> None:
+    lines = read(make_networked(tmp_path), "/user-data").decode().splitlines()
+    assert lines[:4] == ["#cloud-config", "disable_root: false", "ssh_authorized_keys:", f"  - {json.dumps(KEY)}"]
+    assert lines[4] == "runcmd:"
+
+
+def test_credentials_are_for_root_only_and_live_in_a_folder_that_the_user_may_have_too(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    context = tmp_path / "context"
+    (context / "grid" / "deep").mkdir(parents=True)
+    (context / "grid" / "mine").write_text("mine")
+    image = make_networked(tmp_path, context, credentials=tmp_path / "secret")
+    assert read(image, "/grid/credentials.json") == b"{}"
+    assert read(image, "/grid/mine") == b"mine"
+    assert stat.S_IMODE(image.get_record(rr_path="/grid/credentials.json").rock_ridge.get_file_mode()) == 0o600
+    found = {name for name in listing(image) if name.startswith("/grid")}
+    assert found == {"/grid", "/grid/mine", "/grid/deep", "/grid/credentials.json"}
+
+
+def test_files_of_the_user_with_our_names_win(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    context = tmp_path / "context"
+    (context / "grid").mkdir(parents=True)
+    (context / ".deskgrid").mkdir()
+    (context / ".deskgrid" / "hosts").write_text("6.6.6.6 db")
+    (context / "services.json").write_text("mine")
+    (context / "grid" / "credentials.json").write_text("mine")
+    image = make_networked(tmp_path, context, credentials=tmp_path / "secret")
+    assert read(image, "/services.json") == b"mine"
+    assert read(image, "/grid/credentials.json") == b"mine"
+    assert b"6.6.6.6" not in read(image, "/.deskgrid/hosts")
+    assert b"db.job-41" in read(image, "/.deskgrid/services.json")
+
+
+def test_file_of_the_user_where_our_folder_would_be_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "grid").write_text("mine")
+    assert read(make_networked(tmp_path, context, credentials=tmp_path / "secret"), "/grid") == b"mine"
+
+
+@pytest.mark.parametrize("key", ["ssh-rsa A\nssh-rsa B", "ssh-rsa \0", "a\rb"])
+def test_key_that_is_more_than_a_line_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InvalidInput):
+        make_networked(tmp_path, ssh_keys=(key,))
+
+
+def test_without_a_network_nothing_of_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    image = make_networked(tmp_path, network=Network.NONE, credentials=tmp_path / "secret")
+    own = {"/.deskgrid", "/.deskgrid/agent.sh", "/.deskgrid/environment", "/user-data", "/meta-data"}
+    assert listing(image) == own
+    assert b"ssh" not in read(image, "/user-data")
+    assert b"SOCKS" not in read(image, "/.deskgrid/environment")

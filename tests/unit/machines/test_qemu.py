@@ -11,10 +11,10 @@ import pytest
 
 from deskgrid.clock import SystemClock
 from deskgrid.errors import DriverUnusable, MachineFailed
-from deskgrid.machines import qemu
-from deskgrid.machines.driver import MachineSpec
+from deskgrid.machines import base, qemu
+from deskgrid.machines.driver import Doorway, MachineSpec
 from deskgrid.machines.qemu import QemuDriver, command_line
-from deskgrid.model.machines import DiskFormat, MachineKind
+from deskgrid.model.machines import DiskFormat, MachineKind, Network
 from deskgrid.units import GIB, MIB
 
 SPEC = MachineSpec("job-1/attempt-2", MachineKind.VM, 300 * MIB, 3, GIB, disk=Path("/cache/ab"))
@@ -92,9 +92,49 @@ def test_nothing_is_there_that_was_not_asked_for() -> None:
     assert len(values(command, "-device")) == 5
 
 
+def test_with_a_network_there_is_one_card_and_the_offered_ports_are_forwarded_from_the_cage() -> None:
+    reach = (Doorway("db", "10.64.1.1", 5432, "db.job-1"),)
+    spec = msgspec.structs.replace(SPEC, network=Network.OVERLAY, offer=(("ssh", 22), ("web", 8080), ("also", 8080)), reach=reach)
+    command = line(spec)
+    assert values(command, "-netdev") == ["user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:22-:22,hostfwd=tcp:127.0.0.1:8080-:8080"]
+    assert values(command, "-device")[-3:].count("virtio-net-pci,netdev=net,romfile=") == 1
+    assert len(values(command, "-device")) == 6
+
+
 def test_system_calls_are_bounded_where_the_system_can() -> None:
     assert values(line(), "-sandbox") == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     assert values(line(platform="darwin"), "-sandbox") == []
+
+
+# ---- networks
+
+
+@pytest.mark.parametrize(
+    ("lent", "networks"),
+    [
+        ({}, {Network.NONE, Network.OVERLAY}),
+        ({"internet": True}, {Network.NONE, Network.OVERLAY, Network.INTERNET}),
+        ({"overlay": False, "internet": True}, {Network.NONE}),
+    ],
+)
+async def test_networks_are_those_that_the_owner_allows(tmp_path: Path, lent: dict[str, bool], networks: set[Network]) -> None:
+    driver = QemuDriver(SystemClock(), binary=fake_qemu(tmp_path, "exit 33\n"), accelerator="tcg", **lent)
+    assert set((await driver.fingerprint()).networks) == networks
+    for network in set(Network) - networks:
+        with pytest.raises(MachineFailed):
+            await driver.prepare(msgspec.structs.replace(SPEC, network=network), tmp_path / "machine")
+
+
+async def test_pc_without_cages_offers_no_network_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def probe(clock: object) -> str:
+        return "no cage here"
+
+    monkeypatch.setattr(base.cage, "probe_cage", probe)
+    driver = QemuDriver(SystemClock(), binary=fake_qemu(tmp_path, "exit 33\n"), accelerator="tcg")
+    found = await driver.fingerprint()
+    assert (found.usable, found.networks, found.reason) == (True, (Network.NONE,), "no cage here")
+    with pytest.raises(MachineFailed):
+        await driver.prepare(msgspec.structs.replace(SPEC, network=Network.OVERLAY), tmp_path / "machine")
 
 
 # ---- fingerprint, with programs that stand for QEMU

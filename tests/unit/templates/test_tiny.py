@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,34 @@ def test_compressed_modules_are_found_unpacked_and_in_order(tmp_path: Path):
     found = tiny._with_dependencies(tmp_path, ("ata_piix", "built_in"))
     assert [tiny._plain_name(module) for module in found] == ["libata.ko", "ata_piix.ko"]
     assert [tiny._module_bytes(module) for module in found] == list(plain.values())
+
+
+def test_programs_come_with_the_libraries_that_they_are_linked_to(tmp_path: Path) -> None:
+    """As the linker of this system says."""
+    program = Path(shutil.which("xorriso") or "")
+    said = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    needed = tiny._needed(program.read_bytes())
+    assert needed
+    assert all(name in said for name in needed)
+    assert tiny._needed(Path("/bin/sh").read_bytes()) == ["libc.so.6"]
+
+
+def test_missing_library_is_named(tmp_path: Path) -> None:
+    shutil.copy("/bin/sh", tmp_path / "program")
+    with pytest.raises(OperatorError, match=r"libc\.so\.6"):
+        tiny._add_libraries(tmp_path, tmp_path / "program", {})
+
+
+def test_ssh_server_is_on_the_medium_and_not_in_the_initrd(tmp_path: Path) -> None:
+    extract = ["xorriso", "-osirrox", "on", "-indev", str(tiny_template().iso), "-extract", "/", str(tmp_path / "iso")]
+    subprocess.run(extract, capture_output=True, check=True)
+    initrd, ssh, rsync = (
+        gzip.decompress((tmp_path / "iso" / name).read_bytes()) for name in ("initrd", "ssh.cpio.gz", "rsync.cpio.gz")
+    )
+    assert b"usr/sbin/dropbear\0" in ssh
+    assert b"lib/libc.so.6\0" in ssh
+    assert b"usr/bin/rsync\0" in rsync
+    assert b"lib/libc.so.6\0" not in rsync
+    assert b"usr/sbin/dropbear\0" not in initrd
+    assert b"etc/deskgrid/start-ssh\0" in initrd
+    assert b"lib/modules/virtio_net.ko\0" in initrd

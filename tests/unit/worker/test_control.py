@@ -16,9 +16,10 @@ from deskgrid.model.jobs import AttemptState
 from deskgrid.worker.agent import run_worker
 from deskgrid.worker.control import ask
 from deskgrid.worker.home import locked
+from tests.unit.overlay.certificates import Authority
 from tests.unit.worker.play import SETTINGS, Rig, publish_iso
 
-CREDENTIALS = Credentials(address="grid:1", authority_pem="", token="t", name="pc")
+CREDENTIALS = Credentials(address="grid:1", authority_pem=Authority().pem.decode(), token="t", name="pc")
 # The process that runs the tests keeps its priority.
 GENTLE = msgspec.structs.replace(SETTINGS, nice=0)
 

@@ -20,7 +20,7 @@ def grid(_tx: Transaction, call: Call[wire.Nothing]) -> wire.GridInfo:
 
 @serves(wire.AUTHORITY)
 async def authority(services: Services, _call: Call[wire.Nothing], _http: HttpRequest) -> Response:
-    return Response(services.authority_pem, media_type="application/x-pem-file")
+    return Response(services.authority.pem, media_type="application/x-pem-file")
 
 
 @serves(wire.STATUS)

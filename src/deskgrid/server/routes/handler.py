@@ -19,6 +19,7 @@ from starlette.requests import Request as HttpRequest
 from deskgrid.clock import Clock
 from deskgrid.errors import InvalidInput
 from deskgrid.model import wire
+from deskgrid.server.authority import Authority
 from deskgrid.server.live import Live
 from deskgrid.server.repository import Repository
 from deskgrid.server.store.accounts import Caller
@@ -39,7 +40,7 @@ class Services(Struct, frozen=True):
     repository: Repository
     live: Live
     clock: Clock
-    authority_pem: bytes
+    authority: Authority
 
 
 class Call(Struct, Generic[Body], frozen=True):

@@ -12,7 +12,7 @@ from deskgrid.model.ids import JobId
 from deskgrid.model.jobs import Job, JobState
 from deskgrid.model.users import Role
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
-from deskgrid.server.store import data, jobs
+from deskgrid.server.store import accounts, data, jobs
 from deskgrid.server.store.engine import Transaction
 
 _LONGEST_HOLD_S = 60.0
@@ -23,6 +23,7 @@ _STREAMS = ("stdout", "stderr", "console")
 @writes(wire.SUBMIT_JOB)
 def submit_job(tx: Transaction, call: Call[wire.SubmitJob]) -> Job:
     check_spec(call.body.spec)
+    accounts.check_shares(tx, call.body.spec.machine.share, "machine.share")
     disk = data.find_disk(tx, call.caller, call.body.spec.machine.disk)
     if call.body.context is not None:
         data.require_upload(tx, call.caller, call.body.context)

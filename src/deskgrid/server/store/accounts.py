@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import sqlalchemy as sa
 from msgspec import Struct
 
+from deskgrid.core.lifecycle import LIVE_STATES
 from deskgrid.errors import Conflict, InvalidInput, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
-from deskgrid.model.ids import UserId, WorkerId
+from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, membership, secret, team, token, worker
+from deskgrid.server.store.schema import account, attempt, job, membership, secret, team, token, worker
 
 __all__ = [
     "Caller",
@@ -20,8 +22,12 @@ __all__ = [
     "add_secret",
     "add_team",
     "add_token",
+    "add_token_of_attempt",
     "authenticate",
+    "check_shares",
+    "drop_tokens_of_ended_attempts",
     "find_account",
+    "groups_of",
     "list_accounts",
     "list_teams",
     "list_tokens",
@@ -31,7 +37,9 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
-JOIN, LOGIN = "join", "login"
+JOIN, LOGIN, HUB = "join", "login", "hub"
+"""What a secret is for."""
+_LIVE = tuple(state.value for state in LIVE_STATES)
 
 
 class Caller(Struct, frozen=True):
@@ -41,11 +49,19 @@ class Caller(Struct, frozen=True):
     name: str
     user_id: UserId | None = None
     worker_id: WorkerId | None = None
+    job_id: JobId | None = None
+    attempt_id: AttemptId | None = None
+    """Of a job with a token of its own, which acts for `user_id`."""
+    hub_id: int | None = None
 
     @property
     def principal(self) -> str:
         """A short unique name, for idempotency keys and uploads."""
-        return f"worker:{self.worker_id}" if self.role is Role.WORKER else f"user:{self.user_id}"
+        if self.role is Role.WORKER:
+            return f"worker:{self.worker_id}"
+        if self.role is Role.JOB:  # of one attempt: another one, on another PC, must not find answers that this one asked for
+            return f"job:{self.job_id}:{self.attempt_id}"
+        return f"hub:{self.hub_id}" if self.role is Role.HUB else f"user:{self.user_id}"
 
 
 def check_name(name: str, what: str) -> str:
@@ -85,11 +101,36 @@ def list_accounts(tx: Transaction) -> tuple[User, ...]:
 
 
 def add_token(
-    tx: Transaction, hashed: str, *, role: Role, label: str, user: UserId | None = None, on: WorkerId | None = None
+    tx: Transaction,
+    hashed: str,
+    *,
+    role: Role,
+    label: str,
+    user: UserId | None = None,
+    on: WorkerId | None = None,
+    hub: int | None = None,
 ) -> None:
     """Keep a new token's hash."""
-    values = {"hash": check_hash(hashed), "role": role.value, "label": label[:128], "created_at": tx.now}
-    tx.run(sa.insert(token).values(account_id=user, worker_id=on, **values))
+    shown = "".join(letter for letter in label if letter.isprintable())[:128]
+    values = {"hash": check_hash(hashed), "role": role.value, "label": shown, "created_at": tx.now}
+    tx.run(sa.insert(token).values(account_id=user, worker_id=on, hub_id=hub, **values))
+
+
+def add_token_of_attempt(tx: Transaction, hashed: str, attempt_id: AttemptId) -> None:
+    """Let a token act for an attempt's job, in the place of the one that it had. Idempotent. Raise Conflict if it is another's."""
+    row = tx.row(sa.select(token.c.attempt_id).where(token.c.hash == check_hash(hashed)))
+    if row is not None and row.attempt_id != attempt_id:
+        raise Conflict("this token belongs to somebody else", hint="make a new one")
+    tx.run(sa.delete(token).where(token.c.attempt_id == attempt_id, token.c.hash != hashed))
+    if row is None:
+        values = {"hash": hashed, "role": Role.JOB.value, "label": f"attempt {attempt_id}", "created_at": tx.now}
+        tx.run(sa.insert(token).values(attempt_id=attempt_id, **values))
+
+
+def drop_tokens_of_ended_attempts(tx: Transaction, ended_before: float) -> None:
+    """Forget the tokens of attempts that ended long ago; one that was lost a moment ago may come back."""
+    over = sa.select(attempt.c.id).where(attempt.c.id == token.c.attempt_id, attempt.c.ended_at < ended_before)
+    tx.run(sa.delete(token).where(token.c.attempt_id.is_not(None), sa.exists(over)))
 
 
 def authenticate(tx: Transaction, text: str) -> Caller:
@@ -105,7 +146,21 @@ def authenticate(tx: Transaction, text: str) -> Caller:
         raise Unauthenticated("this token is not valid (any more)", hint="deskgrid login LINK, or deskgrid worker join LINK")
     if row.worker_id is not None:
         return Caller(Role.WORKER, row.worker_name, worker_id=WorkerId(row.worker_id))
+    if row.attempt_id is not None:
+        return _job_caller(tx, AttemptId(row.attempt_id))
+    if row.hub_id is not None:
+        return Caller(Role.HUB, row.label, hub_id=row.hub_id)
     return Caller(Role.ADMIN if row.admin else Role.USER, row.user_name, user_id=UserId(row.account_id))
+
+
+def _job_caller(tx: Transaction, attempt_id: AttemptId) -> Caller:
+    """Return who a job's own token stands for: its owner, with no more rights than a user has. Raise Unauthenticated after its attempt."""
+    joined = attempt.join(job, job.c.id == attempt.c.job_id).join(account, account.c.id == job.c.owner_id)
+    columns = (attempt.c.job_id, job.c.owner_id, account.c.name)
+    row = tx.row(sa.select(*columns).select_from(joined).where(attempt.c.id == attempt_id, attempt.c.state.in_(_LIVE)))
+    if row is None:
+        raise Unauthenticated("this token was valid while its job ran")
+    return Caller(Role.JOB, row.name, user_id=UserId(row.owner_id), job_id=JobId(row.job_id), attempt_id=attempt_id)
 
 
 def list_tokens(tx: Transaction, user_id: UserId) -> tuple[Token, ...]:
@@ -183,6 +238,20 @@ def set_members(tx: Transaction, name: str, *, add: tuple[str, ...], remove: tup
     for user in (find_account(tx, user) for user in dict.fromkeys(add)):
         tx.run(sa.insert(membership).values(team=name, account_id=user.id))
     return next(group for group in list_teams(tx) if group.name == name)
+
+
+def groups_of(tx: Transaction, user_id: UserId) -> frozenset[str]:
+    """Return the groups that a user is in."""
+    return frozenset(row.team for row in tx.rows(sa.select(membership.c.team).where(membership.c.account_id == user_id)))
+
+
+def check_shares(tx: Transaction, shares: Iterable[str], where: str) -> None:
+    """Check that the groups and users exist with whom something is shared. Raise InvalidInput naming the one that does not."""
+    for share in shares:
+        kind, _, name = share.partition(":")
+        table = {"group": team, "user": account}.get(kind)
+        if table is not None and tx.row(sa.select(table.c.name).where(table.c.name == name)) is None:
+            raise InvalidInput(f"there is no {kind} {name!r}", where=where, hint=f"deskgrid {kind} list")
 
 
 def _user(row: sa.Row[tuple[object, ...]]) -> User:

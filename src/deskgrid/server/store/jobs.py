@@ -218,9 +218,12 @@ def _lease(tx: Transaction, row: Any, worker_id: WorkerId, lease_s: float) -> As
 
 
 def attempt_row(tx: Transaction, attempt_id: AttemptId, worker_id: WorkerId) -> Any | None:
-    """Return an attempt of a worker's with its job's state, or None."""
+    """Return an attempt of a worker's with its job's state, spec and owner, or None."""
+    if not 0 < attempt_id < 1 << 63:  # what databases take for a number
+        return None
     joined = attempt.join(job, job.c.id == attempt.c.job_id)
-    query = sa.select(attempt, job.c.state.label("job_state"), job.c.spec.label("job_spec")).select_from(joined)
+    of_job = (job.c.state.label("job_state"), job.c.spec.label("job_spec"), job.c.owner_id.label("job_owner_id"))
+    query = sa.select(attempt, *of_job).select_from(joined)
     return tx.row(query.where(attempt.c.id == attempt_id, attempt.c.worker_id == worker_id))
 
 

@@ -23,11 +23,13 @@ __all__ = [
     "attempt",
     "blob",
     "data",
+    "hub",
     "idempotency",
     "job",
     "log_chunk",
     "membership",
     "metadata",
+    "peer",
     "queue",
     "requirement",
     "secret",
@@ -81,18 +83,6 @@ worker = _numbered(
     Column("paused", Boolean, nullable=False, default=False),
     Column("profile", Text),
     Column("cached", Text, nullable=False, default="[]"),
-)
-
-token = _numbered(
-    "token",
-    Column("hash", String(64), nullable=False, unique=True),
-    Column("role", String(16), nullable=False),
-    Column("account_id", ForeignKey("account.id", ondelete="CASCADE")),
-    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE")),
-    Column("label", String(128), nullable=False),
-    Column("created_at", Float, nullable=False),
-    Column("expires_at", Float),
-    Column("revoked_at", Float),
 )
 
 secret = Table(
@@ -193,6 +183,52 @@ attempt = _numbered(
 _live = attempt.c.state.in_(("leased", "running", "suspended"))
 Index("ix_attempt_lease", attempt.c.lease_expires_at, sqlite_where=_live, postgresql_where=_live)
 Index("ix_attempt_live_worker", attempt.c.worker_id, sqlite_where=_live, postgresql_where=_live)
+
+hub = _numbered(
+    "hub",
+    Column("label", String(128), nullable=False),
+    Column("own", Boolean, nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("address", String(300), nullable=False),
+    Column("peers", Integer, nullable=False),
+    Column("joined_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+"""`own`: inside a server process; it has no token and is known by its key."""
+
+token = _numbered(
+    "token",
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("role", String(16), nullable=False),
+    Column("account_id", ForeignKey("account.id", ondelete="CASCADE")),
+    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE")),
+    Column("attempt_id", ForeignKey("attempt.id", ondelete="CASCADE"), index=True),
+    Column("hub_id", ForeignKey("hub.id", ondelete="CASCADE")),
+    Column("label", String(128), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+)
+"""Of a user, a worker, an attempt (the job's own token) or a hub."""
+
+peer = _numbered(
+    "peer",
+    Column("kind", String(16), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("account_id", ForeignKey("account.id", ondelete="CASCADE")),
+    Column("attempt_id", ForeignKey("attempt.id", ondelete="CASCADE"), unique=True),
+    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE"), index=True),
+    Column("offers", Text, nullable=False),
+    Column("hub_id", ForeignKey("hub.id", ondelete="SET NULL")),
+    Column("connections", Text, nullable=False),
+    Column("registered_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False, index=True),
+    UniqueConstraint("name", "key"),
+)
+Index("ix_peer_account", peer.c.account_id, peer.c.kind)
+"""One end of the overlay. It is there while it has not expired and, of an attempt, while that is live; `account_id` is the user whom it
+acts for, `worker_id` the worker that holds it. A key is not enough to name it: anybody may send a public key that is not his."""
 
 log_chunk = Table(
     "log_chunk",

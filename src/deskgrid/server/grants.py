@@ -1,0 +1,128 @@
+"""One wish to connect, decided in one look at the store: which peer is meant, whether it may be reached, and where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from msgspec import Struct
+
+from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES
+from deskgrid.core.reach import Source, TargetJob, check_job, check_named, may_use
+from deskgrid.core.trust import Grant
+from deskgrid.errors import Conflict, Forbidden, InvalidInput
+from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
+from deskgrid.model.jobs import JobSpec, JobState
+from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, ServiceRef, hub_peer, parse_service
+from deskgrid.model.wire import AskGrant
+from deskgrid.server.store import accounts, jobs, peers
+from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.engine import Transaction
+from deskgrid.server.store.hubs import HUBS
+from deskgrid.server.store.schema import attempt, job
+
+__all__ = ["Waiting", "Way", "find_way"]
+
+
+class Way(Struct, frozen=True):
+    """The connection is allowed, and its target is at a hub."""
+
+    grant: Grant
+    hub: Hub
+
+
+class Waiting(Struct, frozen=True):
+    """The connection is allowed, but `what` is not there yet; a change of one of the topics may bring it."""
+
+    what: str
+    topics: tuple[str, ...]
+
+
+class _Target(Struct, frozen=True):
+    """The peer that a service's name stands for now."""
+
+    row: Any
+    """None if there is none yet."""
+    absent: str
+    """What is waited for then, for people."""
+    topics: tuple[str, ...]
+
+
+def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float, nonce: str) -> Way | Waiting:
+    """Decide a wish. Raise NotFound, Forbidden, Conflict or InvalidInput if waiting is of no use."""
+    service = parse_service(wish.service, "service")
+    if service.peer == API_SERVICE.peer:
+        raise InvalidInput(f"{service} is not reached through the overlay", where="service", hint="dial the server")
+    own = peers.find_own(tx, caller, wish.peer_id)
+    source = _source(tx, own)
+    check_named(source, service)
+    job_id = service.job_id
+    target = _program(tx, source, service) if job_id is None else _attempt(tx, source, service, job_id)
+    if target.row is None:
+        return Waiting(target.absent, target.topics)
+    if target.row.id == own.id:
+        raise Conflict(f"{service} is offered by this peer itself")
+    if not target.row.hub_address:
+        return Waiting(f"the peer of {service} to come to a hub", (*target.topics, HUBS))
+    grant = Grant(
+        source=own.name,
+        source_key=Sha256(own.key),
+        target=target.row.name,
+        target_key=Sha256(target.row.key),
+        service=service.service,
+        expires_at=tx.now + grant_s,
+        nonce=nonce,
+    )
+    return Way(grant, Hub(name=hub_peer(target.row.hub_id), address=target.row.hub_address))
+
+
+def _source(tx: Transaction, own: Any) -> Source:
+    """Return whom a peer acts for. Raise Forbidden for a worker's own."""
+    if own.kind == PeerKind.WORKER.value:
+        raise Forbidden("a worker reaches nothing for itself")
+    user_id = UserId(own.account_id)
+    groups = accounts.groups_of(tx, user_id)
+    if own.kind == PeerKind.USER.value:
+        return Source(user_id=user_id, user=own.owner, groups=groups)
+    spec = msgspec.json.decode(own.spec, type=JobSpec)
+    reach = tuple(reach.service for reach in spec.machine.reach)
+    return Source(user_id=user_id, user=own.owner, groups=groups, job_id=JobId(own.job_id), reach=reach)
+
+
+def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId) -> _Target:
+    """Return the peer of the newest live attempt of a job. Raise NotFound, or Conflict if the job is over."""
+    row = tx.row(sa.select(job.c.owner_id, job.c.spec, job.c.state).where(job.c.id == job_id))
+    check_job(source, service, _target_job(row))
+    state = JobState(row.state)  # type: ignore[union-attr]
+    if state in FINAL_JOB_STATES:
+        raise Conflict(f"job {job_id} is {state.value}")
+    live = attempt.c.state.in_([state.value for state in LIVE_STATES])
+    newest = tx.row(
+        sa.select(attempt.c.id, attempt.c.number).where(attempt.c.job_id == job_id, live).order_by(attempt.c.number.desc()).limit(1)
+    )
+    topics = (jobs.job_topic(job_id), peers.job_peers_topic(job_id))
+    if newest is None:
+        return _Target(None, f"job {job_id} to start", topics)
+    found = peers.peer_of_attempt(tx, AttemptId(newest.id))
+    return _Target(found, f"attempt {newest.number} of job {job_id} to take part in the overlay", topics)
+
+
+def _target_job(row: Any | None) -> TargetJob | None:
+    if row is None:
+        return None
+    machine = msgspec.json.decode(row.spec, type=JobSpec).machine
+    return TargetJob(owner_id=UserId(row.owner_id), offers=tuple(offer.name for offer in machine.offer), share=machine.share)
+
+
+def _program(tx: Transaction, source: Source, service: ServiceRef) -> _Target:
+    """Return the newest program of a user's that offers a service to this source. Raise NotFound for an unknown user.
+
+    A program that does not share it and no program at all are told alike.
+    """
+    name = service.user or source.user
+    user_id = source.user_id if name == source.user else accounts.find_account(tx, name).id
+    offered = peers.programs_that_offer(tx, user_id, service.service)
+    found = next((row for row, share in offered if may_use(source, user_id, share)), None)
+    shared = "" if user_id == source.user_id else f" to {source.user}"
+    return _Target(found, f"a program of {name}'s that offers {service.service}{shared}", (peers.user_peers_topic(user_id),))
