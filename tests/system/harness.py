@@ -90,8 +90,10 @@ class Program:
 class System:
     """A server and workers in one folder, with an admin logged in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: tuple[str, ...] = ()) -> None:
         self.folder = folder
+        self.prefix = prefix
+        """In front of every command of the user's."""
         self.programs: list[Program] = []
         self.workers: dict[str, Program] = {}
         self.environment = {
@@ -116,7 +118,7 @@ class System:
     def cli(self, *arguments: str | Path, expect: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run one command to its end."""
         done = subprocess.run(
-            [sys.executable, "-m", "deskgrid", *map(str, arguments)],
+            [*self.prefix, sys.executable, "-m", "deskgrid", *map(str, arguments)],
             env={**self.environment, **environment},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,

@@ -17,7 +17,7 @@ from tests.system.harness import Program, System, until
 
 def started(system: System, *arguments: str, name: str = "") -> tuple[Program, dict[str, Any]]:
     """Start a command that runs on, and return what it printed when it was ready."""
-    program = Program([*arguments, "--json"], system.environment, system.folder / f"{name or arguments[0]}.log")
+    program = Program([*arguments, "--json"], system.environment, system.folder / f"{name or arguments[0]}.log", system.prefix)
     system.programs.append(program)
     program.start()
 
