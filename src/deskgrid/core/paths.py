@@ -43,7 +43,7 @@ MAX_ADDRESSES = 4
 REMEMBER_S = 600.0
 _MOST_REMEMBERED = 4096
 _UNKNOWN_RTT_S = 0.1
-_MOST_RELAY_DELAY_S = 1.0
+_LEAST_RELAY_DELAY_S, _MOST_RELAY_DELAY_S = 0.01, 1.0
 _LITTLE_S = 0.05
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -115,7 +115,7 @@ def plan(
 def _relay_delay_s(hub_rtt_s: float | None, last: Remembered | None) -> float:
     round_trip_s = _UNKNOWN_RTT_S if hub_rtt_s is None else hub_rtt_s
     if last is None:
-        delay_s = round_trip_s
+        delay_s = max(round_trip_s, _LEAST_RELAY_DELAY_S)
     elif last.path is ConnectionPath.RELAYED:
         delay_s = 0.0
     else:
