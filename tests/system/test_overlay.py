@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from deskgrid.client.transport import load_credentials
-from tests.system.harness import System, until
+from tests.system.harness import Program, System, until
 from tests.system.talk import answered, dial, echo_server, started
 
 
@@ -168,3 +168,38 @@ def test_job_dials_the_server_through_its_cage(grid: System):
     outside = script.replace("10.64.1.1", "127.0.0.1").replace("8470", grid.address.rpartition(":")[2])
     done = subprocess.run([*inside[:-1], outside], capture_output=True, text=True, timeout=60, check=False)
     assert "refused" in done.stderr
+
+
+def add_hub(system: System, name: str) -> Program:
+    """Make and run a hub of its own process; it is ended with the grid."""
+    home = str(system.folder / name)
+    link = system.json("server", "hub-link")["link"]
+    system.cli("hub", "join", link, "--name", name, "--home", home)
+    program, _ = started(system, "hub", "run", "--home", home, "--listen", "127.0.0.1:0", name=name)
+    return program
+
+
+def test_peers_of_a_killed_hub_register_with_another(system: System):
+    system.environment["DESKGRID_SERVER_HUB_LISTEN"] = "off"
+    assert system.server is not None
+    system.server.kill()
+    system.server.environment = system.environment
+    system.restart_server()
+    programs = {label: add_hub(system, label) for label in ("h1", "h2")}
+    known = {hub["label"]: hub["hub"]["name"].split(".")[0] for hub in system.json("hub", "list")}
+    hubs = {known[label]: program for label, program in programs.items()}  # the server's own is still listed, and passed over
+    assert len(hubs) == 2
+    system.publish()
+    system.add_worker()
+    job = serving(system)
+    _, ready = started(system, "connect", f"echo.job-{job}", "--wait", "1m")
+    assert answered(ready["address"], b"before") == b"before", system.logs()
+
+    def hub_of_the_job() -> str:
+        found = [peer["hub"] for peer in system.json("peers") if peer["name"].startswith("attempt")]
+        return found[0].split(".")[0] if found else ""
+
+    first = until(hub_of_the_job, what="the job's peer is at a hub")
+    hubs[first].kill()
+    until(lambda: hub_of_the_job() not in ("", first), what="the job's peer is at the other hub")
+    assert answered(ready["address"], b"after") == b"after", system.logs()
