@@ -168,7 +168,7 @@ class Bench:
 
     def start_services(self) -> None:
         """Start what is reached, and sshd, on the far PC."""
-        self.start(self.far, sys.executable, "-c", _ECHO_SERVER, ready="ready")
+        self.start_echo()
         self.start(self.far, "iperf3", "-s", "-p", str(_IPERF))
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "key"], check=True)
         (self.folder / "sshd.conf").write_text(_SSHD.format(port=_SSH_PORT, folder=self.folder))
@@ -176,6 +176,10 @@ class Bench:
         for host in (self.far, self.lab.server):
             sshd = self.start(host, _program("sshd"), "-D", "-f", str(self.folder / "sshd.conf"))
             self.sshd_pids.append(sshd.pid)
+
+    def start_echo(self) -> None:
+        """Start an echo service on port 7000 of the far PC."""
+        self.start(self.far, sys.executable, "-c", _ECHO_SERVER, ready="ready")
 
     def ssh(self, ports: dict[int, int], *options: str) -> subprocess.Popen[bytes]:
         """Start ssh with forwards local -> far port; return once they listen."""

@@ -29,6 +29,7 @@ from deskgrid.errors import DeskgridError, InvalidInput, Unreachable
 from deskgrid.model.overlay import ConnectionPath
 from deskgrid.overlay.background import Background
 from deskgrid.overlay.dial import DIAL_BACK, ID_BYTES, read_exactly, wait_readable
+from deskgrid.overlay.files import raise_file_limit
 from deskgrid.overlay.holes import Hole, Holes
 from deskgrid.overlay.identity import Identity, listening_context
 from deskgrid.overlay.pump import Pumps
@@ -102,6 +103,7 @@ class Endpoint:
         return 0 if self._listener is None else int(self._listener.getsockname()[1])
 
     async def __aenter__(self) -> Endpoint:
+        raise_file_limit()  # the usual 1024 are fewer than the greetings that anybody may begin
         self._listener = _listen(self.settings) if self._listens() else None
         self.pumps = Pumps(self.settings.pumps, name="stream")
         if self._listener is not None:

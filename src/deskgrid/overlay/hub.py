@@ -50,11 +50,12 @@ from deskgrid.core.rendezvous import (
     Send,
     Tick,
 )
-from deskgrid.errors import ProtocolError
+from deskgrid.errors import NoSpace, ProtocolError
 from deskgrid.model.ids import Sha256
 from deskgrid.model.overlay import Address
 from deskgrid.overlay.background import Background
 from deskgrid.overlay.control import ControlConnection
+from deskgrid.overlay.files import raise_file_limit
 from deskgrid.overlay.pump import Pumps
 from deskgrid.overlay.relay import Relay
 from deskgrid.settings import HubSettings
@@ -181,7 +182,7 @@ class HubServer:
 
     async def start(self, listener: socket.socket) -> None:
         """Serve on a bound socket, which becomes the hub's. Raises this process's limit of open files as far as it may."""
-        _raise_file_limit()
+        raise_file_limit()
         self._listener = listener
         listener.setblocking(False)
         listener.listen(BACKLOG)
@@ -189,7 +190,7 @@ class HubServer:
         self._tasks.start(self._keep_time())
 
     def replace_certificate(self, certificate_pem: str, key_pem: str) -> None:
-        """Show another certificate from now on. Raise ProtocolError if it does not fit the key."""
+        """Show another certificate from now on. Raise ProtocolError if it does not fit the key, NoSpace if it cannot be loaded just now."""
         self._context = _make_context(self._authority_pem, certificate_pem, key_pem)
 
     def follow_server(self, *, grant_key_pem: str, now: float) -> None:
@@ -533,6 +534,8 @@ def _make_context(authority_pem: str, certificate_pem: str, key_pem: str) -> ssl
         _load_chain(context, certificate_pem, key_pem)
     except (ssl.SSLError, ValueError) as error:
         raise ProtocolError(f"the hub's certificate does not fit: {error}") from error
+    except OSError as error:  # temporary files cannot be made; it must not end who renews
+        raise NoSpace(f"the hub's certificate cannot be loaded: {error.strerror or error}") from error
     return context
 
 
@@ -546,15 +549,3 @@ def _load_chain(context: ssl.SSLContext, certificate_pem: str, key_pem: str) -> 
         file = Path(folder) / "hub.pem"
         file.write_bytes(pem + certificate_pem.encode())
         context.load_cert_chain(file, password=password)
-
-
-def _raise_file_limit() -> None:
-    """Let this process have as many open files as it may."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from deskgrid.core.trust import key_hash
-from deskgrid.errors import Forbidden, ProtocolError
+from deskgrid.errors import Forbidden, NoSpace, ProtocolError
 from deskgrid.model.ids import Sha256
 
 __all__ = ["Identity", "listening_context", "who_is"]
@@ -40,13 +40,15 @@ class Identity:
         """To be called; wants a certificate of the same authority."""
 
     def renew(self, name: str, certificate_pem: str) -> None:
-        """Use a certificate for this key from now on. Raise ProtocolError if it is not one."""
+        """Use a certificate for this key from now on. Raise ProtocolError if it is not one, NoSpace if it cannot be loaded just now."""
         if certificate_pem == self._certificate:
             return
         try:
             _load(self._key, certificate_pem, (self.client_context, self.server_context))
         except (ssl.SSLError, ValueError) as error:
             raise ProtocolError(f"the server sent a certificate that does not fit: {error}") from error
+        except OSError as error:  # temporary files cannot be made; it must not end who renews
+            raise NoSpace(f"a certificate cannot be loaded: {error.strerror or error}") from error
         self.name, self._certificate = name, certificate_pem
 
 

@@ -336,6 +336,7 @@ class Peer:
                 failures = 0
             except DeskgridError as error:
                 failures += 1
+                self._is_urgent = True  # what the server did not hear, as where we are at home, it must hear soon
                 _log.warning("peer_not_renewed", peer=self.name, error=str(error)[:200], failures=failures)
                 await self._clock.sleep(delay_s(failures, first_s=_FIRST_BACKOFF_S, max_s=_MAX_BACKOFF_S, rng=self._endpoint.rng))
 

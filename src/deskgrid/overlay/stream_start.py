@@ -42,6 +42,7 @@ async def secure(
     try:
         sock.setblocking(False)
         hurry(sock)
+        sock.getpeername()  # raises if it was reset already: wrap_socket would lose the descriptor then
         tls = context.wrap_socket(sock, server_side=server_side, server_hostname=server_hostname, do_handshake_on_connect=False)
     except OSError as error:
         sock.close()
