@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["command_apart", "scp", "shell", "ssh"]
 
 _JOB = re.compile(r"(?:job-)?([1-9][0-9]{0,17})")
+_USER = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REMOTE = re.compile(r"(?:([A-Za-z_][\w.-]*)@)?(job-[1-9][0-9]{0,17}):(.*)", re.DOTALL)
 _STAY = "#!/bin/sh\n# Stay until the job is cancelled or its time is over.\nwhile :; do sleep 3600; done\n"
 _TINY = JobOptions(disk="tiny")
@@ -74,7 +75,7 @@ async def ssh(
     configure_logs(json=False, verbose=verbose, quiet=True)
     user, _, host = job.rpartition("@")  # as programs that call ssh write it
     async with connected() as grid, _door(grid, _job_of(host), wait_of(wait)) as port:
-        return await _run([_program("ssh"), "-p", str(port), *_options(), f"{user or login}@127.0.0.1", *command])
+        return await _run([_program("ssh"), "-p", str(port), *_options(), "--", f"{_user_of(user or login)}@127.0.0.1", *command])
 
 
 async def scp(
@@ -92,6 +93,7 @@ async def scp(
         deskgrid scp -r job-42:/scratch/plots .
     """
     configure_logs(json=False, verbose=verbose, quiet=True)
+    _user_of(login)
     found = {match[2] for file in files if (match := _REMOTE.fullmatch(file))}
     if len(files) < 2 or len(found) != 1:
         raise InvalidInput("files and one job are needed", hint="as in: deskgrid scp input.dat job-42:/scratch/")
@@ -148,6 +150,13 @@ def _job_of(text: str) -> JobId:
     return JobId(int(match[1]))
 
 
+def _user_of(text: str) -> str:
+    """Return the name of a user in a machine. Raise InvalidInput for what ssh could take for something else."""
+    if not _USER.fullmatch(text):
+        raise InvalidInput(f"{text[:60]!r} is not a user", where="--login")
+    return text
+
+
 def _program(name: str) -> str:
     found = shutil.which(name)
     if found is None:
@@ -182,10 +191,14 @@ async def _door(grid: Grid, job_id: JobId, wait_s: float) -> AsyncIterator[int]:
     if not any(offer.name == "ssh" for offer in detail.job.spec.machine.offer):
         raise InvalidInput(f"job {job_id} does not offer ssh", hint='in its [machine]: network = "overlay", offer = ["ssh:22"]')
     with listen("0") as listener:
-        async with peer_of(grid) as peer, asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(serve_port(peer, f"ssh.job-{job_id}", listener, wait_s=wait_s))
-            yield listener.getsockname()[1]
-            serving.cancel()
+        async with peer_of(grid) as peer:
+            # No TaskGroup: it would hide an error of the block in a group.
+            serving = asyncio.create_task(serve_port(peer, f"ssh.job-{job_id}", listener, wait_s=wait_s))
+            try:
+                yield listener.getsockname()[1]
+            finally:
+                serving.cancel()
+                await asyncio.wait([serving])
 
 
 async def _run(command: Sequence[str]) -> int:

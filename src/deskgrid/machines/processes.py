@@ -38,6 +38,8 @@ __all__ = [
 
 _POLL_S = 0.01
 _IDENTITY_FILE = "process.json"
+MOST_FILES = 4096
+"""That one machine's process may have open."""
 _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/opt/homebrew/bin")
 """Where mke2fs and the like may be without being on an ordinary user's PATH."""
 
@@ -59,14 +61,25 @@ def find_program(name: str) -> str | None:
 
 
 def gently(command: Sequence[str], *, nice: int, cpu_time_s: float = 0.0) -> list[str]:
-    """Return a command line that runs `command` at low CPU and IO priority, within a CPU time and without core dumps.
+    """Return a command line that runs `command` at low CPU and IO priority, within a CPU time and a number of open files, and
+    without core dumps.
 
     Each program in front replaces itself by the next, so the process id stays. Those that this PC lacks are left out.
     """
-    bounds = ["--core=0", *([f"--cpu={int(cpu_time_s) + 1}"] if cpu_time_s > 0 else [])]
+    bounds = ["--core=0", *_file_bound(), *([f"--cpu={int(cpu_time_s) + 1}"] if cpu_time_s > 0 else [])]
     chain = (("nice", "-n", str(nice)), ("ionice", "-c", "3"), ("prlimit", *bounds, "--"))
     found = [(program, arguments) for name, *arguments in chain if (program := find_program(name))]
     return [word for program, arguments in found for word in (program, *arguments)] + list(command)
+
+
+def _file_bound() -> list[str]:
+    """Each connection of a guest is an open file of its hypervisor, and two of ours."""
+    try:
+        import resource
+    except ImportError:  # Windows, where prlimit is not either
+        return []
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return [f"--nofile={MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)}"]
 
 
 def spawn(command: Sequence[str], *, cwd: Path, log: Path) -> ProcessIdentity:

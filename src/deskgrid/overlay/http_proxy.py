@@ -10,7 +10,9 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Executor
+from functools import partial
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -51,20 +53,21 @@ class _Request(Struct, frozen=True):
     is_tunnel: bool
 
 
-async def dial_public(host: str, port: int) -> socket.socket:
-    """Connect to a name or address, if it is public.
+async def dial_public(host: str, port: int, *, near: Iterable[IpNetwork] = (), resolver: Executor | None = None) -> socket.socket:
+    """Connect to a name or address, if it is public: not of this PC's networks, nor of those in `near`.
 
-    Raise NotFound if there is no such name, Forbidden if none of its addresses is public, Unreachable.
+    `resolver` has the threads that look names up, each for as long as the name's servers like. Raise NotFound if there is no such
+    name, Forbidden if none of its addresses is public, Unreachable.
     """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(_RESOLVE_S):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await loop.run_in_executor(resolver, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError, TimeoutError, OverflowError) as error:
         raise NotFound(f"{host[:100]} has no address") from error
     hosts = list(dict.fromkeys(str(info[4][0]) for info in found))
-    near = near_networks((one.address, one.netmask) for many in psutil.net_if_addrs().values() for one in many)
-    public = [one for one in hosts if _is_public(one, near)][:_MOST_ADDRESSES]
+    own = near_networks((one.address, one.netmask) for many in psutil.net_if_addrs().values() for one in many)
+    public = [one for one in hosts if _is_public(one, (*own, *near))][:_MOST_ADDRESSES]
     if not public:
         raise Forbidden(f"{host[:100]} is not on the public internet")
     for number, one in enumerate(public, start=1):

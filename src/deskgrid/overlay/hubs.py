@@ -26,19 +26,25 @@ _log = structlog.get_logger()
 
 
 class Hubs:
-    """The hub connections of one peer. `known` may be replaced when the server tells of others."""
+    """The hub connections of one peer."""
 
     def __init__(
         self, identity: Identity, *, clock: Clock, rng: random.Random, invited: Invited, changed: Callable[[], None]
     ) -> None:
         """`changed` is called when the peer has got a home, or found none: then the server may know of other hubs."""
-        self.known: tuple[Hub, ...] = ()
+        self._known: tuple[Hub, ...] = ()
         self.home: HubConnection | None = None
         """At the hub where others find us."""
         self._identity, self._clock, self._rng, self._invited, self._changed = identity, clock, rng, invited, changed
         self._visits: dict[str, asyncio.Future[HubConnection]] = {}
         self._background = Background(_MOST_TASKS)
         self._at_home = asyncio.Event()
+
+    def learn(self, hubs: tuple[Hub, ...]) -> None:
+        """Take what the server tells of hubs. A home that it knows no longer, while there are others, is left: nobody is sent there."""
+        self._known = hubs
+        if self.home is not None and hubs and all(hub.name != self.home.hub.name for hub in hubs):
+            self.home.ended.set()
 
     def start(self) -> None:
         """Begin to look for a home."""
@@ -80,9 +86,9 @@ class Hubs:
         failures = 0
         lost = ""
         while True:
-            others = [hub for hub in self.known if hub.name != lost]
+            others = [hub for hub in self._known if hub.name != lost]
             try:
-                self.home = await self._open(*(others if lost and others else self.known))
+                self.home = await self._open(*(others if lost and others else self._known))
             except DeskgridError as error:
                 failures, lost = failures + 1, ""
                 _log.warning("no_hub", error=str(error), failures=failures)

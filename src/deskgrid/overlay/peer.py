@@ -134,6 +134,12 @@ class Peer:
         """The name in its certificate; empty before it was entered."""
         return self.identity.name
 
+    @property
+    def observed(self) -> str:
+        """The address that its hub sees, often that of this PC's router; empty while it is at no hub."""
+        home = self._hubs.home
+        return home.observed.host if home is not None else ""
+
     async def __aenter__(self) -> Peer:
         await self._register()
         self._endpoint.add(self._callee)
@@ -305,7 +311,7 @@ class Peer:
             )
             self._take(answer, sent_at)
             self._reported = _compared(connections)
-            if hub:
+            if any(one.name == hub for one in answer.hubs):
                 self._is_known.set()
 
     def _told_offers(self) -> tuple[wire.PeerOffer, ...]:
@@ -323,7 +329,7 @@ class Peer:
             raise ProtocolError("the server sent a grant key of another kind")
         self.identity.renew(answer.name, answer.certificate)
         self._answer, self._registered_at = answer, sent_at
-        self._hubs.known = answer.hubs
+        self._hubs.learn(answer.hubs)
         for one in (self._callee, self._grants):
             one.trust(grant_key, answer.now - sent_at)
 

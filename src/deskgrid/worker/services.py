@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ import structlog
 
 from deskgrid.client.transport import Credentials, load_credentials, save_credentials
 from deskgrid.core.backoff import delay_s
-from deskgrid.errors import DeskgridError, Forbidden, MachineFailed, Unreachable
+from deskgrid.core.internet import near_networks
+from deskgrid.errors import Conflict, DeskgridError, Forbidden, MachineFailed, Unreachable
 from deskgrid.link import hash_secret, make_secret
 from deskgrid.machines.cage import GATEWAY, HTTP_PROXY_PORT, SOCKS_PORT
 from deskgrid.machines.driver import Caged, Doorway, MachineHandle
@@ -33,6 +35,7 @@ from deskgrid.model.jobs import Machine
 from deskgrid.model.machines import Network
 from deskgrid.model.overlay import API_SERVICE, Reach
 from deskgrid.model.workers import Assignment
+from deskgrid.overlay.background import Background
 from deskgrid.overlay.http_proxy import dial_public, serve_http_proxy
 from deskgrid.overlay.peer import Peer
 from deskgrid.overlay.proxy import reset, serve, serve_port
@@ -44,6 +47,11 @@ __all__ = ["Services", "doorways", "job_credentials", "make_services"]
 
 DOORWAYS = "10.64.1"
 _BACKLOG = 128
+_MOST_RELAYS = 1024
+"""Connections of one machine to the server and, through SOCKS5, to the internet."""
+_MOST_THREADS = 4
+"""That look names up and dial the server for one machine: one that is slow must not take the worker's own."""
+_IDLE_S = 86_400.0
 _log = structlog.get_logger()
 
 
@@ -81,6 +89,10 @@ class Services:
         self._assignment = assignment
         self._machine = assignment.spec.machine
         self._credentials = credentials
+        self._relays = Background(0)
+        self._threads: ThreadPoolExecutor | None = None
+        self._outside = ""
+        """The address by which this PC was last seen from outside."""
         self._open = {offer.port: asyncio.Event() for offer in self._machine.offer}
 
     def listening(self, port: int) -> None:
@@ -89,7 +101,19 @@ class Services:
             self._open[port].set()
 
     async def run(self, driver: Caged, handle: MachineHandle) -> None:
-        """Serve until cancelled. A server or hub that is away is waited for; a machine that is off ends this quietly."""
+        """Serve until cancelled. What fails here is begun again after a pause: it never ends the attempt."""
+        failures = 0
+        while True:
+            try:
+                await self._run(driver, handle)
+            except MachineFailed as error:  # it may be off
+                _log.info("no_services", attempt_id=self._assignment.attempt_id, error=str(error))
+            except Exception:
+                _log.exception("services_broke", attempt_id=self._assignment.attempt_id)
+            failures += 1
+            await self._pause(failures)
+
+    async def _run(self, driver: Caged, handle: MachineHandle) -> None:
         peer = Peer(
             self._overlay.endpoint,
             self._overlay.calls,
@@ -97,28 +121,32 @@ class Services:
             offers={offer.name: self._dialler(driver, handle, offer.port) for offer in self._machine.offer},
             job_token_hash=self._token_hash(),
         )
-        with contextlib.ExitStack() as sockets:
+        serving: list[Coroutine[Any, Any, None]] = []
+        self._relays = Background(_MOST_RELAYS)
+        threads = self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="services")
+        with contextlib.ExitStack() as held:
+            held.callback(threads.shutdown, wait=False, cancel_futures=True)
             try:
-                serving = [work async for work in self._listeners(driver, handle, peer, sockets)]
-            except MachineFailed as error:
-                _log.info("no_services", attempt_id=self._assignment.attempt_id, error=str(error))
-                return
-            await self._with_peer(peer, serving)
+                async for work in self._listeners(driver, handle, peer, held):
+                    serving.append(work)  # noqa: PERF401 - those before one that fails must be closed
+                await self._enter(peer)
+            except BaseException:
+                for work in serving:
+                    work.close()
+                raise
+            await self._serve(peer, serving)
 
-    async def _with_peer(self, peer: Peer, serving: list[Coroutine[Any, Any, None]]) -> None:
-        try:
-            await self._enter(peer)
-        except BaseException:
-            for work in serving:
-                work.close()
-            raise
+    async def _serve(self, peer: Peer, serving: list[Coroutine[Any, Any, None]]) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for work in serving:
                     tasks.create_task(work)
                 await asyncio.Event().wait()
         finally:
-            await peer.__aexit__(None, None, None)
+            try:
+                await self._relays.close()
+            finally:
+                await peer.__aexit__(None, None, None)
 
     async def _enter(self, peer: Peer) -> None:
         """Become known to the server; what connects meanwhile waits in the listeners' queues."""
@@ -130,9 +158,12 @@ class Services:
             except DeskgridError as error:
                 failures += 1
                 _log.warning("peer_not_registered", attempt_id=self._assignment.attempt_id, error=str(error))
-            settings = self._kit.settings
-            pause_s = delay_s(failures, first_s=settings.backoff_s, max_s=settings.max_backoff_s, rng=self._kit.rng)
-            await self._kit.clock.sleep(pause_s)
+            await self._pause(failures)
+
+    async def _pause(self, failures: int) -> None:
+        settings = self._kit.settings
+        pause_s = delay_s(failures, first_s=settings.backoff_s, max_s=settings.max_backoff_s, rng=self._kit.rng)
+        await self._kit.clock.sleep(pause_s)
 
     async def _listeners(
         self, driver: Caged, handle: MachineHandle, peer: Peer, sockets: contextlib.ExitStack
@@ -150,10 +181,12 @@ class Services:
                 yield serve_port(peer, str(reach.service), listener, wait_s=self._machine.reach_wait_s)
         yield serve_socks(self._joiner(peer), await listen(GATEWAY, SOCKS_PORT))
         if self._machine.network is Network.INTERNET:
-            yield serve_http_proxy(dial_public, await listen(GATEWAY, HTTP_PROXY_PORT))
+            yield serve_http_proxy(self._public_dialler(peer), await listen(GATEWAY, HTTP_PROXY_PORT))
 
     def _joiner(self, peer: Peer) -> Join:
         """Return what joins a SOCKS5 client with what it asked for: a service of the spec, or the internet where that is allowed."""
+
+        dial_outside = self._public_dialler(peer)
 
         async def join(host: str, port: int, local: socket.socket, connected: Callable[[], None]) -> None:
             reach = self._find(host)
@@ -163,11 +196,12 @@ class Services:
             if reach is not None:
                 remote = await self._dial_server()
             elif self._machine.network is Network.INTERNET:
-                remote = await dial_public(host, port)
+                self._check_room()
+                remote = await dial_outside(host, port)
             else:
                 raise Forbidden(f"{host[:100]} is not among the services of this job")
             connected()
-            Relay(self._overlay.endpoint.pumps, local, remote)
+            self._relay(local, remote)
 
         return join
 
@@ -184,17 +218,38 @@ class Services:
 
         async def join(local: socket.socket) -> None:
             try:
-                Relay(self._overlay.endpoint.pumps, local, await self._dial_server())
+                self._relay(local, await self._dial_server())
             except DeskgridError as error:
                 _log.info("server_not_reached_for_job", attempt_id=self._assignment.attempt_id, error=str(error))
                 reset(local)
 
         await serve(listener, join)
 
+    def _public_dialler(self, peer: Peer) -> Callable[[str, int], Awaitable[socket.socket]]:
+        """Return what dials the internet, but never this PC's router by the address that it has there."""
+
+        async def dial(host: str, port: int) -> socket.socket:
+            self._outside = peer.observed or self._outside
+            return await dial_public(host, port, near=near_networks([(self._outside, None)]), resolver=self._threads)
+
+        return dial
+
+    def _check_room(self) -> None:
+        if len(self._relays) >= _MOST_RELAYS:
+            raise Conflict(f"this job has {_MOST_RELAYS} connections already")
+
+    def _relay(self, local: socket.socket, remote: socket.socket) -> None:
+        """Carry bytes while the services last."""
+        relay = Relay(self._overlay.endpoint.pumps, local, remote, idle_s=_IDLE_S)
+        if self._relays.start(_follow(relay)) is None:
+            relay.abort("too many connections")
+
     async def _dial_server(self) -> socket.socket:
+        self._check_room()
         host, _, port = self._overlay.credentials.address.rpartition(":")
         try:
-            return await asyncio.to_thread(socket.create_connection, (host.strip("[]"), int(port)), 10.0)
+            address = (host.strip("[]"), int(port))
+            return await asyncio.get_running_loop().run_in_executor(self._threads, socket.create_connection, address, 10.0)
         except OSError as error:
             raise Unreachable(f"the server does not answer: {error}") from error
 
@@ -221,6 +276,13 @@ class Services:
             return Sha256(hash_secret(load_credentials(self._credentials).token))
         except DeskgridError:
             return None
+
+
+async def _follow(relay: Relay) -> None:
+    try:
+        await relay.wait_closed()
+    finally:
+        relay.abort("the services ended")
 
 
 async def _listen(driver: Caged, handle: MachineHandle, host: str, port: int) -> socket.socket:

@@ -72,13 +72,15 @@ async def test_same_number_of_another_time_is_not_touched() -> None:
 
 
 def test_gentle_start_keeps_the_process_and_lowers_its_priority(tmp_path: Path) -> None:
-    script = "import os, resource; print(os.getpid(), os.nice(0), *resource.getrlimit(resource.RLIMIT_CPU))"
+    limits = "*resource.getrlimit(resource.RLIMIT_CPU), *resource.getrlimit(resource.RLIMIT_NOFILE)"
+    script = f"import os, resource; print(os.getpid(), os.nice(0), {limits})"
     command = processes.gently([sys.executable, "-c", script], nice=7, cpu_time_s=2.5)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        pid, nice, soft, hard = map(int, child.communicate()[0].split())
+        pid, nice, soft, hard, *files = map(int, child.communicate()[0].split())
     assert pid == child.pid
     assert nice == min(os.nice(0) + 7, 19)
     assert (soft, hard) == (3, 3)
+    assert 0 < files[0] == files[1] <= processes.MOST_FILES
 
 
 def test_programs_that_this_pc_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,8 @@ class SmallGrid:
     known: dict[int, Known] = field(default_factory=dict)
     asked: int = 0
     registered: int = 0
+    refused: int = 0
+    """Registrations with a hub that came while the server was away."""
     is_away: bool = False
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -171,6 +173,7 @@ class CallsOf:
 
     async def register(self, request: wire.RegisterPeer) -> wire.PeerAnswer:
         if self.grid.is_away:
+            self.grid.refused += bool(request.hub)
             raise Unreachable("the server is away")
         self.grid.registered += 1
         number = next((one.id for one in self.grid.known.values() if one.request.key == request.key), len(self.grid.known) + 1)

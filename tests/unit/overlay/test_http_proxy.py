@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from deskgrid.core.internet import near_networks
 from deskgrid.errors import DeskgridError, Forbidden, NotFound, Unreachable
 from deskgrid.overlay.http_proxy import dial_public, serve_http_proxy
 from tests.unit.overlay.test_proxy import beside, connect
@@ -162,3 +165,27 @@ async def test_what_is_not_public_is_not_dialled(host: str) -> None:
 async def test_what_is_no_name_is_not_found(host: str) -> None:
     with pytest.raises((NotFound, Forbidden)):
         await dial_public(host, 80)
+
+
+async def test_address_that_a_hub_sees_of_this_pc_is_not_dialled():
+    with pytest.raises(Forbidden, match="not on the public internet"):
+        await dial_public("192.0.1.7", 80, near=near_networks([("192.0.1.7", None)]))
+
+
+async def test_slow_names_hold_up_nothing_but_the_resolver_given(monkeypatch: pytest.MonkeyPatch):
+    answered, asked = threading.Event(), threading.Semaphore(0)
+
+    def slow(*_: object, **__: object) -> list[object]:
+        asked.release()
+        answered.wait(20)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with ThreadPoolExecutor(2) as resolver:
+        dialling = [asyncio.create_task(dial_public(f"n{number}.example", 80, resolver=resolver)) for number in range(64)]
+        async with asyncio.timeout(10):
+            await asyncio.to_thread(asked.acquire)
+        assert not answered.is_set()
+        answered.set()
+        found = await asyncio.gather(*dialling, return_exceptions=True)
+    assert all(isinstance(one, NotFound) for one in found)

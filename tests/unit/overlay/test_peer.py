@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
@@ -328,3 +330,43 @@ async def test_a_peer_may_be_entered_again_after_the_server_was_away(grid: Small
 
 def _calls(grid: SmallGrid, name: str) -> CallsOf:
     return CallsOf(grid, name)
+
+
+async def test_peer_renews_again_after_its_certificate_could_not_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    async with SmallGrid(lifetime_s=1.5) as grid:
+        await grid.start_hub()
+        peer = await grid.peer("a", await grid.endpoint())
+        await peer.ready(5)
+        before = grid.registered
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        await eventually(lambda: grid.registered > before)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        before = grid.registered
+        await eventually(lambda: grid.registered >= before + 2)
+
+
+async def test_server_that_was_away_hears_soon_of_another_hub(grid: SmallGrid):
+    grid.lifetime_s = 600.0
+    await grid.start_hub(1)
+    await grid.start_hub(2)
+    peer = await grid.peer("a", await grid.endpoint())
+    await peer.ready(5)
+    (known,) = grid.known.values()
+    old = known.request.hub
+    grid.is_away = True
+    await grid.stop_hub(old)
+    await eventually(lambda: grid.refused > 0)
+    grid.is_away = False
+    await eventually(lambda: grid.known[known.id].request.hub not in ("", old))
+
+
+async def test_peer_leaves_a_hub_that_the_server_knows_no_longer(grid: SmallGrid, echo: Dial):
+    grid.lifetime_s = 1.5
+    caller, _ = await two(grid, echo)
+    await grid.start_hub(2)
+    _, abandoned = grid.hubs.pop("hub-1.deskgrid")
+    try:
+        await eventually(lambda: {one.request.hub for one in grid.known.values()} == {"hub-2.deskgrid"})
+        await talk(caller)
+    finally:
+        await abandoned.close()

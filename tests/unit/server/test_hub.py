@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,26 @@ async def test_hub_says_in_time_that_it_is_there(tmp_path: Path):
             renewing.cancel()
             await asyncio.wait([renewing])
             await own.close()
+            await own.close()
+
+
+async def test_hub_renews_again_after_its_certificate_could_not_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = FakeClock()
+    async with running_grid(tmp_path / "server", clock=clock) as grid:
+        own = OwnHub(tmp_path / "server", grid.services, "127.0.0.1:1")
+        with listen_hub(grid.settings, 0) as listener:
+            await own.start(listener)
+            renewing = asyncio.create_task(own.renew_forever())
+            seen = {await expires_at(grid)}
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+            async with asyncio.timeout(20):
+                while len(seen) < 4:
+                    await clock.advance(grid.settings.peer_s / 3)
+                    seen.add(await expires_at(grid))
+            monkeypatch.setattr(tempfile, "tempdir", None)
+            assert not renewing.done()
+            renewing.cancel()
+            await asyncio.wait([renewing])
             await own.close()
 
 

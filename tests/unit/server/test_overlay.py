@@ -226,11 +226,21 @@ async def test_offer_that_makes_no_sense_is_refused(grid: TestGrid, offers: tupl
             await user.register(offers=offers)
 
 
-async def test_peer_at_an_unknown_hub_is_refused(grid: TestGrid):
+async def test_peer_at_what_is_no_hub_is_refused(grid: TestGrid):
     async with program(await grid.admin()) as user:
-        for name in ("hub-9.deskgrid", "server.deskgrid", "x" * 500):
+        for name in ("hub-x.deskgrid", "server.deskgrid", "x" * 500):
             with pytest.raises(InvalidInput, match="there is no hub"):
                 await user.register(hub=name)
+
+
+async def test_peer_at_a_hub_that_was_removed_is_told_of_the_others(grid: TestGrid):
+    removed, other = await start_hub(grid), await start_hub(grid, "127.0.0.1:2")
+    async with Grid(await grid.admin()) as admin, program(await grid.admin()) as user:
+        await user.register(hub=removed.name)
+        await admin.remove_hub(int(removed.name.removeprefix("hub-").removesuffix(".deskgrid")))
+        answer = await user.register(hub=removed.name)
+        assert answer.hubs == (other,)
+        assert [peer.hub for peer in await admin.peers()] == [""]
 
 
 async def test_peer_is_removed_by_its_holder_only(grid: TestGrid):

@@ -86,12 +86,12 @@ def list_hubs(tx: Transaction) -> tuple[HubDetail, ...]:
     )
 
 
-def find_hub(tx: Transaction, name: str) -> int:
-    """Return the number of a hub by the name in its certificate. Raise InvalidInput if there is none."""
+def find_hub(tx: Transaction, name: str) -> int | None:
+    """Return the number of a hub by the name in its certificate; None if it was removed. Raise InvalidInput for what is no name."""
     match = _NAME.fullmatch(name)
-    found: int | None = tx.value(sa.select(hub.c.id).where(hub.c.id == int(match[1]))) if match else None
-    if found is None:
+    if match is None:
         raise InvalidInput(f"there is no hub {name[:80]!r}", where="hub")
+    found: int | None = tx.value(sa.select(hub.c.id).where(hub.c.id == int(match[1])))
     return found
 
 
