@@ -114,7 +114,9 @@ async def connect(
     async with connected() as grid:
         with listen(listen_on) as listener:
             async with peer_of(grid) as peer:
-                _tell_listening(listener, {"service": str(reference)}, f"is {reference}", json)
+                waiting = await peer.look_up(str(reference))
+                words = f"is {reference}{f', not there yet: {waiting}' if waiting else ''}"
+                _tell_listening(listener, {"service": str(reference), "waiting_for": waiting}, words, json)
                 await _serve(serve_port(peer, str(reference), listener, wait_s=wait_s))
 
 

@@ -14,8 +14,7 @@ values of the right kinds; a reader that once refused stays refused.
 A hub's port also takes plain connections that begin with one of these words (a TLS connection begins with byte 22):
 
     PROBE                        the hub answers "HOST PORT\\n", the address that it sees, and waits until the peer closes
-    RELAY, then 32 bytes         one end of a relayed stream; when both ends of this token are there, the hub sends each PAIRED
-                                 and from then on carries bytes
+    RELAY, then 32 bytes         one end of a relayed stream; when both ends of this token are there, the hub carries what follows
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from deskgrid.model.overlay import Address
 
 __all__ = [
     "MAX_FRAME_BYTES",
-    "PAIRED",
     "PROBE",
     "RELAY",
     "TLS_FIRST_BYTE",
@@ -55,7 +53,6 @@ __all__ = [
 MAX_FRAME_BYTES = 16 << 10
 PROBE = b"DGP1"
 RELAY = b"DGR1"
-PAIRED = b"K"
 TOKEN_BYTES = 32
 TLS_FIRST_BYTE = 0x16
 _LENGTH_BYTES = 4

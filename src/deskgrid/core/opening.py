@@ -1,7 +1,7 @@
 """The first two records of a stream between two peers: what the caller wants, and whether it gets it. JSON, inside TLS.
 
-    caller -> called   Opening      the grant, and the id of the connection
-    called -> caller   Answer       ok, once the service is there; or an error
+    caller -> called   Opening      the grant, the id of the connection, and what the program has said already
+    called -> caller   Answer       at most one that asks to wait, then ok, once the service is there; or an error
 
 What comes is hostile. No IO; times are the server's, in seconds since 1970.
 """
@@ -21,6 +21,8 @@ from deskgrid.errors import Conflict, DeskgridError, Forbidden, NotFound, Protoc
 from deskgrid.model.ids import Sha256
 
 __all__ = [
+    "MAX_RECORD_BYTES",
+    "MOST_DATA_BYTES",
     "Answer",
     "Opening",
     "SeenIds",
@@ -33,6 +35,9 @@ __all__ = [
     "refusal",
 ]
 
+MOST_DATA_BYTES = 8 << 10
+"""Of a program that may come with the opening, which saves a round trip."""
+MAX_RECORD_BYTES = 32 << 10
 _ID = re.compile(r"[0-9a-f]{32}")
 _MOST_TEXT = 300
 _MOST_IDS = 65_536
@@ -46,12 +51,16 @@ class Opening(Struct, frozen=True, kw_only=True):
     grant: str
     id: str
     """Of the connection, as in frames.Connect; a fresh one if no hub was asked."""
+    data: bytes = b""
+    """The first bytes of the calling program, for the service once it is there; at most MOST_DATA_BYTES."""
 
 
 class Answer(Struct, frozen=True, kw_only=True):
     """Whether bytes of the service follow."""
 
     ok: bool = False
+    waiting: bool = False
+    """The service is not there yet; the opening's data was thrown away, and is to be sent again as a part of the stream."""
     error: str = ""
     """Name of a class in errors.py."""
     message: str = ""
@@ -70,17 +79,24 @@ def decode_opening(data: bytes) -> Opening:
         raise ProtocolError("the caller's first record cannot be read") from error
     if not is_id(opening.id):
         raise ProtocolError("the caller's first record has no id")
+    if len(opening.data) > MOST_DATA_BYTES:
+        raise ProtocolError(
+            f"the caller's first record has {len(opening.data)} bytes of data; at most {MOST_DATA_BYTES} are allowed"
+        )
     return opening
 
 
-def decode_answer(data: bytes) -> None:
-    """Return if a called peer said yes. Raise what it said went wrong, or ProtocolError if it cannot be read."""
+def decode_answer(data: bytes) -> bool:
+    """Return True if a called peer said yes, False if its service is waited for.
+
+    Raise what it said went wrong, or ProtocolError if it cannot be read.
+    """
     try:
         answer = msgspec.json.decode(data, type=Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("the called peer's answer cannot be read") from error
-    if answer.ok:
-        return
+    if answer.ok or answer.waiting:
+        return answer.ok
     kind = getattr(errors, answer.error, None) if answer.error in {one.__name__ for one in _TOLD} else None
     raise (kind or Unreachable)(plain_text(answer.message) or "the called peer refused")
 

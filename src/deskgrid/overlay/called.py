@@ -18,7 +18,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from deskgrid.core import frames
-from deskgrid.core.opening import Answer, SeenIds, check_grant, decode_opening, encode_record, is_id, refusal
+from deskgrid.core.opening import Answer, Opening, SeenIds, check_grant, decode_opening, encode_record, is_id, refusal
 from deskgrid.core.paths import PathMemory, Remembered, Step, plan
 from deskgrid.core.trust import Grant
 from deskgrid.errors import Conflict, DeskgridError, Forbidden, ProtocolError, Unreachable
@@ -39,6 +39,8 @@ _MOST_INVITATIONS = 256
 _RECORD_S = 5.0
 _ANSWER_S = 5.0
 _INVITATION_S = 10.0
+_AT_ONCE_S = 0.05
+"""Seconds after which a caller is told that the service is not there yet."""
 _log = structlog.get_logger()
 
 Dial = Callable[[], Awaitable[socket.socket]]
@@ -48,7 +50,9 @@ Dial = Callable[[], Awaitable[socket.socket]]
 class Joined(Protocol):
     """Takes over both sockets: a stream of an incoming call begins."""
 
-    def __call__(self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath) -> None: ...
+    def __call__(
+        self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath, received_bytes: int
+    ) -> None: ...
 
 
 class Callee:
@@ -172,12 +176,14 @@ class Callee:
             _log.debug("no_opening", path=path, reason=str(error)[:200])
             return
         try:
-            grant = self._opened(tls, data, path)
-            local = await self._local(tls, grant.service)
+            opening = decode_opening(data)
+            grant = self._opened(tls, opening, path)
+            local, given = await self._local(tls, grant.service, opening.data)
         except DeskgridError as error:
             _log.info("call_refused", path=path, reason=str(error)[:200])
-            with contextlib.suppress(DeskgridError):
-                await self._answer(tls, refusal(error))
+            if tls.fileno() >= 0:
+                with contextlib.suppress(DeskgridError):
+                    await self._answer(tls, refusal(error))
             tls.close()
             return
         except BaseException:
@@ -191,11 +197,10 @@ class Callee:
             local.close()
             raise
         else:
-            self._joined(tls, local, grant, path)
+            self._joined(tls, local, grant, path, given)
 
-    def _opened(self, tls: ssl.SSLSocket, data: bytes, path: ConnectionPath) -> Grant:
+    def _opened(self, tls: ssl.SSLSocket, opening: Opening, path: ConnectionPath) -> Grant:
         """Check what the caller wants, and that it may have it."""
-        opening = decode_opening(data)
         grant = self._check(opening.grant)
         if who_is(tls) != (grant.source, grant.source_key):
             raise Forbidden("this grant is for another caller")
@@ -209,22 +214,31 @@ class Callee:
             helping.cancel()
         return grant
 
-    async def _local(self, tls: ssl.SSLSocket, service: str) -> socket.socket:
-        """Dial the service, until the caller hangs up."""
+    async def _local(self, tls: ssl.SSLSocket, service: str, data: bytes) -> tuple[socket.socket, int]:
+        """Dial the service, until the caller hangs up; give it what the caller has said already if it is there at once.
+
+        Return the connection and how many bytes it was given.
+        """
         dialling: asyncio.Future[socket.socket] = asyncio.ensure_future(self._offers[service]())
-        leaving = asyncio.ensure_future(wait_readable(tls))
         self._waiting += 1
         try:
-            either: set[asyncio.Future[Any]] = {dialling, leaving}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if leaving.done() and not dialling.done():
-                raise Unreachable("the caller did not wait for the service")
-            return dialling.result()
+            await asyncio.wait({dialling}, timeout=_AT_ONCE_S)
+            if not dialling.done():
+                # From now on nothing is lost for the caller if this PC goes away.
+                await self._answer(tls, Answer(waiting=True))
+                await _unless_left(tls, dialling)
+                return dialling.result(), 0
+            local = dialling.result()
+            await _give(local, data)
+            return local, len(data)
         except OSError as error:
+            await _undo(dialling)
             raise Unreachable(f"the service does not answer: {error.strerror}") from error
+        except BaseException:
+            await _undo(dialling)
+            raise
         finally:
             self._waiting -= 1
-            await _end(leaving, dialling)
 
     async def _answer(self, tls: ssl.SSLSocket, answer: Answer) -> None:
         await send_record(self._endpoint.pumps, tls, encode_record(answer), limit_s=_ANSWER_S)
@@ -246,12 +260,30 @@ class Callee:
         return self._endpoint.clock.monotonic() + self._offset_s
 
 
-async def _end(leaving: asyncio.Future[None], dialling: asyncio.Future[socket.socket]) -> None:
-    leaving.cancel()
-    if not dialling.done():
-        dialling.cancel()
-        with contextlib.suppress(asyncio.CancelledError, DeskgridError, OSError):
-            (await dialling).close()  # it came all the same
+async def _unless_left(tls: ssl.SSLSocket, dialling: asyncio.Future[socket.socket]) -> None:
+    """Wait for the service. Raise Unreachable if the caller hangs up before."""
+    leaving = asyncio.ensure_future(wait_readable(tls))
+    try:
+        either: set[asyncio.Future[Any]] = {dialling, leaving}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not dialling.done():
+            raise Unreachable("the caller did not wait for the service")
+    finally:
+        leaving.cancel()
+
+
+async def _give(local: socket.socket, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            await asyncio.get_running_loop().sock_sendall(local, data)
+    except TimeoutError as error:
+        raise Unreachable("the service takes nothing") from error
+
+
+async def _undo(dialling: asyncio.Future[socket.socket]) -> None:
+    dialling.cancel()
+    with contextlib.suppress(asyncio.CancelledError, DeskgridError, OSError):
+        (await dialling).close()
 
 
 def _is_hexadecimal(text: str) -> bool:

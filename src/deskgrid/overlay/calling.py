@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -16,7 +17,7 @@ from deskgrid.core.paths import Remembered, Step, plan
 from deskgrid.core.trust import Grant
 from deskgrid.errors import DeskgridError, ProtocolError, Unreachable
 from deskgrid.model.overlay import Address, ConnectionPath
-from deskgrid.overlay.dial import ID_BYTES, dial, dial_relay
+from deskgrid.overlay.dial import ID_BYTES, dial, dial_relay, enter_relay
 from deskgrid.overlay.endpoint import GREETING_S, Endpoint
 from deskgrid.overlay.granting import Granted
 from deskgrid.overlay.holes import PUNCH_S, Hole, punch
@@ -78,11 +79,12 @@ class Caller:
                 held.callback(hole.close)
             held.enter_context(endpoint.called_back(connection_id, lambda sock: race.enter_connected(ConnectionPath.REVERSE, sock)))
             held.push_async_callback(race.close)
+            relay = held.enter_context(_Predialled(hub, wanted=self._wants_relay(last)))
             own = endpoint.own_candidates(hub, hole, accepts=ConnectionPath.REVERSE)
             answer = await self._ask(hub, granted, connection_id, own)
             steps = self._steps(own, answer.candidates, hub, last)
             for step in steps:
-                self._enter(race, step, hub, hole, own, answer)
+                self._enter(race, step, relay, hole, own, answer)
             may_come = any(step.path is ConnectionPath.REVERSE for step in steps)
             way = await race.result(_RACE_S, may_come=may_come)
             self._remember(granted.grant, way)
@@ -119,8 +121,12 @@ class Caller:
             may_dial=endpoint.may_dial,
         )
 
+    def _wants_relay(self, last: Remembered | None) -> bool:
+        """Tell whether the relay may well be needed."""
+        return ConnectionPath.RELAYED in self._endpoint.allowed and (last is None or last.path is ConnectionPath.RELAYED)
+
     def _enter(
-        self, race: Race, step: Step, hub: HubConnection, hole: Hole | None, own: Candidates, answer: frames.Accepted
+        self, race: Race, step: Step, relay: _Predialled, hole: Hole | None, own: Candidates, answer: frames.Accepted
     ) -> None:
         address = step.address
         if step.path is ConnectionPath.DIRECT and address is not None:
@@ -128,7 +134,7 @@ class Caller:
         elif step.path is ConnectionPath.PUNCHED and address is not None and hole is not None:
             race.enter_open(step, lambda secured: self._punch(hole, address, secured, own, answer.candidates))
         elif step.path is ConnectionPath.RELAYED:
-            race.enter(step, lambda: dial_relay(hub.address, answer.relay))
+            race.enter(step, lambda: relay.enter(answer.relay))
 
     async def _punch(self, hole: Hole, address: Address, secured: Secure, own: Candidates, other: Candidates) -> ssl.SSLSocket:
         try:
@@ -159,6 +165,39 @@ class Caller:
     def _remember(self, grant: Grant, way: Way) -> None:
         now = self._endpoint.clock.monotonic()
         self._endpoint.memory.worked(grant.target_key, way.path, now=now, address=way.address, rtt_s=way.rtt_s)
+
+
+class _Predialled:
+    """A connection with a hub's relay, made while the hub is asked for the other peer, which saves a round trip."""
+
+    def __init__(self, hub: HubConnection, *, wanted: bool) -> None:
+        self._address = hub.address
+        self._dialling = asyncio.create_task(dial(hub.address)) if wanted else None
+
+    def __enter__(self) -> _Predialled:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._dialling is not None:
+            self._dialling.add_done_callback(_close_result)
+            self._dialling.cancel()
+
+    async def enter(self, token: str) -> socket.socket:
+        """Return it as one end of a relayed stream; a new one if it was used or did not come about. Raise Unreachable."""
+        dialling, self._dialling = self._dialling, None
+        if dialling is None:
+            return await dial_relay(self._address, token)
+        try:
+            sock = await dialling
+        except asyncio.CancelledError:
+            dialling.add_done_callback(_close_result)
+            raise
+        return await enter_relay(sock, token)
+
+
+def _close_result(dialling: asyncio.Task[socket.socket]) -> None:
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result().close()
 
 
 async def _learn(race: Race, held: contextlib.AsyncExitStack) -> None:

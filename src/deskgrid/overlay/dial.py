@@ -23,6 +23,7 @@ __all__ = [
     "dial",
     "dial_back",
     "dial_relay",
+    "enter_relay",
     "new_socket",
     "read_exactly",
     "send_all",
@@ -50,13 +51,19 @@ async def dial_back(address: Address, connection_id: str) -> socket.socket:
 
 
 async def dial_relay(hub: Address, token: str) -> socket.socket:
-    """Connect to a hub's relay and wait for the other end."""
-    async with new_socket(hub) as sock:
-        await connect_to(sock, hub)
+    """Connect to a hub's relay. What is sent waits there for the other end."""
+    sock = await dial(hub)
+    return await enter_relay(sock, token)
+
+
+async def enter_relay(sock: socket.socket, token: str) -> socket.socket:
+    """Make a connection with a hub one end of a relayed stream."""
+    try:
         await send_all(sock, frames.RELAY + bytes.fromhex(token))
-        if await read_exactly(sock, len(frames.PAIRED)) != frames.PAIRED:
-            raise Unreachable("the relay does not keep to its protocol")
-        return sock
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 @contextlib.asynccontextmanager

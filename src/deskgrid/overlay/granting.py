@@ -71,6 +71,11 @@ class Grants:
             found = await self._shared(service, held=True, limit_s=left_s) or found
         return found
 
+    async def look_up(self, service: str) -> str:
+        """Ask once and keep what comes. Return what a service that is not there waits for, "" if it is there. Raise as `ask` does."""
+        found = await self._shared(service, held=False, limit_s=None)
+        return found if isinstance(found, str) else ""
+
     async def close(self) -> None:
         """Stop asking. Idempotent."""
         while self._asking:

@@ -389,11 +389,20 @@ class HubServer:
 
     def _start_leg(self, leg: _Plain) -> None:
         self._legs[leg.number] = leg
-        # A leg that speaks before it is paired does not keep to the protocol; one that closes has gone.
-        asyncio.get_running_loop().add_reader(leg.sock, self._lose_leg, leg)
+        asyncio.get_running_loop().add_reader(leg.sock, self._hear_leg, leg)
         self._handle(LegOpened(leg.number, leg.words[len(frames.RELAY) :]))
 
-    def _lose_leg(self, leg: _Plain) -> None:
+    def _hear_leg(self, leg: _Plain) -> None:
+        """Let what a leg says before it is paired wait in the system's buffer; one that has closed is lost."""
+        try:
+            has_spoken = bool(leg.sock.recv(1, socket.MSG_PEEK))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            has_spoken = False
+        if has_spoken:
+            asyncio.get_running_loop().remove_reader(leg.sock)
+            return
         self._close_leg(leg)
         self._handle(LegClosed(leg.number))
 
@@ -407,8 +416,6 @@ class HubServer:
         legs = [self._legs.pop(number) for number in (effect.first, effect.second)]
         for leg in legs:
             loop.remove_reader(leg.sock)
-            with contextlib.suppress(OSError):  # then the relay finds it broken
-                leg.sock.send(frames.PAIRED)
         settings = self._settings
         first, second = (leg.sock for leg in legs)
         try:

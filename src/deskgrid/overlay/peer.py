@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from deskgrid.core import frames
 from deskgrid.core.backoff import delay_s
-from deskgrid.core.opening import Opening, decode_answer, encode_record
+from deskgrid.core.opening import MOST_DATA_BYTES, Opening, decode_answer, encode_record
 from deskgrid.core.trust import Grant
 from deskgrid.errors import Conflict, DeskgridError, ProtocolError, Unreachable
 from deskgrid.model import wire
@@ -67,6 +67,10 @@ class Calls(Protocol):
     async def remove(self, peer_id: int) -> None:
         """Forget a peer. Raise DeskgridError."""
         ...
+
+
+class _Ambiguous(ProtocolError):
+    """The called peer was lost while it had the program's first bytes: they must not come twice, so it is not tried again."""
 
 
 class _Carried(Struct, frozen=True):
@@ -184,6 +188,13 @@ class Peer:
 
     # calling
 
+    async def look_up(self, service: str) -> str:
+        """Prepare for connections to a service: the first one saves a round trip.
+
+        Return what it waits for if it is not there yet, "" if it is. Raise Forbidden, NotFound, Unreachable.
+        """
+        return await self._grants.look_up(service)
+
     async def connect(
         self, service: str, local: socket.socket, *, wait_s: float = 0.0, connected: Callable[[], None] | None = None
     ) -> Stream:
@@ -212,6 +223,8 @@ class Peer:
         if kept is not None:
             try:
                 return await self._open(service, kept, local, deadline, connected)
+            except _Ambiguous:
+                raise
             except DeskgridError as error:
                 self._grants.drop(service, kept)  # it may have moved, or may not be reached any more: the server knows
                 _log.debug("grant_outdated", service=service, reason=str(error)[:200])
@@ -229,18 +242,38 @@ class Peer:
             raise Conflict("this peer has too many streams")
         pumps = self._endpoint.pumps
         way, connection_id = await self._caller.reach(granted)
-        opening = encode_record(Opening(grant=granted.text, id=connection_id))
+        data = _peek(local)
+        opening = encode_record(Opening(grant=granted.text, id=connection_id, data=data))
         await send_record(pumps, way.tls, opening, limit_s=_ANSWER_S)
-        limit_s = max(deadline - self._clock.monotonic(), _ANSWER_S)
-        answer = await receive_record(pumps, way.tls, limit_s=limit_s)
+        if not await self._answered(way.tls, _ANSWER_S, said=bool(data)):
+            data = b""
+            if not await self._answered(way.tls, max(deadline - self._clock.monotonic(), _ANSWER_S), said=False):
+                way.tls.close()
+                raise ProtocolError("the called peer asks to wait twice")
         try:
-            decode_answer(answer)
             if connected is not None:
                 connected()
         except BaseException:
             way.tls.close()
             raise
-        return self._carry(way.tls, local, granted.grant.target, service, way.path, outgoing=True)
+        if data:
+            with contextlib.suppress(OSError):  # it broke: the stream finds that
+                local.recv(len(data))
+        return self._carry(way.tls, local, granted.grant.target, service, way.path, outgoing=True, sent_bytes=len(data))
+
+    async def _answered(self, tls: ssl.SSLSocket, limit_s: float, *, said: bool) -> bool:
+        """Return whether the service is there, or waited for. `said`: bytes of the program are with the called peer now."""
+        try:
+            answer = await receive_record(self._endpoint.pumps, tls, limit_s=limit_s)
+        except Unreachable as error:
+            if said:
+                raise _Ambiguous(f"{error}; the service may have got what was sent") from error
+            raise
+        try:
+            return decode_answer(answer)
+        except BaseException:
+            tls.close()
+            raise
 
     async def _ask_grant(self, service: str, wait_s: float) -> wire.GrantAnswer:
         if self._answer is None:
@@ -252,15 +285,24 @@ class Peer:
     def _invited(self, hub: HubConnection, invite: frames.Invite) -> None:
         self._callee.invited(hub, invite)
 
-    def _called(self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath) -> None:
-        self._carry(tls, local, grant.source, grant.service, path, outgoing=False)
+    def _called(self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath, received_bytes: int) -> None:
+        self._carry(tls, local, grant.source, grant.service, path, outgoing=False, received_bytes=received_bytes)
 
     # streams
 
     def _carry(
-        self, tls: ssl.SSLSocket, local: socket.socket, peer: str, service: str, path: ConnectionPath, *, outgoing: bool
+        self,
+        tls: ssl.SSLSocket,
+        local: socket.socket,
+        peer: str,
+        service: str,
+        path: ConnectionPath,
+        *,
+        outgoing: bool,
+        sent_bytes: int = 0,
+        received_bytes: int = 0,
     ) -> Stream:
-        stream = Stream(self._endpoint.pumps, tls, local)
+        stream = Stream(self._endpoint.pumps, tls, local, sent_bytes=sent_bytes, received_bytes=received_bytes)
         self._carried[stream] = _Carried(stream, service, peer, outgoing, path, self._clock.now())
         if self._background.start(self._watch(stream)) is None:
             self._carried.pop(stream)
@@ -372,6 +414,15 @@ class Peer:
         except (DeskgridError, TimeoutError) as error:
             _log.info("goodbye_not_heard", peer=self.name, error=str(error)[:200])
         self._answer = None
+
+
+def _peek(local: socket.socket) -> bytes:
+    """Return what a program has said already, which stays in the system's buffer."""
+    local.setblocking(False)
+    try:
+        return local.recv(MOST_DATA_BYTES, socket.MSG_PEEK)
+    except OSError:  # nothing, or it broke: the stream finds that
+        return b""
 
 
 def _compared(connections: tuple[Connection, ...]) -> tuple[Connection, ...]:

@@ -142,14 +142,13 @@ class HubConnection:
     async def _run(self, parser: FrameReader, messages: list[Message], ping_s: float) -> None:
         """Take what the hub sends until the connection ends."""
         pinging = asyncio.create_task(self._ping(ping_s))
-        reason = "closed"
         try:
             while True:
                 for message in messages:
                     self._take(message)
                 messages = await self._receive(parser)
         except (DeskgridError, OSError) as error:
-            reason = str(error)
+            _log.info("lost_hub", hub=self.hub.name, reason=str(error)[:300])
         finally:
             pinging.cancel()
             self.ended.set()
@@ -157,7 +156,6 @@ class HubConnection:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(Unreachable(f"the connection to {self.hub.name} broke"))
-            _log.info("left_hub", hub=self.hub.name, reason=reason[:300])
 
     def _take(self, message: Message) -> None:
         match message:

@@ -156,8 +156,10 @@ class Stream:
         "sent_bytes",
     )
 
-    def __init__(self, pumps: Pumps, tls: ssl.SSLSocket, local: socket.socket) -> None:
-        """Take over both sockets and start."""
+    def __init__(
+        self, pumps: Pumps, tls: ssl.SSLSocket, local: socket.socket, *, sent_bytes: int = 0, received_bytes: int = 0
+    ) -> None:
+        """Take over both sockets and start. So many bytes have been carried already."""
         self._tls, self._local = tls, local
         self._tls_fd, self._local_fd = tls.fileno(), local.fileno()
         self._ended: Outcome[str] = Outcome()
@@ -170,9 +172,9 @@ class Stream:
         self._out_ended = False  # the program's end of data was read
         self._in_shut = False  # the peer's was given to the program
         self._local_hung = self._tls_hung = self._peer_gone = self._farewell = False
-        self.sent_bytes = 0
+        self.sent_bytes = sent_bytes
         """What the local program sent."""
-        self.received_bytes = 0
+        self.received_bytes = received_bytes
         """What came for it."""
         for sock in (tls, local):
             sock.setblocking(False)

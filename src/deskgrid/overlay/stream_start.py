@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from deskgrid.core.opening import MAX_RECORD_BYTES
 from deskgrid.errors import DeskgridError, ProtocolError, Unreachable
 from deskgrid.overlay.pump import READ, WRITE, Outcome, Pump, Pumps, Timer
 
@@ -66,7 +67,7 @@ async def send_record(pumps: Pumps, tls: ssl.SSLSocket, data: bytes, *, limit_s:
     await _run(pumps, tls, write, limit_s)
 
 
-async def receive_record(pumps: Pumps, tls: ssl.SSLSocket, *, limit_s: float, max_bytes: int = 16384) -> bytes:
+async def receive_record(pumps: Pumps, tls: ssl.SSLSocket, *, limit_s: float, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """Return the next record. Closes `tls` on failure and on cancellation.
 
     Raise as `secure` does; ProtocolError also for a record that is longer than `max_bytes`.

@@ -16,7 +16,7 @@ import pytest
 
 from deskgrid.core import frames
 from deskgrid.core.frames import Candidates
-from deskgrid.core.opening import Opening, decode_answer, encode_record
+from deskgrid.core.opening import MAX_RECORD_BYTES, MOST_DATA_BYTES, Opening, decode_answer, encode_record
 from deskgrid.core.trust import Grant, sign_grant
 from deskgrid.errors import Conflict, DeskgridError, Forbidden, NotFound, ProtocolError, Unreachable
 from deskgrid.model.overlay import Address, Hub
@@ -152,7 +152,13 @@ def _claims(scene: Scene) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "record", [b"", b"{}", b"[]", b"\xff" * 100, b'{"grant": "x.y", "id": "zz"}', b'{"grant": 1, "id": 2}', b"[" * 16_000]
+    "record",
+    [
+        *(b"", b"{}", b"[]", b"\xff" * 100, b'{"grant": "x.y", "id": "zz"}', b'{"grant": 1, "id": 2}', b"[" * 16_000),
+        encode_record(Opening(grant="x.y", id="0" * 32, data=bytes(MOST_DATA_BYTES + 1))),
+        b'{"grant": "x.y", "id": "00000000000000000000000000000000", "data": "no base64"}',
+        bytes(MAX_RECORD_BYTES + 1),
+    ],
 )
 async def test_a_first_record_that_is_none_is_refused(scene: Scene, record: bytes) -> None:
     with pytest.raises(DeskgridError):

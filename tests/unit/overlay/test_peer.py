@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from deskgrid.errors import DeskgridError, Forbidden, NotFound, Unreachable
+from deskgrid.core.opening import MOST_DATA_BYTES, Answer
+from deskgrid.errors import DeskgridError, Forbidden, NotFound, ProtocolError, Unreachable
 from deskgrid.model.overlay import ConnectionPath
+from deskgrid.overlay.called import Callee
 from deskgrid.overlay.peer import Dial, Peer
 from deskgrid.settings import PeerSettings
 from tests.unit.overlay.small_grid import CallsOf, SmallGrid, echo_service, exchange, pair
@@ -164,6 +168,70 @@ async def test_a_service_that_starts_later_is_waited_for(grid: SmallGrid, echo: 
     await dialled.wait()
     started.set()
     assert await talking is ConnectionPath.RELAYED
+
+
+@pytest.mark.parametrize("size", [1, MOST_DATA_BYTES, 100_000])
+@pytest.mark.parametrize("late_s", [0.0, 0.2])
+async def test_what_a_program_said_before_its_service_was_reached_comes_first_and_once(
+    grid: SmallGrid, echo: Dial, size: int, late_s: float
+) -> None:
+    async def late() -> socket.socket:
+        await asyncio.sleep(late_s)
+        return await echo()
+
+    caller, _ = await two(grid, late)
+    local, program = await pair()
+    said = random.Random(size).randbytes(size)
+    with program:
+        await asyncio.get_running_loop().sock_sendall(program, said)
+        stream = await caller.connect("echo.b", local, wait_s=5)
+        assert await exchange(program, b"more") == said + b"more"
+        assert await stream.wait_closed() == "finished"
+    assert (stream.sent_bytes, stream.received_bytes) == (size + 4, size + 4)
+
+
+class Loser:
+    """Stands in for what answers a caller: the connection breaks instead, the first time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lost = 0
+        self._answer = Callee._answer
+        loser = self
+
+        async def lose(callee: Callee, tls: ssl.SSLSocket, answer: Answer) -> None:
+            if loser.lost:
+                await loser._answer(callee, tls, answer)
+            else:
+                loser.lost += 1
+                tls.close()
+                raise Unreachable("lost")
+
+        monkeypatch.setattr(Callee, "_answer", lose)
+
+
+async def test_first_bytes_that_may_have_arrived_are_not_sent_again(
+    grid: SmallGrid, echo: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, _ = await two(grid, echo)
+    loser = Loser(monkeypatch)
+    local, program = await pair()
+    with local, program:
+        program.send(b"pay")
+        with pytest.raises(ProtocolError, match="may have got"):
+            await caller.connect("echo.b", local, wait_s=30)
+    assert loser.lost == 1
+
+
+async def test_a_called_peer_lost_before_anything_was_said_is_tried_again(
+    grid: SmallGrid, echo: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, _ = await two(grid, echo)
+    loser = Loser(monkeypatch)
+    local, program = await pair()
+    with program:
+        await caller.connect("echo.b", local, wait_s=30)
+        assert await exchange(program, b"hello") == b"hello"
+    assert loser.lost == 1
 
 
 async def test_a_caller_that_gives_up_ends_the_wait_for_its_service(grid: SmallGrid, echo: Dial) -> None:
