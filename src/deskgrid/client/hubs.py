@@ -36,6 +36,7 @@ from deskgrid.settings import HubSettings
 __all__ = ["HubProgram", "join_here", "run_hub"]
 
 A = TypeVar("A")
+_LEAVE_S = 3.0
 _FIRST_RETRY_S, _LAST_RETRY_S = 1.0, 60.0
 _log = structlog.get_logger("deskgrid.hub")
 
@@ -114,6 +115,7 @@ class HubProgram:
                 await self._clock.sleep(self._pause_s(failures))
         finally:
             if self._hub is not None:
+                await self._leave()
                 await self._hub.close()
 
     def _pause_s(self, failures: int) -> float:
@@ -124,18 +126,25 @@ class HubProgram:
 
     async def _renew(self, listener: socket.socket) -> bool:
         """Tell the server that the hub is there, and use what it answers. Return whether that worked."""
-        peers = self._hub.peers if self._hub is not None else 0
         try:
-            answer = await self._server.call(
-                wire.RENEW_HUB, wire.RenewHub(key=self._public_pem, address=self._address, peers=peers)
-            )
-            await self._use(answer, listener)
+            await self._use(await self._tell(), listener)
         except Unauthenticated:
             raise
         except DeskgridError as error:
             _log.warning("the hub was not renewed", error=str(error))
             return False
         return True
+
+    async def _leave(self) -> None:
+        """Have nobody sent here any more."""
+        with contextlib.suppress(DeskgridError, TimeoutError):
+            async with asyncio.timeout(_LEAVE_S):
+                await self._tell(leaving=True)
+
+    async def _tell(self, *, leaving: bool = False) -> wire.HubAnswer:
+        peers = self._hub.peers if self._hub is not None else 0
+        request = wire.RenewHub(key=self._public_pem, address=self._address, peers=peers, leaving=leaving)
+        return await self._server.call(wire.RENEW_HUB, request)
 
     async def _use(self, answer: wire.HubAnswer, listener: socket.socket) -> None:
         if answer.lifetime_s <= 0:

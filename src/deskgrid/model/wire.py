@@ -363,6 +363,8 @@ class RenewHub(Struct, frozen=True, kw_only=True):
     """HOST:PORT that peers dial."""
     peers: int
     """Registered now."""
+    leaving: bool = False
+    """It ends now: nobody is to be sent there."""
 
 
 class HubAnswer(Struct, frozen=True, kw_only=True):

@@ -125,6 +125,16 @@ async def test_a_hub_goes_on_while_the_server_is_away_and_comes_back_soon(play: 
     await play.until(lambda: len(play.server.asked) > before)
 
 
+async def test_a_hub_that_ends_in_good_order_says_so(play: Play):
+    await play.start()
+    await play.until(lambda: play.ready)
+    assert play.task is not None
+    play.task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await play.task
+    assert [request.leaving for request in play.server.asked] == [False, True]
+
+
 async def test_a_hub_that_was_removed_ends(play: Play):
     await play.start()
     await play.until(lambda: play.ready)

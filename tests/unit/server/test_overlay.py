@@ -665,6 +665,16 @@ async def test_hub_joins_renews_and_is_told_to_peers_while_it_is_alive(grid: Tes
         assert await people.hubs() == (wire.HubDetail(hub=hub, label="north", peers=0, alive=False),)
 
 
+async def test_nobody_is_sent_to_a_hub_that_leaves(grid: TestGrid):
+    admin = await grid.admin()
+    renewal = wire.RenewHub(key=Key().pem, address="hub.example.org:8471", peers=7)
+    async with Transport(await grid.hub()) as transport, program(admin) as user:
+        await transport.call(wire.RENEW_HUB, renewal)
+        assert len((await user.register()).hubs) == 1
+        await transport.call(wire.RENEW_HUB, msgspec.structs.replace(renewal, leaving=True))
+        assert (await user.register()).hubs == ()
+
+
 @pytest.mark.parametrize("address", ["", "hub", "hub:0", "hub:65536", "0.0.0.0:1", "[::]:1", "a b:1", "x" * 400 + ":1", "-a:1"])
 async def test_hub_that_nobody_could_dial_is_refused(grid: TestGrid, address: str):
     async with Transport(await grid.hub()) as transport:

@@ -35,9 +35,13 @@ async def renew_hub(services: Services, call: Call[wire.RenewHub], _http: HttpRe
         raise ValueError("a hub's token names its hub")
     hub_id, wanted, lifetime_s = call.caller.hub_id, call.body, services.settings.peer_s
     key = read_peer_key(wanted.key)
-    await services.store.write(
-        lambda tx: hubs.renew_hub(tx, hub_id, key=key.hash, address=wanted.address, peers=wanted.peers, lifetime_s=lifetime_s)
-    )
+
+    def renew(tx: Transaction) -> None:
+        hubs.renew_hub(tx, hub_id, key=key.hash, address=wanted.address, peers=wanted.peers, lifetime_s=lifetime_s)
+        if wanted.leaving:
+            hubs.end_hub(tx, hub_id)
+
+    await services.store.write(renew)
     now = services.clock.now()
     return wire.HubAnswer(
         name=hub_peer(hub_id),
