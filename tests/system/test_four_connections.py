@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from deskgrid.testing.natlab import Nat, NatLab
-from tests.system.harness import until
+from tests.system.cage import inside
 from tests.system.lab import LabGrid
 from tests.system.talk import started
 
@@ -81,13 +81,6 @@ class Site:
         self.source = grid.folder / "source"
         self.source.write_bytes(os.urandom(SIZE_BYTES))
         self.sent = digest(self.source)
-
-    def inside(self, worker: str) -> tuple[str, ...]:
-        """Return what to write in front of a command to run it in the cage of the worker's only machine."""
-        machines = until(lambda: [p for p in self.grid.machines(worker) if "plan.json" in os.listdir(p.cwd())], what="a machine")
-        pid = next(p.pid for p in machines if any("fake_machine" in word for word in p.cmdline()))
-        user = () if os.geteuid() == 0 else ("-U", "--preserve-credentials")
-        return ("nsenter", "-t", str(pid), "-n", *user)
 
     def run(self, *command: str | Path, where: tuple[str, ...]) -> str:
         done = subprocess.run(
@@ -163,7 +156,7 @@ def test_the_four_connections(site: Site):
         offers = {"network": '"overlay"', "offer": '["dav:8080", "ssh:2222"]', "reach": '{ site = "web.user:8000" }', "cpus": "2"}
         server = grid.submit("listening = [8080, 2222]\nhangs = true\n", name="server", **offers)
         grid.wait_for(server, "active", ["running"])
-        cage = site.inside("pc")
+        cage = inside(site.grid)
         with site.started(*site.httpd(), where=cage), site.started(*site.sshd(), where=cage):
             use_webdav_from_the_users_pc(site, server)
             fetch_from_the_users_pc(site, cage)
@@ -193,7 +186,7 @@ def fetch_from_another_job(site: Site, server: int) -> None:
     site.grid.add_worker_at(site.grid.lab.sites["b"][-1], "pc2")
     client = site.grid.submit("hangs = true\n", name="client", network='"overlay"', reach=f'{{ dav = "dav.job-{server}:80" }}')
     site.grid.wait_for(client, "active", ["running"])
-    site.run("wget", "-q", "-O", site.folder / "copied", "http://10.64.1.1:80/data/source", where=site.inside("pc2"))
+    site.run("wget", "-q", "-O", site.folder / "copied", "http://10.64.1.1:80/data/source", where=inside(site.grid, "pc2"))
     assert digest(site.folder / "copied") == site.sent
 
 

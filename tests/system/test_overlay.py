@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from deskgrid.client.transport import load_credentials
+from tests.system.cage import inside
 from tests.system.harness import Program, System, until
 from tests.system.talk import answered, dial, echo_server, started
 
@@ -149,24 +150,21 @@ def test_job_dials_the_server_through_its_cage(grid: System):
     """TLS of the server itself, seen from inside the cage at the address of the doorway."""
     job = grid.submit("hangs = true\n", network='"overlay"', reach='{ grid = "api.server" }')
     grid.wait_for(job, "active", ["running"])
-    machine = until(lambda: [p for p in grid.machines() if any("fake_machine" in word for word in p.cmdline())], what="a machine")[
-        0
-    ]
     script = (
         "import socket, ssl; c = ssl.create_default_context(); c.check_hostname = False; c.verify_mode = ssl.CERT_NONE;"
         "s = c.wrap_socket(socket.create_connection(('10.64.1.1', 8470), 30), server_hostname='server.deskgrid');"
         "s.sendall(b'GET /v1/grid HTTP/1.1\\r\\nHost: grid\\r\\nConnection: close\\r\\n\\r\\n');"
         "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())"
     )
-    inside = ["nsenter", "-t", str(machine.pid), "-U", "-n", "--preserve-credentials", sys.executable, "-c", script]
+    command = [*inside(grid), sys.executable, "-c", script]
 
     def asked() -> bool:
-        done = subprocess.run(inside, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         return '"wire"' in done.stdout
 
     until(asked, what="the server answers inside the cage")
     outside = script.replace("10.64.1.1", "127.0.0.1").replace("8470", grid.address.rpartition(":")[2])
-    done = subprocess.run([*inside[:-1], outside], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*command[:-1], outside], capture_output=True, text=True, timeout=60, check=False)
     assert "refused" in done.stderr
 
 

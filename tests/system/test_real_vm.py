@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -160,21 +161,29 @@ def test_kill_storm_on_a_real_virtual_machine_leaves_nothing(vm_system: System, 
 
 TALK = """
 wget -q -O fetched http://site:8000/ || exit 1
-cat /context/services.json
+wget -q -O fetched-at-localhost http://localhost:8000/ || exit 2
+cp /run/deskgrid/services.json services.json
 env | grep DESKGRID_ | sort
 mkdir www && echo "page of job $DESKGRID_JOB" > www/index.html
 httpd -f -p 8080 -h /scratch/www &
+until wget -q -O own-at-localhost http://localhost:8080/; do sleep 1; done
+wget -q -O fetched-at-own-port http://taken:8080/ || exit 3
 while [ ! -e /scratch/stop ]; do sleep 1; done
 """
 
 
 def test_programs_in_a_virtual_machine_talk_to_the_user_and_back(vm_system: System):
-    """wget in the machine from the user's PC; the machine's web server from the user's PC; ssh, scp and rsync into the machine."""
+    """wget in the machine from the user's PC, by name, and at localhost where the port is free; the machine's web server from the
+    user's PC; ssh, scp and rsync into the machine."""
     (vm_system.folder / "site").mkdir()
     (vm_system.folder / "site" / "index.html").write_text("from the user's PC\n")
     with serve_folder(vm_system.folder / "site") as port:
         started(vm_system, "offer", "web", str(port))
-        network = {"network": '"overlay"', "offer": '["web:8080", "ssh:22"]', "reach": '{ site = "web.user:8000" }'}
+        network = {
+            "network": '"overlay"',
+            "offer": '["web:8080", "ssh:22"]',
+            "reach": '{ site = "web.user:8000", taken = "web.user:8080" }',
+        }
         vm_system.cli("job", "submit", vm_job(vm_system, TALK, disk='"tiny"', **network))
         _, ready = started(vm_system, "connect", "web.job-1")
         assert b"page of job 1" in answered(ready["address"], b"GET / HTTP/1.0\r\n\r\n"), vm_system.logs()
@@ -189,6 +198,11 @@ def test_programs_in_a_virtual_machine_talk_to_the_user_and_back(vm_system: Syst
         vm_system.cli("ssh", "job-1", "touch", "/scratch/stop")
         vm_system.wait_for(1, "completed", limit_s=LIMIT_S)
     vm_system.cli("job", "results", "1", "-o", vm_system.folder / "out")
-    assert (vm_system.folder / "out" / "fetched").read_text() == "from the user's PC\n"
+    out = vm_system.folder / "out"
+    for name in ("fetched", "fetched-at-localhost", "fetched-at-own-port"):
+        assert (out / name).read_text() == "from the user's PC\n", name
+    assert (out / "own-at-localhost").read_text() == "page of job 1\n"
+    reached = json.loads((out / "services.json").read_text())["reach"]
+    assert {name: service.get("localhost", False) for name, service in reached.items()} == {"site": True, "taken": False}
     assert "DESKGRID_SITE=site:8000" in vm_system.cli("job", "logs", "1").stdout
     vm_system.nothing_left(limit_s=LIMIT_S)

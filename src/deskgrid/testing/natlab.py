@@ -21,7 +21,6 @@ import ctypes
 import fcntl
 import os
 import selectors
-import socket
 import struct
 import subprocess
 import sys
@@ -36,7 +35,7 @@ __all__ = ["Host", "Nat", "NatLab"]
 _GATEWAY = "9.9.1.254"
 _NEWNET = 0x40000000
 _TUNSETIFF, _TUN, _NO_PACKET_INFORMATION = 0x400454CA, 0x0001, 0x1000
-_TUN_MTU = 65_000
+_TUN_MTU, _TUN_QUEUE = 65_000, 10_000
 _LIMIT_S = 20.0
 
 
@@ -152,8 +151,10 @@ class NatLab:
             self._delayed_link(host, link, delay_s)
         else:
             self.core.run("ip", "link", "add", link, "type", "veth", "peer", "name", "ext", "netns", str(host.holder.pid))
+        # By netlink: the ioctl for the length of the queue is for root of the whole machine only.
+        size = ("mtu", str(_TUN_MTU), "txqueuelen", str(_TUN_QUEUE)) if delay_s else ()
         for where, device in ((self.core, link), (host, "ext")):
-            where.run("ip", "link", "set", device, "up")
+            where.run("ip", "link", "set", device, "up", *size)
         host.run("ip", "addr", "add", f"{host.address}/32", "dev", "ext")
         host.run("ip", "route", "add", _GATEWAY, "dev", "ext")
         host.run("ip", "route", "add", "default", "via", _GATEWAY, "dev", "ext")
@@ -284,9 +285,6 @@ def _tun(pid: int, name: str) -> int:
             raise OSError(ctypes.get_errno(), "setns")
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TUN | _NO_PACKET_INFORMATION))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-            fcntl.ioctl(any_socket, 0x8922, struct.pack("16si20x", name.encode(), _TUN_MTU))  # SIOCSIFMTU
-            fcntl.ioctl(any_socket, 0x8943, struct.pack("16si20x", name.encode(), 10_000))  # SIOCSIFTXQLEN
         libc.setns(ours.fileno(), _NEWNET)
     return device
 
