@@ -20,6 +20,7 @@ from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, make_reporter, pri
 from deskgrid.errors import InvalidInput
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.machines import ContextLabel
+from deskgrid.units import parse_size
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
@@ -36,9 +37,11 @@ def cache_folder() -> Path:
 
 @app.command
 async def build(
-    template: Literal["tiny"],
+    template: Literal["tiny", "debian"],
     /,
     *,
+    packages: str = "",
+    size: str = "",
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     json: Json = False,
 ) -> None:
@@ -48,24 +51,62 @@ async def build(
 
         deskgrid disk build tiny
         deskgrid disk build tiny --output tiny.iso
+        deskgrid disk build debian --packages apache2,gnuplot-nox --size 8GiB
 
     Parameters
     ----------
     template
         Which one: tiny is a kernel, busybox and the agent, and boots in seconds.
+        debian has systemd, ssh, rsync, cloud-init, and what is installed besides.
+    packages
+        What to install in debian besides, with commas between.
+    size
+        Of the disk of debian, 4GiB by default; what is not used takes no room.
     output
-        File to write, .qcow2 or .iso; ./TEMPLATE.qcow2 by default.
+        File to write, .qcow2 (or .iso for tiny); ./TEMPLATE.qcow2 by default.
     """
     file = output or Path(f"{template}.qcow2")
-    if file.suffix not in (".qcow2", ".iso"):
-        raise InvalidInput(f"{file.name} has neither suffix", where="--output", hint="name a file .qcow2 or .iso")
-    with make_reporter(json) as reporter, tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
-        built = await _build_tiny(Path(folder), reporter)
-        await asyncio.to_thread(_put_in_place, built[file.suffix], file)
+    _check_output(file, (".qcow2", ".iso") if template == "tiny" else (".qcow2",))
+    with make_reporter(json) as reporter:
+        if template == "tiny":
+            _refuse_for_tiny(packages=packages, size=size)
+            with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
+                built = await _build_tiny(Path(folder), reporter)
+                await asyncio.to_thread(_put_in_place, built[file.suffix], file)
+        else:
+            await _build_debian(file, packages, size, reporter)
     if json:
         print_json({"template": template, "file": str(file), "size_bytes": file.stat().st_size})
     else:
         print_lines(str(file))
+
+
+def _check_output(file: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse what cannot be written before minutes are spent on it."""
+    if file.suffix not in suffixes:
+        wanted = " or ".join(suffixes)
+        raise InvalidInput(f"{file.name} does not end in {wanted}", where="--output", hint=f"name a file {wanted}")
+    if file.is_dir() or not file.parent.is_dir():
+        raise InvalidInput(f"{file} is no file that can be written", where="--output", hint="name a file in a folder that exists")
+
+
+def _refuse_for_tiny(**options: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise InvalidInput(
+                "tiny is always the same", where=f"--{name}", hint="for packages or a size: deskgrid disk build debian"
+            )
+
+
+async def _build_debian(file: Path, packages: str, size: str, reporter: Reporter) -> None:
+    from deskgrid.templates.debian import DEFAULT_SIZE_BYTES, debian_recipe
+    from deskgrid.templates.debian_disk import build_disk
+
+    names = [name.strip() for name in packages.split(",") if name.strip()]
+    recipe = debian_recipe(names, size_bytes=parse_size(size) if size else DEFAULT_SIZE_BYTES)
+    phase = reporter.begin("build the debian disk")
+    cache = cache_folder() / "templates" / "debian"
+    await asyncio.to_thread(build_disk, file, cache, recipe, lambda stage, _fraction: phase.note(stage))
 
 
 async def _build_tiny(folder: Path, reporter: Reporter) -> dict[str, Path]:
@@ -115,7 +156,8 @@ async def publish(file: Path, /, *, name: str | None = None, public: bool = Fals
     For example:
 
         deskgrid disk publish tiny.qcow2 --name tiny --public --agent
-        deskgrid disk publish debian-12-nocloud.qcow2 --name debian
+        deskgrid disk publish debian.qcow2 --name debian --agent
+        deskgrid disk publish debian-12-nocloud.qcow2 --name cloud
 
     Parameters
     ----------

@@ -1,0 +1,2 @@
+#!/bin/sh
+exec wget -q http://dav/data.bin

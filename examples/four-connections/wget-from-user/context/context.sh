@@ -1,0 +1,2 @@
+#!/bin/sh
+exec wget -q http://site:8000/data.bin

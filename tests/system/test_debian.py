@@ -1,0 +1,120 @@
+"""The Debian disk as a user makes and uses it: built by the command, published, booted in real virtual machines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deskgrid.testing.tiny_template import template_cache
+from tests.system.harness import System, until
+
+# The disk is built by the command, then each job boots a whole distribution, in software emulation.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
+LIMIT_S = 300.0
+
+SCRIPT = """
+. /etc/os-release
+echo "hello from $ID $VERSION_ID, $(hostname)"
+echo oops >&2
+pwd
+ls /dev/hda /dev/hdb /dev/hdd
+cat /context/input.txt /made-by-user-data 2>/dev/null
+python3 -c 'import cloudinit' && for program in rsync socat wget bc; do command -v "$program"; done
+echo '6 * 7' | bc >answer
+systemctl --failed --no-legend --plain
+"""
+PRINTED = """\
+hello from debian 12, %s
+/scratch
+/dev/hda
+/dev/hdb
+/dev/hdd
+from the user
+%s/usr/bin/rsync
+/usr/bin/socat
+/usr/bin/wget
+/usr/bin/bc
+"""
+OWN_USER_DATA = """\
+#cloud-config
+write_files:
+  - path: /made-by-user-data
+    content: "by the user's own user-data\\n"
+"""
+TALK = """
+{ echo "page of job $DESKGRID_JOB"; cat /context/services.json; } >page
+until [ -e /scratch/stop ]; do sleep 1; done
+cat /scratch/synced/file
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The disk, with a package besides, as the command builds it from the packages of our cache."""
+    disk = tmp_path_factory.mktemp("debian") / "debian.qcow2"
+    command = [sys.executable, "-m", "deskgrid", "disk", "build", "debian", "--packages", "bc", "--size", "3GiB", "-o", str(disk)]
+    subprocess.run(command, env=dict(os.environ, DESKGRID_CACHE=str(template_cache().parent)), timeout=1500, check=True)
+    return disk
+
+
+@pytest.fixture
+def vm_system(system: System, tmp_path: Path) -> Iterator[System]:
+    """A grid with one QEMU worker."""
+    system.environment["DESKGRID_CACHE"] = str(tmp_path / "cache")
+    system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
+    yield system
+    system.nothing_left(limit_s=LIMIT_S)
+
+
+def publish(system: System, disk: Path, *, agent: bool) -> str:
+    """Publish the disk for our agent or for cloud-init; return its name."""
+    name = "debian" if agent else "cloud"
+    system.cli("disk", "publish", disk, "--name", name, *(["--agent"] if agent else []))
+    return name
+
+
+def job_of(system: System, script: str, disk: str, user_data: str = "", **machine: str) -> Path:
+    file = system.job_file(**{"disk": f'"{disk}"', "scratch": '"1GiB"', "memory": '"512MiB"', **machine}, limits="attempts = 1")
+    context = file.parent / "context"
+    (context / "context.sh").write_text(script)
+    (context / "input.txt").write_text("from the user\n")
+    if user_data:
+        (context / "user-data").write_text(user_data)
+    return file
+
+
+def test_job_runs_in_the_debian_disk_and_its_results_come_back(vm_system: System, built: Path) -> None:
+    job = job_of(vm_system, SCRIPT, publish(vm_system, built, agent=True))
+    vm_system.cli("run", job, "-o", vm_system.folder / "out")
+    assert vm_system.cli("job", "logs", "1").stdout == PRINTED % ("debian", "")
+    assert vm_system.cli("job", "logs", "1", "--stderr").stdout == "oops\n"
+    assert (vm_system.folder / "out" / "answer").read_text() == "42\n"
+
+
+def test_cloud_init_runs_the_users_own_user_data_which_need_not_run_the_agent(vm_system: System, built: Path) -> None:
+    job = job_of(vm_system, SCRIPT, publish(vm_system, built, agent=False), OWN_USER_DATA)
+    vm_system.cli("run", job, "-o", vm_system.folder / "out")
+    assert vm_system.cli("job", "logs", "1").stdout == PRINTED % ("job-1-attempt-1", "by the user's own user-data\n")
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "cloud-init"])
+def test_ssh_scp_and_rsync_reach_the_machine_through_the_overlay(vm_system: System, built: Path, agent: bool) -> None:
+    job = job_of(vm_system, TALK, publish(vm_system, built, agent=agent), network='"overlay"', offer='["ssh:22"]')
+    vm_system.cli("job", "submit", job)
+    assert vm_system.cli("ssh", "job-1", "id -un; cat /scratch/page; exit 7", expect=7).stdout.startswith("root\npage of job 1\n")
+    (vm_system.folder / "folder").mkdir()
+    (vm_system.folder / "folder" / "file").write_bytes(b"synced by rsync\n")
+    (vm_system.folder / "big").write_bytes(os.urandom(1_000_000))
+    vm_system.cli("scp", "big", "job-1:/scratch/big")
+    vm_system.cli("scp", "job-1:/scratch/big", "back")
+    assert (vm_system.folder / "back").read_bytes() == (vm_system.folder / "big").read_bytes()
+    rsync = ["rsync", "-e", f"{sys.executable} -m deskgrid ssh", "-a", "folder/", "job-1:/scratch/synced/"]
+    subprocess.run(rsync, cwd=vm_system.folder, env=vm_system.environment, timeout=120, check=True)
+    vm_system.cli("ssh", "job-1", "touch", "/scratch/stop")
+    vm_system.wait_for(1, "completed", limit_s=LIMIT_S)
+    until(lambda: "synced by rsync" in vm_system.cli("job", "logs", "1").stdout, what="the copy was seen in the machine")
