@@ -50,9 +50,7 @@ Dial = Callable[[], Awaitable[socket.socket]]
 class Joined(Protocol):
     """Takes over both sockets: a stream of an incoming call begins."""
 
-    def __call__(
-        self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath, received_bytes: int
-    ) -> None: ...
+    def __call__(self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath, received: bytes) -> None: ...
 
 
 class Callee:
@@ -178,7 +176,7 @@ class Callee:
         try:
             opening = decode_opening(data)
             grant = self._opened(tls, opening, path)
-            local, given = await self._local(tls, grant.service, opening.data)
+            local, received = await self._local(tls, grant.service, opening.data)
         except DeskgridError as error:
             _log.info("call_refused", path=path, reason=str(error)[:200])
             if tls.fileno() >= 0:
@@ -197,7 +195,7 @@ class Callee:
             local.close()
             raise
         else:
-            self._joined(tls, local, grant, path, given)
+            self._joined(tls, local, grant, path, received)
 
     def _opened(self, tls: ssl.SSLSocket, opening: Opening, path: ConnectionPath) -> Grant:
         """Check what the caller wants, and that it may have it."""
@@ -214,10 +212,11 @@ class Callee:
             helping.cancel()
         return grant
 
-    async def _local(self, tls: ssl.SSLSocket, service: str, data: bytes) -> tuple[socket.socket, int]:
-        """Dial the service, until the caller hangs up; give it what the caller has said already if it is there at once.
+    async def _local(self, tls: ssl.SSLSocket, service: str, data: bytes) -> tuple[socket.socket, bytes]:
+        """Dial the service, until the caller hangs up. Return the connection, and what is to be said there first: `data` if the
+        service is there at once.
 
-        Return the connection and how many bytes it was given.
+        It is said only after the caller was told yes, so that who is refused may try again.
         """
         dialling: asyncio.Future[socket.socket] = asyncio.ensure_future(self._offers[service]())
         self._waiting += 1
@@ -227,10 +226,8 @@ class Callee:
                 # From now on nothing is lost for the caller if this PC goes away.
                 await self._answer(tls, Answer(waiting=True))
                 await _unless_left(tls, dialling)
-                return dialling.result(), 0
-            local = dialling.result()
-            await _give(local, data)
-            return local, len(data)
+                return dialling.result(), b""
+            return dialling.result(), data
         except OSError as error:
             await _undo(dialling)
             raise Unreachable(f"the service does not answer: {error.strerror}") from error
@@ -270,14 +267,7 @@ async def _unless_left(tls: ssl.SSLSocket, dialling: asyncio.Future[socket.socke
             raise Unreachable("the caller did not wait for the service")
     finally:
         leaving.cancel()
-
-
-async def _give(local: socket.socket, data: bytes) -> None:
-    try:
-        async with asyncio.timeout(_ANSWER_S):
-            await asyncio.get_running_loop().sock_sendall(local, data)
-    except TimeoutError as error:
-        raise Unreachable("the service takes nothing") from error
+        await asyncio.wait({leaving})  # it watches a file number, which is another socket's once this one is closed
 
 
 async def _undo(dialling: asyncio.Future[socket.socket]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import socket
 import ssl
+from collections.abc import Iterator
 
 import structlog
 
@@ -33,6 +34,8 @@ _log = structlog.get_logger()
 _ANSWER_S = 10.0
 _RACE_S = 10.0
 _AT_ONCE_LEAST_S = 0.25
+_MOST_RACES = 64
+"""At the same time: half of what an endpoint has room for, so that one peer, whose calls may all hang, does not take all."""
 
 
 class Caller:
@@ -40,10 +43,11 @@ class Caller:
 
     def __init__(self, endpoint: Endpoint, identity: Identity, hubs: Hubs) -> None:
         self._endpoint, self._identity, self._hubs = endpoint, identity, hubs
+        self._racing = asyncio.Semaphore(_MOST_RACES)
 
     async def reach(self, granted: Granted) -> tuple[Way, str]:
         """Return a way to the peer of a grant, and the id of the connection. Raise Unreachable."""
-        async with self._endpoint.racing:
+        async with self._racing, self._endpoint.racing:
             return await self._reach(granted)
 
     async def _reach(self, granted: Granted) -> tuple[Way, str]:
@@ -62,10 +66,11 @@ class Caller:
             raise Unreachable("no address is remembered")
         race = self._race(grant, last.rtt_s)
         race.enter(Step(ConnectionPath.DIRECT, address=address), lambda: dial(address))
-        try:
-            way = await race.result(_AT_ONCE_LEAST_S + 4.0 * last.rtt_s, may_come=False)
-        finally:
-            await race.close()
+        with _returned(race):
+            try:
+                way = await race.result(_AT_ONCE_LEAST_S + 4.0 * last.rtt_s, may_come=False)
+            finally:
+                await race.close()
         self._remember(grant, way)
         return way
 
@@ -74,22 +79,25 @@ class Caller:
         hub = await self._hubs.to(granted.hub)
         hole = await self._hole(hub, last)
         race = self._race(granted.grant, hub.rtt_s)
-        async with contextlib.AsyncExitStack() as held:
-            if hole is not None:
-                held.callback(hole.close)
-            held.enter_context(endpoint.called_back(connection_id, lambda sock: race.enter_connected(ConnectionPath.REVERSE, sock)))
-            held.push_async_callback(race.close)
-            relay = held.enter_context(_Predialled(hub, wanted=self._wants_relay(last)))
-            own = endpoint.own_candidates(hub, hole, accepts=ConnectionPath.REVERSE)
-            answer = await self._ask(hub, granted, connection_id, own)
-            steps = self._steps(own, answer.candidates, hub, last)
-            for step in steps:
-                self._enter(race, step, relay, hole, own, answer)
-            may_come = any(step.path is ConnectionPath.REVERSE for step in steps)
-            way = await race.result(_RACE_S, may_come=may_come)
-            self._remember(granted.grant, way)
-            if way.path is ConnectionPath.RELAYED and endpoint.has_room:
-                endpoint.background.start(_learn(race, held.pop_all()))
+        with _returned(race):
+            async with contextlib.AsyncExitStack() as held:
+                if hole is not None:
+                    held.callback(hole.close)
+                held.enter_context(
+                    endpoint.called_back(connection_id, lambda sock: race.enter_connected(ConnectionPath.REVERSE, sock))
+                )
+                held.push_async_callback(race.close)
+                relay = held.enter_context(_Predialled(hub, wanted=self._wants_relay(last)))
+                own = endpoint.own_candidates(hub, hole, accepts=ConnectionPath.REVERSE)
+                answer = await self._ask(hub, granted, connection_id, own)
+                steps = self._steps(own, answer.candidates, hub, last)
+                for step in steps:
+                    self._enter(race, step, relay, hole, own, answer)
+                may_come = any(step.path is ConnectionPath.REVERSE for step in steps)
+                way = await race.result(_RACE_S, may_come=may_come)
+                self._remember(granted.grant, way)
+                if way.path is ConnectionPath.RELAYED and endpoint.has_room:
+                    endpoint.background.start(_learn(race, held.pop_all()))
         return way, connection_id
 
     async def _hole(self, hub: HubConnection, last: Remembered | None) -> Hole | None:
@@ -183,7 +191,7 @@ class _Predialled:
             self._dialling.cancel()
 
     async def enter(self, token: str) -> socket.socket:
-        """Return it as one end of a relayed stream; a new one if it was used or did not come about. Raise Unreachable."""
+        """Return it as one end of a relayed stream; a new one if there is none, or the hub has closed it. Raise Unreachable."""
         dialling, self._dialling = self._dialling, None
         if dialling is None:
             return await dial_relay(self._address, token)
@@ -192,7 +200,30 @@ class _Predialled:
         except asyncio.CancelledError:
             dialling.add_done_callback(_close_result)
             raise
+        if _has_ended(sock):  # the hub does not wait for ever
+            sock.close()
+            return await dial_relay(self._address, token)
         return await enter_relay(sock, token)
+
+
+@contextlib.contextmanager
+def _returned(race: Race) -> Iterator[None]:
+    """Close the winner if the block fails after all: if it is cancelled while the others are being ended."""
+    try:
+        yield
+    except BaseException:
+        race.drop_winner()
+        raise
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Tell whether the other end, which was to say nothing, has closed a connection."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except OSError:
+        return True
 
 
 def _close_result(dialling: asyncio.Task[socket.socket]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ _IDLE_S = 60.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 _STAGGER_S = 2.0
 _MOST_TASKS = 256
+_SETTLE_S = 2.0
 _log = structlog.get_logger()
 
 
@@ -69,6 +71,12 @@ class Hubs:
         """Return a connection to a hub; a new one is kept for a minute after it was last wanted. Raise Unreachable."""
         if self.home is not None and self.home.hub.name == hub.name and not self.home.ended.is_set():
             return self.home
+        if self.home is None and any(hub.name == one.name for one in self._known):
+            # It may become our home just now, and two registrations with one key end each other.
+            with contextlib.suppress(Unreachable):
+                home = await self.at_home(_SETTLE_S)
+                if home.hub.name == hub.name:
+                    return home
         visit = self._visits.get(hub.name)
         if visit is None:
             visit = self._visits[hub.name] = asyncio.get_running_loop().create_future()

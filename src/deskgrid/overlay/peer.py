@@ -50,6 +50,7 @@ _GOODBYE_S = 5.0
 _ANSWER_S = 10.0
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.2, 3.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
+_LEFT = "the local program reset its connection"
 _log = structlog.get_logger()
 
 
@@ -69,8 +70,9 @@ class Calls(Protocol):
         ...
 
 
-class _Ambiguous(ProtocolError):
-    """The called peer was lost while it had the program's first bytes: they must not come twice, so it is not tried again."""
+class _Final(ProtocolError):
+    """Not to be tried again: the called peer was lost while it had the program's first bytes, which must not come twice, or the
+    program has left."""
 
 
 class _Carried(Struct, frozen=True):
@@ -121,6 +123,8 @@ class Peer:
         self._registered_at = 0.0
         self._registering = asyncio.Lock()
         self._carried: dict[Stream, _Carried] = {}
+        self._connecting = 0
+        """Calls that are no streams yet."""
         self._reported: tuple[Connection, ...] = ()
         self._is_urgent = False
         self._woken = asyncio.Event()
@@ -203,7 +207,15 @@ class Peer:
         Waits up to `wait_s` for a service that is not there yet. `connected` is called once the service is there, before any byte
         is carried. Raise Forbidden, NotFound, Conflict, Unreachable, ProtocolError.
         """
-        deadline = self._clock.monotonic() + wait_s
+        if len(self._carried) + self._connecting >= MOST_STREAMS:
+            raise Conflict("this peer has too many streams")
+        self._connecting += 1
+        try:
+            return await self._connect(service, local, self._clock.monotonic() + wait_s, connected)
+        finally:
+            self._connecting -= 1
+
+    async def _connect(self, service: str, local: socket.socket, deadline: float, connected: Callable[[], None] | None) -> Stream:
         failures = 0
         while True:
             try:
@@ -223,7 +235,7 @@ class Peer:
         if kept is not None:
             try:
                 return await self._open(service, kept, local, deadline, connected)
-            except _Ambiguous:
+            except _Final:
                 raise
             except DeskgridError as error:
                 self._grants.drop(service, kept)  # it may have moved, or may not be reached any more: the server knows
@@ -238,11 +250,13 @@ class Peer:
     async def _open(
         self, service: str, granted: Granted, local: socket.socket, deadline: float, connected: Callable[[], None] | None
     ) -> Stream:
-        if len(self._carried) >= MOST_STREAMS:
-            raise Conflict("this peer has too many streams")
         pumps = self._endpoint.pumps
         way, connection_id = await self._caller.reach(granted)
-        data = _peek(local)
+        try:
+            data = _peek(local)
+        except _Final:
+            way.tls.close()
+            raise
         opening = encode_record(Opening(grant=granted.text, id=connection_id, data=data))
         await send_record(pumps, way.tls, opening, limit_s=_ANSWER_S)
         if not await self._answered(way.tls, _ANSWER_S, said=bool(data)):
@@ -251,23 +265,21 @@ class Peer:
                 way.tls.close()
                 raise ProtocolError("the called peer asks to wait twice")
         try:
+            _drop(local, len(data))
             if connected is not None:
                 connected()
         except BaseException:
             way.tls.close()
             raise
-        if data:
-            with contextlib.suppress(OSError):  # it broke: the stream finds that
-                local.recv(len(data))
         return self._carry(way.tls, local, granted.grant.target, service, way.path, outgoing=True, sent_bytes=len(data))
 
     async def _answered(self, tls: ssl.SSLSocket, limit_s: float, *, said: bool) -> bool:
         """Return whether the service is there, or waited for. `said`: bytes of the program are with the called peer now."""
         try:
             answer = await receive_record(self._endpoint.pumps, tls, limit_s=limit_s)
-        except Unreachable as error:
+        except DeskgridError as error:  # also of an answer that somebody on the way has damaged
             if said:
-                raise _Ambiguous(f"{error}; the service may have got what was sent") from error
+                raise _Final(f"{error}; the service may have got what was sent") from error
             raise
         try:
             return decode_answer(answer)
@@ -285,8 +297,8 @@ class Peer:
     def _invited(self, hub: HubConnection, invite: frames.Invite) -> None:
         self._callee.invited(hub, invite)
 
-    def _called(self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath, received_bytes: int) -> None:
-        self._carry(tls, local, grant.source, grant.service, path, outgoing=False, received_bytes=received_bytes)
+    def _called(self, tls: ssl.SSLSocket, local: socket.socket, grant: Grant, path: ConnectionPath, received: bytes) -> None:
+        self._carry(tls, local, grant.source, grant.service, path, outgoing=False, received=received)
 
     # streams
 
@@ -300,9 +312,9 @@ class Peer:
         *,
         outgoing: bool,
         sent_bytes: int = 0,
-        received_bytes: int = 0,
+        received: bytes = b"",
     ) -> Stream:
-        stream = Stream(self._endpoint.pumps, tls, local, sent_bytes=sent_bytes, received_bytes=received_bytes)
+        stream = Stream(self._endpoint.pumps, tls, local, sent_bytes=sent_bytes, received=received)
         self._carried[stream] = _Carried(stream, service, peer, outgoing, path, self._clock.now())
         if self._background.start(self._watch(stream)) is None:
             self._carried.pop(stream)
@@ -417,12 +429,23 @@ class Peer:
 
 
 def _peek(local: socket.socket) -> bytes:
-    """Return what a program has said already, which stays in the system's buffer."""
-    local.setblocking(False)
+    """Return what a program has said already, which stays in the system's buffer. Raise _Final if it has reset its connection."""
     try:
+        local.setblocking(False)
         return local.recv(MOST_DATA_BYTES, socket.MSG_PEEK)
-    except OSError:  # nothing, or it broke: the stream finds that
+    except (BlockingIOError, InterruptedError):
         return b""
+    except OSError as error:  # told once only: the stream would take what comes then for an end of data
+        raise _Final(_LEFT) from error
+
+
+def _drop(local: socket.socket, size: int) -> None:
+    """Take out what was seen by `_peek`. Raise _Final if it is not there any more."""
+    try:
+        if size and len(local.recv(size)) < size:
+            raise _Final(_LEFT)
+    except OSError as error:
+        raise _Final(_LEFT) from error
 
 
 def _compared(connections: tuple[Connection, ...]) -> tuple[Connection, ...]:

@@ -241,11 +241,16 @@ class Pump:
     # from the thread
 
     def watch(self, fd: int, mask: int | None, task: Task) -> None:
-        """Call `task.ready` while `fd` is ready for `mask`. 0: only when it breaks (where the system tells); None: never."""
+        """Call `task.ready` while `fd` is ready for `mask`. 0: only when it breaks (where the system tells); None: never.
+
+        None must be said before `fd` is closed; to say it again later does no harm.
+        """
         old = self._masks.get(fd)
         if mask == old:
             return
         if mask is None:
+            if self._watchers.get(fd) is not task:
+                return  # its own was closed before, and the number is another's now
             del self._masks[fd], self._watchers[fd]
             with contextlib.suppress(OSError, KeyError, ValueError):  # somebody has closed it
                 self._poller.watch(fd, old, mask)

@@ -111,7 +111,12 @@ class Race:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-        if self._won.done() and not self._is_taken:
+        if not self._is_taken:
+            self.drop_winner()
+
+    def drop_winner(self) -> None:
+        """Close the winner: who was to have it does not get it any more."""
+        if self._won.done():
             self._won.result().tls.close()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -157,9 +157,9 @@ class Stream:
     )
 
     def __init__(
-        self, pumps: Pumps, tls: ssl.SSLSocket, local: socket.socket, *, sent_bytes: int = 0, received_bytes: int = 0
+        self, pumps: Pumps, tls: ssl.SSLSocket, local: socket.socket, *, sent_bytes: int = 0, received: bytes = b""
     ) -> None:
-        """Take over both sockets and start. So many bytes have been carried already."""
+        """Take over both sockets and start. `sent_bytes` of the program are at the peer already; `received` comes first for it."""
         self._tls, self._local = tls, local
         self._tls_fd, self._local_fd = tls.fileno(), local.fileno()
         self._ended: Outcome[str] = Outcome()
@@ -167,6 +167,8 @@ class Stream:
         self._timer: Timer | None = None
         self._silent_checks = 0
         self._out, self._in = _Held(), _Held()  # local -> TLS, TLS -> local
+        if received:
+            self._in.parts = [memoryview(received)]
         self._frames = Unframer()
         self._read_needs, self._write_needs = READ, WRITE
         self._out_ended = False  # the program's end of data was read
@@ -174,7 +176,7 @@ class Stream:
         self._local_hung = self._tls_hung = self._peer_gone = self._farewell = False
         self.sent_bytes = sent_bytes
         """What the local program sent."""
-        self.received_bytes = received_bytes
+        self.received_bytes = 0
         """What came for it."""
         for sock in (tls, local):
             sock.setblocking(False)

@@ -147,8 +147,9 @@ async def _run(pumps: Pumps, tls: ssl.SSLSocket, attempt: Callable[[], T], limit
         # The thread may be using the socket now: it closes it, else its number could be another socket's in the middle of a read.
         if pump is not None:
             pump.post(lambda: operation.abandon("cancelled"))
-        with contextlib.suppress(DeskgridError):
-            await operation.outcome.wait()
+        while not operation.outcome.is_set:  # however often we are cancelled
+            with contextlib.suppress(DeskgridError, asyncio.CancelledError):
+                await operation.outcome.wait()
         tls.close()  # it had just succeeded
         raise
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deskgrid.core.opening import MOST_DATA_BYTES, Answer
-from deskgrid.errors import DeskgridError, Forbidden, NotFound, ProtocolError, Unreachable
+from deskgrid.errors import Conflict, DeskgridError, Forbidden, NotFound, ProtocolError, Unreachable
 from deskgrid.model.overlay import ConnectionPath
 from deskgrid.overlay.called import Callee
 from deskgrid.overlay.peer import Dial, Peer
@@ -323,6 +323,24 @@ async def _talk_at_once(caller: Peer) -> str:
         stream = await caller.connect("echo.b", local)
         assert await exchange(program, b"x" * 1000) == b"x" * 1000
         return await stream.wait_closed()
+
+
+async def test_calls_that_are_no_streams_yet_are_bounded_with_the_streams(
+    grid: SmallGrid, echo: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deskgrid.overlay.peer.MOST_STREAMS", 2)
+    caller, _ = await two(grid, echo)
+    (local, program), (other, waiting), (third, refused) = [await pair() for _ in range(3)]
+    with program, other, waiting, third, refused:
+        await caller.connect("echo.b", local)
+        calling = asyncio.create_task(caller.connect("echo.late", other, wait_s=60))
+        await eventually(lambda: caller._connecting == 1)
+        with pytest.raises(Conflict):
+            await caller.connect("echo.b", third)
+        calling.cancel()
+        await asyncio.wait({calling})
+    await eventually(lambda: not caller.connections())
+    assert await talk(caller) is ConnectionPath.RELAYED
 
 
 async def test_a_peer_that_hides_its_address_dials_hubs_only(grid: SmallGrid, echo: Dial) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from deskgrid.overlay import stream as stream_module
 from deskgrid.overlay.pump import Pumps
+from deskgrid.overlay.relay import Relay
 from deskgrid.overlay.stream import MAX_FRAME_BYTES, Stream, Unframer, receive_record, secure, send_record
 
 from .certificates import Authority, Leaf
@@ -440,3 +441,27 @@ async def test_records_pass_before_the_stream(pumps: Pumps) -> None:
         assert await receive_record(pumps, theirs, limit_s=5) == bytes(size)
     tls.close()
     theirs.close()
+
+
+async def test_a_stream_that_has_closed_its_program_lets_go_of_the_file_number() -> None:
+    """The number may be another socket's, of the same thread, before the peer has closed, too."""
+    async with nothing_left(threads=1) as pumps, by_hand(pumps) as peer:
+        number = peer.stream._local.fileno()
+        peer.program.shutdown(socket.SHUT_WR)
+        peer.send(END)
+        await eventually(lambda: peer.stream._local.fileno() == -1)
+        others = [tcp_pair()]
+        while number not in (near.fileno() for near, _ in others):
+            others.append(tcp_pair())
+        near, far = next(both for both in others if both[0].fileno() == number)
+        program, local = tcp_pair()
+        relay = Relay(pumps, near, local)
+        await eventually(lambda: len(pumps) == 2)
+        peer.tls.close()
+        assert await peer.reason() == "finished"
+        far.send(b"still heard")
+        assert await receive(program, 11) == b"still heard"
+        relay.abort()
+        await relay.wait_closed()
+        for sock in (program, *(sock for both in others for sock in both)):
+            sock.close()

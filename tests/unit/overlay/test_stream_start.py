@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -235,3 +236,26 @@ async def _secured(pumps: Pumps, sock: socket.socket, server_side: bool, limit_s
     if server_side:
         return await secure(pumps, sock, leaf().server_context, server_side=True, limit_s=limit_s)
     return await secure(pumps, sock, leaf().client_context, server_hostname=NAME, limit_s=limit_s)
+
+
+async def test_cancelled_twice_it_still_ends_only_when_its_thread_has_let_go() -> None:
+    """Whoever cancels closes the socket next: its file number must not be watched any more then."""
+    async with nothing_left(threads=1) as pumps:
+        near, far = tcp_pair()
+        handshake = asyncio.create_task(secure(pumps, near, leaf().client_context, server_hostname=NAME))
+        await eventually(lambda: unread(far) > 0)
+        (pump,) = pumps._pumps
+        busy, free = threading.Event(), threading.Event()
+        pump.post(lambda: (busy.set(), free.wait(10), None)[2])
+        await eventually(busy.is_set)
+        for _ in range(3):
+            handshake.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait([handshake], timeout=0.1)
+        ended_before = handshake.done()
+        free.set()
+        await asyncio.wait([handshake])
+        assert handshake.cancelled()
+        assert not ended_before
+        assert not len(pumps)
+        far.close()
