@@ -8,7 +8,7 @@ other, `ssh -J` through the server's machine (the relay's yardstick), and `socat
                  loopback, where the work of the links between the namespaces is not counted with it
     round trip   one byte there and back on an open stream, median of many
     set-up       from connect() on localhost to the first byte back, p95; first: of the first stream between two programs
-    with delay   round trip and set-up on links with 20 and 100 ms round-trip time
+    with delay   throughput of one stream, round trip and set-up on links with 20 and 100 ms round-trip time
 
 Both sides, their yardsticks and the load generator share two CPUs, so throughput says how much work a byte costs more than what a network of
 PCs would carry. The delayed links are TUN devices with a process between them (testing/natlab.py); their throughput is not reported.
@@ -363,6 +363,21 @@ def throughput(bench: Bench, ways: dict[str, Way], runs: int, seconds: float) ->
         yield Figure(f"CPU of hub and network, relayed, {words}", relay["relayed"], "s/GB", relay["ssh -J"], None, None)
 
 
+def throughput_far(bench: Bench, ways: dict[str, Way], runs: int, seconds: float, delay_s: float) -> Iterator[Figure]:
+    """Measure one stream on links with a delay, where windows count more than CPU; no faster than the process that delays."""
+    speed = {}
+    for name in ("network", "direct", "relayed", "ssh -L", "ssh -J"):
+        way = ways[name]
+        loads = [bench.load(way.address, way.iperf, 1, seconds, way.carriers, way.relays) for _ in range(runs)]
+        speed[name] = median_of([load.bits_per_s for load in loads]) / 1e9
+    for path, other in (("direct", "ssh -L"), ("relayed", "ssh -J")):
+        words = f"{path}, 1 stream, {delay_s * 1000:.0f} ms, against {other}"
+        yield Figure(words, speed[path], "Gbit/s", speed[other], speed[other] / speed[path], None)
+    yield Figure(
+        f"iperf3 without anything between, 1 stream, {delay_s * 1000:.0f} ms", speed["network"], "Gbit/s", None, None, None
+    )
+
+
 def relay_alone(bench: Bench, runs: int, seconds: float) -> Iterator[Figure]:
     """Measure the relay on one PC's loopback, where no CPU time of a network between the PCs is counted with it."""
     relay = bench.start(bench.far, sys.executable, "-c", _RELAY, ready="ready").pid
@@ -407,6 +422,8 @@ def main() -> None:
             if not delay_s:
                 figures += throughput(bench, ways, runs, seconds)
                 figures += relay_alone(bench, runs, seconds)
+            else:
+                figures += throughput_far(bench, ways, runs, 2 * seconds, delay_s)
             pings = 2000 if not delay_s else 20
             figures += latency(
                 bench, ways, delay_s, 200 if options.quick else pings, 20 if options.quick else 60, 3 if options.quick else 20

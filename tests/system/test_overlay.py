@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -201,3 +202,17 @@ def test_peers_of_a_killed_hub_register_with_another(system: System):
     hubs[first].kill()
     until(lambda: hub_of_the_job() not in ("", first), what="the job's peer is at the other hub")
     assert answered(ready["address"], b"after") == b"after", system.logs()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_shell_that_is_interrupted_cancels_its_job(grid: System, number: signal.Signals):
+    """As a terminal does it: the signal goes to ssh, too, which waits for the machine by then, or is about to start."""
+    grid.workers["pc"].stop()
+    log = grid.folder / "shell.log"
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "deskgrid", "shell", "--disk", "tiny"]
+        shell = subprocess.Popen(command, env=grid.environment, stdin=subprocess.DEVNULL, stderr=file, start_new_session=True)
+    until(lambda: "on its way" in log.read_text(), what="it waits for the machine")
+    os.killpg(shell.pid, number)
+    assert shell.wait(30) != 0
+    grid.wait_for(1, "cancelled", limit_s=5)

@@ -206,3 +206,21 @@ def test_programs_in_a_virtual_machine_talk_to_the_user_and_back(vm_system: Syst
     assert {name: service.get("localhost", False) for name, service in reached.items()} == {"site": True, "taken": False}
     assert "DESKGRID_SITE=site:8000" in vm_system.cli("job", "logs", "1").stdout
     vm_system.nothing_left(limit_s=LIMIT_S)
+
+
+def test_shell_starts_a_machine_logs_in_and_cancels_it_at_the_end(vm_system: System):
+    command = [sys.executable, "-m", "deskgrid", "shell", "--disk", "tiny", "--memory", "256MiB"]
+    typed = "uname; id -un; exit 7\n"
+    done = subprocess.run(
+        command,
+        env=vm_system.environment,
+        cwd=vm_system.folder,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split()) == (7, ["Linux", "root"]), done.stderr
+    vm_system.wait_for(1, "cancelled", limit_s=LIMIT_S)
+    vm_system.nothing_left(limit_s=LIMIT_S)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.resources
 import shutil
-import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +16,7 @@ from deskgrid.cli.disk import cached_tiny, publish_disk
 from deskgrid.cli.job import RunReport, finish_job, submit_job, tell_end
 from deskgrid.cli.output import Json, Reporter, make_reporter, print_json, print_lines
 from deskgrid.cli.programs import Program, Programs
+from deskgrid.cli.signals import terminated_like_interrupted
 from deskgrid.cli.worker import join_worker
 from deskgrid.client.jobfile import read_job
 from deskgrid.errors import DriverUnusable, InvalidInput
@@ -76,7 +74,7 @@ async def demo(
     """
     _clear(output)
     with (
-        _terminated_like_interrupted(),
+        terminated_like_interrupted(),
         Programs(Path(tempfile.mkdtemp(prefix="deskgrid-demo-"))) as programs,
         make_reporter(json) as reporter,
     ):
@@ -105,23 +103,6 @@ def _clear(output: Path) -> None:
     if not (output / _MARK).is_file():
         raise InvalidInput(f"{output} exists and is not from a demo", where="--output", hint="choose another name")
     shutil.rmtree(output)
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end the block as Ctrl-C does, so that it can clean up."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    for number in numbers:
-        with contextlib.suppress(NotImplementedError):  # Windows
-            loop.add_signal_handler(number, task.cancel)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            with contextlib.suppress(NotImplementedError):
-                loop.remove_signal_handler(number)
 
 
 async def _run_all(programs: Programs, output: Path, reporter: Reporter) -> RunReport:

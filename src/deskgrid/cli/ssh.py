@@ -22,6 +22,7 @@ from deskgrid.cli.job import JobOptions, read_wanted, submit_job
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import Json, make_reporter, warn
 from deskgrid.cli.overlay import Verbose, Wait, listen, peer_of, wait_of
+from deskgrid.cli.signals import terminated_like_interrupted
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import JobId
 from deskgrid.settings import client_home
@@ -126,8 +127,9 @@ async def shell(
                 job = await submit_job(grid, wanted, reporter)
                 reporter.say(f"job {job.id}; the machine is on its way")
             try:
-                async with _door(grid, job.id, wait_of(wait)) as port:
-                    return await _run([_program("ssh"), "-p", str(port), *_options(), "root@127.0.0.1"])
+                with terminated_like_interrupted():
+                    async with _door(grid, job.id, wait_of(wait)) as port:
+                        return await _run([_program("ssh"), "-p", str(port), *_options(), "root@127.0.0.1"])
             finally:
                 await grid.cancel(job.id)
                 warn(f"job {job.id} is cancelled")
