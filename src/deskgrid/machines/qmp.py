@@ -21,7 +21,8 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import ConnectError, QMPClient, QMPError
+from qemu.qmp.qmp_client import GreetingError
 
 from deskgrid.errors import MachineFailed
 from deskgrid.machines.driver import ExitCause, Exited
@@ -155,7 +156,7 @@ async def execute(workdir: Path, command: str, arguments: dict[str, object] | No
     client = QMPClient("deskgrid")
     try:
         async with asyncio.timeout(limit_s):
-            await client.connect(await _connect(workdir / SOCKET_NAME))
+            await _meet(client, workdir / SOCKET_NAME)
             return await client.execute(command, arguments)
     except (QMPError, OSError, TimeoutError) as error:
         raise MachineFailed(f"QEMU did not do {command}: {str(error) or type(error).__name__}") from error
@@ -164,6 +165,18 @@ async def execute(workdir: Path, command: str, arguments: dict[str, object] | No
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(_DISCONNECT_LIMIT_S):
                 await client.disconnect()
+
+
+async def _meet(client: QMPClient, path: Path) -> None:
+    """Connect, once more if an event came before QEMU's greeting, as one may while it starts."""
+    while True:
+        try:
+            await client.connect(await _connect(path))
+            return
+        except ConnectError as error:
+            if not isinstance(error.exc, GreetingError):
+                raise
+            await asyncio.sleep(_CONNECT_RETRY_S)
 
 
 async def _connect(path: Path) -> socket.socket:

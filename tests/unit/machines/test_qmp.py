@@ -85,11 +85,15 @@ def test_any_bytes_can_be_read(tmp_path_factory: pytest.TempPathFactory, data: b
 class Monitor:
     """Speaks QMP well enough for one command."""
 
-    def __init__(self, answer: bytes | None) -> None:
+    def __init__(self, answer: bytes | None, first: bytes = b"") -> None:
         self.answer = answer
+        self.first = first
+        """What is said before the greeting of the first connection."""
         self.commands: list[dict[str, object]] = []
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(self.first)
+        self.first = b""
         writer.write(b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\n')
         try:
             # A client need not end a command with a newline; each comes in one piece here.
@@ -118,6 +122,11 @@ async def test_command_returns_its_answer(tmp_path: Path) -> None:
     monitor = Monitor(b'{"return": {"running": true}, "id": ID}')
     assert await ask(tmp_path, monitor) == {"running": True}
     assert monitor.commands[0]["arguments"] == {"a": 1}
+
+
+async def test_event_before_the_greeting_does_no_harm(tmp_path: Path) -> None:
+    event = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESUME"}\n'
+    assert await ask(tmp_path, Monitor(b'{"return": {"running": true}, "id": ID}', event)) == {"running": True}
 
 
 async def test_refused_command_raises_machine_failed_with_qemus_words(tmp_path: Path) -> None:
