@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deskgrid.core.internet import is_public, near_networks
 
 
-@pytest.mark.parametrize("text", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808", "2002:808:808::1"])
+@pytest.mark.parametrize("text", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])
 def test_public_addresses(text: str) -> None:
     assert is_public(ipaddress.ip_address(text))
 
@@ -20,7 +20,7 @@ def test_public_addresses(text: str) -> None:
     "text",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1",
      "255.255.255.255", "192.88.99.1", "::", "::1", "fe80::1", "fd12::1", "ff02::1", "::ffff:10.0.0.1", "::ffff:127.0.0.1", "::10.0.0.1",
-     "64:ff9b::a00:1", "64:ff9b:1::808:808", "2002:a00:1::1", "2002:7f00:1::", "fec0::1", "2001:db8::1", "2001::f5ff:fffe"],
+     "64:ff9b::a00:1", "64:ff9b:1::808:808", "2002:808:808::1", "2002:a00:1::1", "192.0.0.9", "3fff::1", "fec0::1", "2001:db8::1", "2001::f5ff:fffe"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(text: str) -> None:
     assert not is_public(ipaddress.ip_address(text))
