@@ -265,7 +265,7 @@ class System:
         folder = str(self.folder / worker / "attempts")
         found = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, OSError):  # others' processes: gone, or in a folder whose name is too long to be told
                 if process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(folder):
                     found.append(process)
         return found
