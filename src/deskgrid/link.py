@@ -4,7 +4,7 @@
     deskgrid://HOST:PORT/login?authority=SHA256&secret=SECRET     for a user
     deskgrid://HOST:PORT/hub?authority=SHA256&secret=SECRET       for a hub
 
-`authority` is the sha256 of the grid's CA certificate (DER, hexadecimal): whoever holds the link can tell the real server
+A grid with several servers has all their addresses, with commas between. `authority` is the sha256 of the grid's CA certificate (DER, hexadecimal): whoever holds the link can tell the real server
 from any other before the secret is sent.
 """
 
@@ -27,7 +27,7 @@ class Link(Struct, frozen=True, kw_only=True):
     purpose: str
     """join, login or hub."""
     address: str
-    """HOST:PORT."""
+    """HOST:PORT, or several with commas between."""
     authority: str
     secret: str
 
@@ -38,7 +38,10 @@ class Link(Struct, frozen=True, kw_only=True):
 
 def parse_link(text: str, purpose: str) -> Link:
     """Read a link for `purpose`. Raise InvalidInput if it is damaged or for something else."""
-    parts = urlsplit(text.strip())
+    try:
+        parts = urlsplit(text.strip())
+    except ValueError as error:  # of brackets that hold no address
+        raise InvalidInput("this is not a whole deskgrid link", hint="copy it again, from deskgrid:// to its end") from error
     query = parse_qs(parts.query)
     authority, secret = query.get("authority", [""])[0], query.get("secret", [""])[0]
     found = parts.path.strip("/")

@@ -48,6 +48,27 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds after which an attempt whose worker is silent is lost."""
     interval_s: float = 20.0
     """Seconds between a worker's calls when nothing happens. At most a third of the lease."""
+    max_workers_held: int = 2000
+    """Workers whose wake calls are held at the same time, so that new jobs reach them at once; the others come at their interval."""
+    max_interval_s: float = 300.0
+    """Longest interval between the calls of an idle worker, told when there are many of them."""
+    calls_per_s: float = 500.0
+    """Calls of workers in a second that the grid aims at: with more workers the intervals grow, up to max_interval_s, and leases with them."""
+    max_waiting: int = 10_000_000
+    """Jobs of one user that may wait; an admin can say otherwise for a user. 0: no bound."""
+    max_running: int = 0
+    """Jobs of one user that may run at the same time, likewise. 0: no bound."""
+    together_s: float = 60.0
+    """Seconds in which all jobs of a set that starts together must find workers; then others have their turn."""
+    retain_s: float = 0.0
+    """Seconds that results are kept after their job's end, where a job does not say otherwise; 0: until they are removed."""
+    forget_s: float = 0.0
+    """Seconds after their end when jobs and arrays themselves are forgotten, with their results; 0: never."""
+    max_bytes: int = 0
+    """Bytes of data, contexts and results that one user may keep; an admin can say otherwise for a user. 0: no bound."""
+    blobs: str = ""
+    """s3://BUCKET/PREFIX?endpoint=URL&public=URL&region=NAME for blobs in an S3 store; empty: in the server's folder. `public`: the URL
+    by which workers and users reach the store, if it is another one. Keys are in AWS's environment variables or HOME/s3.toml."""
     sweep_s: float = 5.0
     """Seconds between looks for expired leases."""
     upload_lifetime_s: float = 86400.0

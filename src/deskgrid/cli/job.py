@@ -14,14 +14,17 @@ import msgspec
 from cyclopts import App, Parameter
 from msgspec import Struct
 
+from deskgrid.cli.array import array_number, array_summary, exit_code, fetch_results, follow_array
 from deskgrid.cli.connection import connected
 from deskgrid.cli.follow import attempt_summary, decoder, follow_job, job_summary, stream_log
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, age, clean, make_reporter, print_json, print_lines, print_table, warn
-from deskgrid.client.jobfile import KEYS, JobFile, read_job
+from deskgrid.cli.set import fetch_set, follow_set, set_code
+from deskgrid.client.jobfile import KEYS, JobFile, SetFile, read_file, read_job
+from deskgrid.client.submitting import submit_file, submit_set_file
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.ids import JobId
-from deskgrid.model.jobs import Job, JobState
-from deskgrid.model.wire import JobDetail, JobList
+from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState
+from deskgrid.model.wire import JobDetail, JobList, JobSet
 from deskgrid.settings import client_home
 from deskgrid.units import format_duration, format_size
 
@@ -65,6 +68,23 @@ class JobOptions:
     attempts: Annotated[int | None, _key("attempts")] = None
     max_lost: Annotated[int | None, _key("max_lost")] = None
     max_suspend: Annotated[str | None, _key("max_suspend")] = None
+    processes: Annotated[int | None, _key("processes")] = None
+    file_size: Annotated[str | None, _key("file_size")] = None
+    app: Annotated[str | None, _key("app")] = None
+    command: Annotated[tuple[str, ...] | None, _key("command")] = None
+    environment: Annotated[tuple[str, ...] | None, _key("environment")] = None
+    fill: Annotated[tuple[str, ...] | None, _key("fill")] = None
+    group: Annotated[str | None, _key("group")] = None
+    priority: Annotated[int | None, _key("priority")] = None
+    after: Annotated[tuple[str, ...] | None, _key("after")] = None
+    after_end: Annotated[tuple[str, ...] | None, _key("after_end")] = None
+    retain: Annotated[str | None, _key("retain")] = None
+    platforms: Annotated[tuple[str, ...] | None, _key("platforms")] = None
+    need: Annotated[tuple[str, ...] | None, _key("need")] = None
+    on: Annotated[str | None, _key("on")] = None
+    warm: Annotated[bool | None, _key("warm")] = None
+    count: Annotated[int | None, _key("count")] = None
+    table: Annotated[str | None, _key("table")] = None
     paths: Annotated[tuple[str, ...] | None, _key("paths")] = None
 
 
@@ -86,7 +106,7 @@ OutputFolder = Annotated[
 
 @app.command
 async def submit(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, json: Json = False) -> None:
-    """Submit a job and print its number.
+    """Submit a job and print its number; of a file with [array] or several jobs that of the array or set, as in array-7.
 
     For example:
 
@@ -94,39 +114,68 @@ async def submit(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, jso
         deskgrid job submit hello.toml --memory 1GiB
         deskgrid job submit --disk tiny --context context/ --wall-time 10m
     """
-    wanted = read_wanted(spec, options)
+    wanted = read_any(spec, options)
     async with connected() as grid:
         with make_reporter(json) as reporter:
-            job = await submit_job(grid, wanted, reporter)
+            submitted = await submit_any(grid, wanted, reporter)
     if json:
-        print_json(job)
+        print_json(submitted)
+    elif isinstance(submitted, Job):
+        print_lines(str(submitted.id))
     else:
-        print_lines(str(job.id))
+        print_lines(f"{'array' if isinstance(submitted, Array) else 'set'}-{submitted.id}")
+
+
+def read_any(spec: Path | None, options: JobOptions) -> JobFile | SetFile:
+    """Return the job, array or set of a file and options."""
+    return read_file(spec, dataclasses.asdict(options))
+
+
+async def submit_any(grid: Grid, wanted: JobFile | SetFile, reporter: Reporter) -> Job | Array | JobSet:
+    """Submit a job, an array or a set; an array is waited for until its jobs are there."""
+    phase = reporter.begin("submit")
+    if isinstance(wanted, SetFile):
+        return await submit_set_file(grid, wanted, progress=phase.done, prepare=with_own_key)
+    submitted = await submit_file(grid, wanted, progress=phase.done, prepare=with_own_key)
+    if isinstance(submitted, Array):
+        async for array in grid.array_changes(submitted.id):
+            if array.state is not ArrayState.FILLING:
+                return array
+            phase.note(f"{sum(array.jobs.values()):,} of {array.count:,} jobs")
+    return submitted
 
 
 def read_wanted(spec: Path | None, options: JobOptions) -> JobFile:
     """Return the job of a file and options. One that offers ssh lets this user's own key in, unless it names keys."""
     wanted = read_job(spec, dataclasses.asdict(options))
-    machine = wanted.spec.machine
+    return msgspec.structs.replace(wanted, spec=with_own_key(wanted.spec))
+
+
+def with_own_key(spec: JobSpec) -> JobSpec:
+    """Return a spec that, if the job offers ssh and names no keys, lets this user's own key in."""
+    machine = spec.machine
     if machine.ssh_keys or not any(offer.name == "ssh" for offer in machine.offer):
-        return wanted
+        return spec
     from deskgrid.client.sshkeys import ensure_ssh_key
 
     _, public = ensure_ssh_key(client_home())
-    machine = msgspec.structs.replace(machine, ssh_keys=(public,))
-    return msgspec.structs.replace(wanted, spec=msgspec.structs.replace(wanted.spec, machine=machine))
+    return msgspec.structs.replace(spec, machine=msgspec.structs.replace(machine, ssh_keys=(public,)))
 
 
 async def submit_job(grid: Grid, wanted: JobFile, reporter: Reporter) -> Job:
-    """Submit a job with its context."""
+    """Submit a job with its context. Raise InvalidInput for an array."""
+    if wanted.array is not None:
+        raise InvalidInput("this is an array of jobs", where="array", hint="deskgrid job submit, or deskgrid run")
     phase = reporter.begin("submit the job")
-    return await grid.submit(wanted.spec, context=wanted.context, progress=phase.done)
+    submitted = await submit_file(grid, wanted, progress=phase.done)
+    assert isinstance(submitted, Job)
+    return submitted
 
 
 async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output: OutputFolder = None, json: Json = False) -> int:
-    """Submit a job, wait for it and fetch its result.
+    """Submit a job (or an array, or a set), wait for it and fetch its result.
 
-    The exit code is 0 if the job completed and 1 if it failed. Interrupted, the job itself goes on.
+    The exit code is 0 if the job completed, or all of them, and 1 if not. Interrupted, the jobs themselves go on.
 
     For example:
 
@@ -134,8 +183,11 @@ async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output
         deskgrid run --disk tiny --context context/ -o out
         deskgrid run hello.toml --json | jq .folder
     """
-    wanted = read_wanted(spec, options)
+    file = read_any(spec, options)
     _require_new(output)
+    if isinstance(file, SetFile) or file.array is not None:
+        return await _run_many(file, output, json=json)
+    wanted = read_wanted(spec, options)
     async with connected() as grid:
         with make_reporter(json) as reporter:
             job = await submit_job(grid, wanted, reporter)
@@ -151,12 +203,38 @@ async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output
     return _code(report.job)
 
 
+async def _run_many(file: JobFile | SetFile, output: Path | None, *, json: bool) -> int:
+    """Submit an array or a set, wait for it and fetch all results."""
+    async with connected() as grid:
+        with make_reporter(json) as reporter:
+            submitted = await submit_any(grid, file, reporter)
+            if isinstance(submitted, Array):
+                with _told_that_it_goes_on(submitted.id, "array"):
+                    folder = output or Path(f"results-array-{submitted.id}")
+                    ended = await follow_array(grid, submitted.id, reporter)
+                    await fetch_results(grid, submitted.id, folder, reporter)
+                report, code, lines = {"array": ended, "folder": str(folder)}, exit_code(ended), [array_summary(ended), str(folder)]
+            elif isinstance(submitted, JobSet):
+                with _told_that_it_goes_on(submitted.id, "set"):
+                    folder = output or Path(f"results-set-{submitted.id}")
+                    found = await follow_set(grid, submitted.id, reporter)
+                    await fetch_set(grid, found, folder, reporter)
+                report, code, lines = {"set": found, "folder": str(folder)}, set_code(found), [str(folder)]
+            else:
+                raise InvalidInput("this is one job")
+    if json:
+        print_json(report)
+    else:
+        print_lines(*lines)
+    return code
+
+
 @contextmanager
-def _told_that_it_goes_on(job_id: JobId) -> Iterator[None]:
+def _told_that_it_goes_on(number: int, noun: str = "job") -> Iterator[None]:
     try:
         yield
     except BaseException:
-        warn(f"job {job_id} goes on: deskgrid job wait {job_id}, or deskgrid job cancel {job_id}")
+        warn(f"{noun} {number} goes on: deskgrid {noun} wait {number}, or deskgrid {noun} cancel {number}")
         raise
 
 
@@ -215,13 +293,20 @@ def _require_new(folder: Path | None) -> None:
 
 @app.command(name="list")
 async def list_(
-    *, state: JobState | None = None, everyone: bool = False, limit: int = 100, before: int | None = None, json: Json = False
+    *,
+    state: JobState | None = None,
+    array: str | None = None,
+    everyone: bool = False,
+    limit: int = 100,
+    before: int | None = None,
+    json: Json = False,
 ) -> None:
-    """List jobs, newest first.
+    """List jobs, newest first: those submitted by themselves, or those of an array.
 
     For example:
 
         deskgrid job list
+        deskgrid job list --array 7 --state failed
         deskgrid job list --state failed
         deskgrid job list --everyone --limit 20 --json
 
@@ -229,6 +314,8 @@ async def list_(
     ----------
     state
         Only jobs in this state.
+    array
+        The jobs of this array.
     everyone
         Also the jobs of others (admins).
     limit
@@ -237,7 +324,13 @@ async def list_(
         Only jobs with a smaller number: the next page.
     """
     async with connected() as grid:
-        found = await grid.jobs(state=state, everyone=everyone, limit=limit, before=JobId(before) if before else None)
+        found = await grid.jobs(
+            state=state,
+            everyone=everyone,
+            limit=limit,
+            before=JobId(before) if before else None,
+            array=array_number(array) if array else None,
+        )
     if json:
         print_json(found.jobs)
         return
@@ -270,14 +363,17 @@ async def show(job: JobNumber, /, *, json: Json = False) -> None:
 
 def _print_job(detail: JobDetail) -> None:
     job, machine = detail.job, detail.job.spec.machine
+    parameters = ", ".join(f"{name}={value}" for name, value in {"index": job.index, **job.parameters}.items())
     print_lines(
         job_summary(detail),
+        *([f"array      array-{job.array_id}, {parameters}"] if job.array_id is not None else []),
         f"name       {job.spec.name}, of {job.owner}, submitted {age(job.created_at)}",
         f"machine    {machine.kind.value}, {machine.cpus} CPUs, {format_size(machine.memory_bytes)} memory, "
         f"{format_size(machine.scratch_bytes)} scratch, network {machine.network.value}",
-        f"disk       {machine.disk} (sha256 {job.disk_sha256[:12]})",
+        f"disk       {f'{machine.disk} (sha256 {job.disk_sha256[:12]})' if job.disk_sha256 else 'none'}",
         f"wall time  {format_duration(job.spec.limits.wall_time_s)}",
         f"result     {'none' if job.result_bytes is None else format_size(job.result_bytes)}",
+        *([f"value      {job.value.decode(errors='replace')}"] if job.value is not None else []),
         "",
     )
     rows = [
@@ -337,6 +433,25 @@ async def cancel(*jobs: JobNumber, json: Json = False) -> None:
     else:
         for job in cancelled:
             print_lines(f"job {job.id}: {job.state.value}")
+
+
+@app.command
+async def remove(*jobs: JobNumber, json: Json = False) -> None:
+    """Remove jobs that have ended, with their results and all that was kept of them.
+
+    For example:
+
+        deskgrid job remove 42
+        deskgrid job remove 42 43 44
+    """
+    _require_jobs(jobs)
+    async with connected() as grid:
+        for job in jobs:
+            await grid.remove_job(JobId(job))
+    if json:
+        print_json({"removed": jobs})
+    else:
+        print_lines(*(f"removed job {job}" for job in jobs))
 
 
 @app.command

@@ -18,7 +18,9 @@ import msgspec
 from cyclopts import App, CycloptsError
 
 from deskgrid import __version__
-from deskgrid.cli import data, demo, disk, hub, job, overlay, server, ssh, status, user, worker
+from deskgrid.cli import app as app_noun
+from deskgrid.cli import array, data, demo, disk, hub, job, overlay, server, ssh, status, user, worker
+from deskgrid.cli import set as set_noun
 from deskgrid.cli.output import NO_NEGATIVES, clean, warn
 from deskgrid.errors import DeskgridError, InvalidInput, NotFound, Unreachable
 
@@ -45,7 +47,20 @@ For example:
 Each command has --help. Exit codes: 0 done, 1 failed, 2 usage, 3 cannot reach, 130 interrupted.
 """,
 )
-for part in (job.app, data.app, disk.app, worker.app, user.app, user.group_app, server.app, hub.app, overlay.connection_app):
+for part in (
+    job.app,
+    array.app,
+    set_noun.app,
+    app_noun.app,
+    data.app,
+    disk.app,
+    worker.app,
+    user.app,
+    user.group_app,
+    server.app,
+    hub.app,
+    overlay.connection_app,
+):
     app.command(part)
 app.command(job.run)
 app.command(user.login)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import App, Parameter
@@ -14,6 +14,10 @@ from deskgrid.cli.output import NO_NEGATIVES, Json, print_json, print_lines, war
 from deskgrid.cli.user import lifetime_of
 from deskgrid.errors import InvalidInput
 from deskgrid.settings import ServerSettings, load_settings, server_home
+from deskgrid.units import format_size
+
+if TYPE_CHECKING:
+    from deskgrid.server.backup import BackupReport
 
 __all__ = ["app", "load_server_settings"]
 
@@ -29,7 +33,10 @@ HubListen = Annotated[
     Parameter(help='HOST:PORT of the hub inside the server; by default the next port; "off" for no hub in this process.'),
 ]
 HubAddress = Annotated[str | None, Parameter(help="HOST:PORT that peers dial for the hub, if it is another one.")]
-Database = Annotated[str | None, Parameter(help="SQLAlchemy URL of the database; by default SQLite in the folder.")]
+Blobs = Annotated[str | None, Parameter(help="s3://BUCKET/PREFIX?endpoint=URL for blobs at an S3 store; by default in the folder.")]
+Database = Annotated[
+    str | None, Parameter(help="postgresql://USER:PASSWORD@HOST/NAME, for one or several servers; by default SQLite in the folder.")
+]
 Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, help="Log every call.")]
 
 
@@ -48,6 +55,7 @@ async def init(
     hub_listen: HubListen = None,
     hub_address: HubAddress = None,
     database: Database = None,
+    blobs: Blobs = None,
     name: str | None = None,
     admin: str = "admin",
     json: Json = False,
@@ -74,6 +82,7 @@ async def init(
     folder = home or server_home()
     given = {"name": name, "listen": listen, "address": address, "hub_listen": hub_listen, "hub_address": hub_address}
     given["database"] = database
+    given["blobs"] = blobs
     settings = load_server_settings(folder, **given)
     _require_same_settings(folder, settings)
     user = await init_server(folder, settings, admin=admin)
@@ -116,15 +125,19 @@ async def run(
     hub_listen: HubListen = None,
     hub_address: HubAddress = None,
     database: Database = None,
+    blobs: Blobs = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Run the server, with a hub, until Ctrl-C or SIGTERM. Prints where it listens once it answers; logs go to stderr.
 
+    Over PostgreSQL any number of servers may run, on one machine or several: all do the same, and one that ends is not missed.
+
     For example:
 
         deskgrid server run
         deskgrid server run --listen 127.0.0.1:0 --json
+        deskgrid server run --listen 0.0.0.0:8480 --database postgresql://grid@db.example.org/grid
     """
     from deskgrid.server.setup import run_server
 
@@ -138,7 +151,94 @@ async def run(
             print_lines(f"listening on {where}" + (f"; its hub is {hub}" if hub else ""))
 
     given = {"listen": listen, "address": address, "hub_listen": hub_listen, "hub_address": hub_address, "database": database}
+    given["blobs"] = blobs
     await run_server(folder, load_server_settings(folder, **given), ready=ready)
+
+
+@app.command
+def migrate(*, home: Home = None, database: Database = None, json: Json = False) -> None:
+    """Bring the database to the tables of this version. `run` does it, too; servers of the older version must have ended.
+
+    For example:
+
+        deskgrid server migrate
+    """
+    from deskgrid.server.setup import database_url
+    from deskgrid.server.store.migrate import migrate as bring_up_to_date
+
+    configure_logs(json=json, verbose=False)
+    folder = home or server_home()
+    before, after = bring_up_to_date(database_url(folder, load_server_settings(folder, database=database)))
+    if json:
+        print_json({"before": before, "after": after})
+        return
+    print_lines(
+        f"the tables were up to date ({after})" if before == after else f"the tables are those of {after} now, after {before}"
+    )
+
+
+@app.command
+def backup(
+    file: Path, /, *, blobs: bool = False, keys: bool = False, home: Home = None, database: Database = None, json: Json = False
+) -> None:
+    """Write a backup of the grid, which may run meanwhile, to a new file that only you can read.
+
+    For example:
+
+        deskgrid server backup grid.backup --blobs --keys
+
+    Parameters
+    ----------
+    file
+        Where to write it. It must not exist.
+    blobs
+        With the bytes of data, contexts and results. Not those in an S3 store.
+    keys
+        With the keys of the grid, without which no worker or user would know it again.
+    """
+    from deskgrid.server.backup import back_up
+    from deskgrid.server.setup import database_url
+
+    configure_logs(json=json, verbose=False)
+    folder = home or server_home()
+    settings = load_server_settings(folder, database=database)
+    if blobs and settings.blobs:
+        raise InvalidInput("the blobs are in an S3 store", where="--blobs", hint="copy its bucket with its own tools")
+    _say(back_up(database_url(folder, settings), folder, file, blobs=blobs, keys=keys), json=json)
+
+
+@app.command
+def restore(file: Path, /, *, home: Home = None, database: Database = None, json: Json = False) -> None:
+    """Make a grid from a backup, in an empty database. Also moves a grid from SQLite to PostgreSQL.
+
+    Bytes and keys in the backup go to the folder, where others must not be. Then run the server: workers come back, and jobs that ran go on.
+
+    For example:
+
+        deskgrid server restore grid.backup
+        deskgrid server restore grid.backup --database postgresql://grid@db.example.org/grid
+    """
+    from deskgrid.server.backup import restore as make_from
+    from deskgrid.server.setup import claimed, database_url
+
+    configure_logs(json=json, verbose=False)
+    folder = home or server_home()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with claimed(folder):
+        report = make_from(database_url(folder, load_server_settings(folder, database=database)), folder, file)
+    _say(report, json=json)
+    if not (folder / "authority" / "authority.pem").exists():
+        warn(f"there are no keys in the backup: copy authority/ of the grid to {folder} before you run it")
+
+
+def _say(report: BackupReport, *, json: bool) -> None:
+    if json:
+        print_json(report)
+        return
+    rows = sum(report.rows.values())
+    print_lines(f"{rows} rows, {report.blobs} blobs ({format_size(report.blob_bytes)}), {report.keys} keys")
+    if report.missing:
+        warn(f"{len(report.missing)} blobs are not in it: their bytes had been removed")
 
 
 @app.command(name="join-link")

@@ -7,9 +7,13 @@ from deskgrid.cli.output import Json, age, print_json, print_lines, print_table
 from deskgrid.model.jobs import JobState
 from deskgrid.model.wire import GridStatus
 from deskgrid.model.workers import Worker
-from deskgrid.units import format_size
+from deskgrid.units import format_duration, format_size
 
 __all__ = ["status"]
+
+_MOST_USERS = 20
+_MOST_WORKERS = 1000
+"""More are not listed: it is to be a glance."""
 
 
 async def status(*, json: Json = False) -> None:
@@ -21,11 +25,15 @@ async def status(*, json: Json = False) -> None:
         deskgrid status --json | jq .jobs.waiting
     """
     async with connected() as grid:
-        found, workers = await grid.status(), await grid.workers()
+        found = await grid.status()
+        number = found.workers_online + found.workers_paused + found.workers_offline
+        workers = await grid.workers() if number <= _MOST_WORKERS else ()
     if json:
         print_json({**{name: getattr(found, name) for name in found.__struct_fields__}, "workers": workers})
         return
     print_lines(*_overview(found), "")
+    if number > _MOST_WORKERS:
+        return
     rows = [_worker_row(worker) for worker in workers]
     print_table(("worker", "name", "state", "seen", "running", "lends", "driver"), rows, empty="no workers")
 
@@ -38,8 +46,20 @@ def _overview(found: GridStatus) -> list[str]:
         f"lent     {lent.cpus} CPUs, {format_size(lent.memory_bytes)} memory, {format_size(lent.disk_bytes)} disk",
         f"jobs     {jobs}",
         f"done     {found.completed_last_hour} in the last hour",
-        f"storage  {format_size(found.storage_bytes)} used, {format_size(found.storage_free_bytes)} free",
+        *_storage(found),
     ]
+
+
+def _storage(found: GridStatus) -> list[str]:
+    place = found.storage_place or f"{format_size(found.storage_free_bytes)} free"
+    lines = [f"storage  {format_size(found.storage_bytes)} used, {place}"]
+    if any(found.storage.values()):
+        lines.append("         " + ", ".join(f"{kind} {format_size(size)}" for kind, size in found.storage.items() if size))
+    soon = [f"{format_size(each.size_bytes)} within {format_duration(each.within_s)}" for each in found.leaving if each.size_bytes]
+    if soon:
+        lines.append("         goes: " + ", then ".join(soon))
+    most = sorted(found.storage_users.items(), key=lambda user: -user[1])[:_MOST_USERS]
+    return lines + [f"         {name} keeps {format_size(size)}" for name, size in most if size]
 
 
 def _worker_row(worker: Worker) -> tuple[object, ...]:

@@ -11,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from deskgrid import archive
+from deskgrid.client.tables import write_table
 from deskgrid.client.transport import Credentials, Transport, fetch_authority
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
-from deskgrid.errors import Conflict
+from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model import wire
+from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
-from deskgrid.model.ids import JobId, Sha256
-from deskgrid.model.jobs import Job, JobSpec, JobState
+from deskgrid.model.ids import ArrayId, JobId, SetId, Sha256
+from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState
 from deskgrid.model.overlay import Peer
 from deskgrid.model.users import Group, Token, User
 from deskgrid.model.workers import Worker
@@ -85,24 +88,36 @@ class Grid:
 
     async def submit(self, spec: JobSpec, *, context: Path | None = None, progress: Progress | None = None) -> Job:
         """Submit a job with a context folder; returns once the server has stored it durably."""
-        blob = None
-        if context is not None:
-            with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
-                packed = Path(folder) / "context.tar.zst"
-                await asyncio.to_thread(archive.pack_folder, context, packed)
-                blob = await asyncio.to_thread(describe_file, packed)
-                await self.transport.upload(packed, blob, progress)
+        blob = await self.send_folder(context, progress) if context is not None else None
         return await self.transport.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=spec, context=blob))
+
+    async def send_folder(self, folder: Path, progress: Progress | None = None) -> Blob:
+        """Pack and upload a folder, for a job's context or an app's files; return its blob."""
+        with tempfile.TemporaryDirectory(prefix="deskgrid-") as place:
+            packed = Path(place) / "folder.tar.zst"
+            await asyncio.to_thread(archive.pack_folder, folder, packed)
+            return await self._send(packed, progress)
+
+    async def _send(self, file: Path, progress: Progress | None) -> Blob:
+        blob = await asyncio.to_thread(describe_file, file)
+        await self.transport.upload(file, blob, progress)
+        return blob
 
     async def job(self, job_id: JobId) -> wire.JobDetail:
         """Return a job with its attempts."""
         return await self.transport.call(wire.GET_JOB, path={"job": job_id})
 
     async def jobs(
-        self, *, state: JobState | None = None, everyone: bool = False, before: JobId | None = None, limit: int = 100
+        self,
+        *,
+        state: JobState | None = None,
+        everyone: bool = False,
+        before: JobId | None = None,
+        limit: int = 100,
+        array: ArrayId | None = None,
     ) -> wire.JobList:
-        """Return jobs, newest first: one's own, or everyone's (admins)."""
-        query: dict[str, object] = {"state": state, "before": before, "limit": limit, "all": everyone or None}
+        """Return jobs, newest first: one's own, or everyone's (admins); those submitted by themselves, or those of an array."""
+        query: dict[str, object] = {"state": state, "before": before, "limit": limit, "all": everyone or None, "array": array}
         return await self.transport.call(wire.LIST_JOBS, query=query)
 
     async def changes(self, job_id: JobId) -> AsyncIterator[wire.JobDetail]:
@@ -131,6 +146,10 @@ class Grid:
         """Cancel a job; one that is final already is returned as it is."""
         return await self.transport.call(wire.CANCEL_JOB, path={"job": job_id})
 
+    async def remove_job(self, job_id: JobId) -> None:
+        """Remove a job that has ended, with its result. Raise Conflict if it has not."""
+        await self.transport.call(wire.REMOVE_JOB, path={"job": job_id})
+
     async def read_log(
         self, job_id: JobId, *, stream: str = "stdout", attempt: int | None = None, offset: int = 0
     ) -> wire.LogChunk:
@@ -148,6 +167,134 @@ class Grid:
             packed = Path(folder) / "result.tar.zst"
             await self.transport.download(Blob(sha256=job.result, size_bytes=job.result_bytes), packed, progress)
             return await asyncio.to_thread(archive.unpack, packed, destination)
+
+    # Arrays and sets
+
+    async def submit_array(
+        self,
+        spec: JobSpec,
+        *,
+        count: int = 0,
+        table: Path | None = None,
+        context: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Submit many jobs of one spec in one call: `count` of them, or one for each line of a CSV file.
+
+        Returns once the server has stored it durably; the jobs are made from then on. Raise InvalidInput with file and line.
+        """
+        blob = await self.send_folder(context, progress) if context is not None else None
+        rows, found, names = await self.send_table(table, progress) if table is not None else (None, count, ())
+        if count and count != found:
+            raise InvalidInput(f"the table has {found} lines, not {count}", where="array.count")
+        request = wire.SubmitArray(spec=spec, count=found, context=blob, table=rows, names=names)
+        return await self.transport.call(wire.SUBMIT_ARRAY, request)
+
+    async def send_table(self, table: Path, progress: Progress | None = None) -> tuple[Blob, int, tuple[str, ...]]:
+        """Upload a CSV file as a table of parameters; return its blob, how many lines it has, and the names of its columns."""
+        with tempfile.TemporaryDirectory(prefix="deskgrid-") as place:
+            lines = Path(place) / "table"
+            count, names = await asyncio.to_thread(write_table, table, lines)
+            return await self._send(lines, progress), count, names
+
+    async def array(self, array_id: ArrayId) -> Array:
+        """Return an array with its counts."""
+        return await self.transport.call(wire.GET_ARRAY, path={"array": array_id})
+
+    async def arrays(self, *, everyone: bool = False, before: ArrayId | None = None, limit: int = 100) -> wire.ArrayList:
+        """Return arrays, newest first: one's own, or everyone's (admins)."""
+        query: dict[str, object] = {"before": before, "limit": limit, "all": everyone or None}
+        return await self.transport.call(wire.LIST_ARRAYS, query=query)
+
+    async def array_changes(self, array_id: ArrayId) -> AsyncIterator[Array]:
+        """Yield an array now and whenever its counts changed, until it has ended."""
+        found = await self.array(array_id)
+        while True:
+            yield found
+            if found.state in (ArrayState.ENDED, ArrayState.CANCELLED):
+                return
+            mark = wire.array_mark(found)
+            while wire.array_mark(found) == mark:
+                found = await self.transport.call(wire.GET_ARRAY, path={"array": array_id}, query={"seen": mark}, wait_s=_HOLD_S)
+
+    async def wait_array(self, array_id: ArrayId) -> Array:
+        """Return an array once it has ended."""
+        async for found in self.array_changes(array_id):
+            last = found
+        return last
+
+    async def cancel_array(self, array_id: ArrayId) -> Array:
+        """Cancel what has not ended of an array."""
+        return await self.transport.call(wire.CANCEL_ARRAY, path={"array": array_id})
+
+    async def jobs_of(self, array_id: ArrayId, *, state: JobState | None = None) -> AsyncIterator[Job]:
+        """Yield the jobs of an array, the last first."""
+        before: JobId | None = None
+        while True:
+            query: dict[str, object] = {"array": array_id, "state": state, "before": before, "limit": 1000}
+            page = await self.transport.call(wire.LIST_JOBS, query=query)
+            for job in page.jobs:
+                yield job
+            if not page.more:
+                return
+            before = page.jobs[-1].id
+
+    async def submit_set(self, name: str, members: Iterable[wire.SetMember], *, together: bool = False) -> wire.JobSet:
+        """Submit several jobs and arrays that belong together, all or none. Contexts and tables are uploaded already."""
+        return await self.transport.call(wire.SUBMIT_SET, wire.SubmitSet(name=name, members=tuple(members), together=together))
+
+    async def job_set(self, set_id: SetId) -> wire.JobSet:
+        """Return a set with its members."""
+        return await self.transport.call(wire.GET_SET, path={"set": set_id})
+
+    async def sets(self, *, everyone: bool = False, before: SetId | None = None, limit: int = 100) -> wire.SetList:
+        """Return sets, newest first: one's own, or everyone's (admins)."""
+        query: dict[str, object] = {"before": before, "limit": limit, "all": everyone or None}
+        return await self.transport.call(wire.LIST_SETS, query=query)
+
+    async def set_changes(self, set_id: SetId) -> AsyncIterator[wire.JobSet]:
+        """Yield a set now and whenever a member of it changed, until all have ended."""
+        found = await self.job_set(set_id)
+        while True:
+            yield found
+            if wire.set_ended(found):
+                return
+            mark = wire.set_mark(found)
+            while wire.set_mark(found) == mark:
+                found = await self.transport.call(wire.GET_SET, path={"set": set_id}, query={"seen": mark}, wait_s=_HOLD_S)
+
+    async def cancel_set(self, set_id: SetId) -> wire.JobSet:
+        """Cancel all that has not ended of a set."""
+        return await self.transport.call(wire.CANCEL_SET, path={"set": set_id})
+
+    # Apps
+
+    async def publish_app(
+        self,
+        name: str,
+        folders: Mapping[str, Path],
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        visibility: Visibility = Visibility.PRIVATE,
+        group: str = "",
+        progress: Progress | None = None,
+    ) -> App:
+        """Publish an app with a folder of files for each platform (OS-ARCH, or any); a name that exists gets a new version."""
+        files = {platform: await self.send_folder(folder, progress) for platform, folder in folders.items()}
+        request = wire.RegisterApp(name=name, visibility=visibility, group=group, defaults=dict(defaults or {}), files=files)
+        return await self.transport.call(wire.REGISTER_APP, request)
+
+    async def app(self, reference: str) -> App:
+        """Find an app by name or name@version."""
+        return await self.transport.call(wire.GET_APP, path={"reference": reference})
+
+    async def apps(self) -> tuple[App, ...]:
+        """Return the apps that the caller may use."""
+        return (await self.transport.call(wire.LIST_APPS)).apps
+
+    async def remove_app(self, reference: str) -> None:
+        """Remove one version of an app. Raise Conflict while jobs run it."""
+        await self.transport.call(wire.REMOVE_APP, path={"reference": reference})
 
     # Data
 

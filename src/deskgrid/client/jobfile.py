@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct
 
+from deskgrid.core.arrays import placeholders
 from deskgrid.core.submission import check_spec
 from deskgrid.errors import DeskgridError, InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
@@ -25,18 +26,53 @@ from deskgrid.units import format_duration, format_size, parse_duration, parse_s
 
 N = TypeVar("N", int, float)
 
-__all__ = ["KEYS", "JobFile", "Key", "job_from_options", "parse_job", "read_job", "spec_reference"]
+__all__ = [
+    "KEYS",
+    "ArrayPart",
+    "JobFile",
+    "Key",
+    "SetFile",
+    "is_set",
+    "job_from_options",
+    "parse_defaults",
+    "parse_job",
+    "parse_set",
+    "read_file",
+    "read_job",
+    "spec_reference",
+    "with_defaults",
+]
 
 _LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_NUMBER = 1 << 62
 
 
+class ArrayPart(Struct, frozen=True, kw_only=True):
+    """Many jobs of one file."""
+
+    count: int = 0
+    """How many; 0: one for each line of the table."""
+    table: Path | None = None
+    """A CSV file, on the user's PC: one job a line, the columns named by the first."""
+
+
 class JobFile(Struct, frozen=True, kw_only=True):
-    """A job as a user wrote it."""
+    """A job, or an array of jobs, as a user wrote it."""
 
     spec: JobSpec
     context: Path | None = None
     """The context folder, on the user's PC."""
+    array: ArrayPart | None = None
+    written: frozenset[str] = frozenset()
+    """Of a job with an app, the keys that the user wrote: what the app says does not go before them."""
+
+
+class SetFile(Struct, frozen=True, kw_only=True):
+    """Several jobs of one file that belong together, as a user wrote them."""
+
+    name: str
+    together: bool
+    members: tuple[tuple[str, JobFile], ...]
 
 
 class Kind(Struct, frozen=True):
@@ -122,6 +158,25 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _variables(value: Any) -> tuple[tuple[str, str], ...]:
+    """Read a table, or what several options gave: NAME=VALUE."""
+    if isinstance(value, list | tuple):
+        pairs = [_text(item).partition("=") for item in value]
+        wrong = next((name for name, equals, _ in pairs if not equals), None)
+        if wrong is not None:
+            raise InvalidInput(f"{_shown(wrong)} is not NAME=VALUE", hint="as in SEED=7")
+        return tuple((name, text) for name, _, text in pairs)
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{_shown(value)} is not a table", hint='as in { SEED = "7" }')
+    return tuple((name, _text(text)) for name, text in value.items())
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidInput(f"{_shown(value)} is neither true nor false")
+    return value
+
+
 def _offers(value: Any) -> tuple[Offer, ...]:
     if not isinstance(value, list | tuple):
         raise InvalidInput(f"{_shown(value)} is not a list", hint='as in ["ssh:22"]')
@@ -177,6 +232,13 @@ def _folder(value: Any) -> Path:
         raise InvalidInput(f"{_shown(value)}: {error}", hint='as in "context/"') from error
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
@@ -192,22 +254,72 @@ TEXTS = Kind("list of texts", _texts, lambda value: str(list(value)).replace("'"
 OFFERS = Kind("list of NAME:PORT", _offers, lambda value: TEXTS.show([str(offer) for offer in value]))
 REACHES = Kind("table of NAME = SERVICE.PEER:PORT", _reaches, _shown_reaches)
 FOLDER = Kind("folder", _folder)
+FILE = Kind("file", _folder)
+FLAG = Kind("true or false", _flag, lambda value: str(value).lower())
+VARIABLES = Kind(
+    "table of NAME = VALUE", _variables, lambda value: "{" + ", ".join(f'{name} = "{text}"' for name, text in value) + "}"
+)
 
 KEYS: tuple[Key, ...] = (
     Key(section="", name="name", field="name", kind=TEXT, doc="Name of the job, for people."),
     Key(
+        section="",
+        name="app",
+        field="app",
+        kind=TEXT,
+        doc="App to run: name or name@version (`deskgrid app list`). What it says holds where this file says nothing.",
+    ),
+    Key(
+        section="",
+        name="command",
+        field="command",
+        kind=TEXTS,
+        doc="Program and arguments that run in the place of /context/context.sh. In an array, `{index}` and the names of the table's columns are filled in.",
+    ),
+    Key(section="", name="environment", field="environment", kind=VARIABLES, doc="Variables of the command, filled in likewise."),
+    Key(
+        section="",
+        name="fill",
+        field="fill",
+        kind=TEXTS,
+        doc="Files of the context that are filled in likewise (`{{` for a brace).",
+    ),
+    Key(section="", name="group", field="group", kind=TEXT, doc="Group that the job is done for: its share of the grid counts."),
+    Key(
+        section="",
+        name="priority",
+        field="priority",
+        kind=INTEGER,
+        doc="Among your jobs the one with the higher number goes first.",
+    ),
+    Key(
+        section="",
+        name="after",
+        field="after",
+        kind=TEXTS,
+        doc="Jobs and arrays that must have completed before, as `job-41` or `array-3`; if one fails, this one is cancelled.",
+    ),
+    Key(section="", name="after_end", field="after_end", kind=TEXTS, doc="Jobs and arrays that must have ended before, however."),
+    Key(
+        section="",
+        name="retain",
+        field="retain_s",
+        kind=DURATION,
+        doc="Time that results are kept; `0s`: as long as the server says.",
+    ),
+    Key(
         section="machine",
         name="kind",
         field="kind",
-        kind=Kind('"vm"', _choice(MachineKind), lambda value: f'"{value}"'),
-        doc="What the job runs in.",
+        kind=Kind('"vm", "process" or "container"', _choice(MachineKind), lambda value: f'"{value}"'),
+        doc="What the job runs in: a virtual machine, a native program in a sandbox, or a container.",
     ),
     Key(
         section="machine",
         name="disk",
         field="disk",
         kind=TEXT,
-        doc="Disk to boot: name, name@version or sha256 (`deskgrid disk list`).",
+        doc="Disk to boot, or image of a container: name, name@version or sha256 (`deskgrid disk list`). A process has none.",
     ),
     Key(
         section="machine",
@@ -225,6 +337,28 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(section="machine", name="memory", field="memory_bytes", kind=SIZE, doc="Memory of the machine."),
     Key(section="machine", name="cpus", field="cpus", kind=INTEGER, doc="CPUs of the machine."),
+    Key(
+        section="machine",
+        name="platforms",
+        field="platforms",
+        kind=TEXTS,
+        doc="Where a process or container may run, as `linux-x86_64`; by default anywhere that its app has files for.",
+    ),
+    Key(section="machine", name="need", field="need", kind=TEXTS, doc="Packages that the PC must declare."),
+    Key(
+        section="machine",
+        name="on",
+        field="on",
+        kind=TEXT,
+        doc="Only on this worker, as `worker:7`, or on a group's, as `group:hep`.",
+    ),
+    Key(
+        section="machine",
+        name="warm",
+        field="warm",
+        kind=FLAG,
+        doc="Of a process: the command is a program that stays and is given one job after the other, for many short jobs.",
+    ),
     Key(
         section="machine",
         name="network",
@@ -299,16 +433,38 @@ KEYS: tuple[Key, ...] = (
         doc="Time that a suspended attempt (the PC's owner needs it) is waited for.",
     ),
     Key(
+        section="limits",
+        name="processes",
+        field="processes",
+        kind=INTEGER,
+        doc="Processes and threads at the same time; not of a vm.",
+    ),
+    Key(
+        section="limits",
+        name="file_size",
+        field="file_bytes",
+        kind=SIZE,
+        doc="Largest file that may be written; not of a vm. By default what scratch holds.",
+    ),
+    Key(
         section="results",
         name="paths",
         field="paths",
         kind=TEXTS,
-        doc="Which files of /scratch come back: globs, `**` for all.",
+        doc="Which files of /scratch come back: globs, `**` for all. A process may bring none.",
+    ),
+    Key(section="array", name="count", field="count", kind=INTEGER, doc="So many jobs, with `{index}` from 0."),
+    Key(
+        section="array",
+        name="table",
+        field="table",
+        kind=FILE,
+        doc="CSV file with a job a line; the first line names the columns. Relative to the job file.",
     ),
 )
 """All that can be written in a job file."""
 
-_STRUCTS: dict[str, type[Struct]] = {"": JobSpec, "machine": Machine, "limits": Limits, "results": Results}
+_STRUCTS: dict[str, type[Struct]] = {"": JobSpec, "machine": Machine, "limits": Limits, "results": Results, "array": ArrayPart}
 _BY_PATH = {key.path: key for key in KEYS}
 _BY_NAME = {key.name: key for key in KEYS}
 
@@ -327,14 +483,7 @@ def read_job(file: Path | None, options: Mapping[str, Any] | None = None) -> Job
     """Read a job file; `options` (see job_from_options) win over it. Without a file, options are all there is."""
     if file is None:
         return job_from_options(options or {})
-    try:
-        if file.stat().st_size > _LARGEST_FILE_BYTES:
-            raise InvalidInput("this is too large for a job file", where=str(file))
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidInput("this is not a text in UTF-8", where=str(file)) from error
-    except OSError as error:
-        raise InvalidInput(f"cannot read the job file: {error.strerror}", where=str(file)) from error
+    text = _read_text(file)
     return parse_job(text, str(file), folder=file.parent, options=options)
 
 
@@ -344,24 +493,138 @@ def parse_job(text: str, source_name: str, *, folder: Path | None = None, option
     The context is looked for in `folder` (by default where `source_name` is).
     """
     lines = text.splitlines()
+    beside = Path(source_name).parent if folder is None else folder
+
+    def where(section: str, name: str) -> str:
+        return f"{source_name}:{_line_of(lines, section, name)}"
+
+    return _read_tables(_tables(text, source_name), where, beside, options)
+
+
+def read_file(file: Path | None, options: Mapping[str, Any] | None = None) -> JobFile | SetFile:
+    """Read a file with a job or with a set of jobs, which has [job.NAME] and takes no options."""
+    if file is not None and is_set(text := _read_text(file), str(file)):
+        given = [name for name, value in (options or {}).items() if value is not None]
+        if given:
+            raise InvalidInput("options are for one job, and this file has several", where=f"--{given[0].replace('_', '-')}")
+        return parse_set(text, str(file), folder=file.parent)
+    return read_job(file, options)
+
+
+def is_set(text: str, source_name: str) -> bool:
+    """Tell whether a file has several jobs."""
+    return isinstance(_tables(text, source_name).get("job"), dict)
+
+
+def parse_set(text: str, source_name: str, *, folder: Path | None = None) -> SetFile:
+    """Read the text of a file with several jobs. Raise InvalidInput with `source_name`, the line and what is allowed."""
+    lines, tables = text.splitlines(), _tables(text, source_name)
+    beside = Path(source_name).parent if folder is None else folder
+    head = tables.get("set", {})
+    for name in tables.keys() - {"set", "job"}:
+        place = f"{source_name}:{_line_of(lines, '', name)}"
+        raise InvalidInput(
+            f"unknown key {_shown(name)}", where=place, hint="in a file of several jobs each key belongs to one: [job.NAME]"
+        )
+    for name in head if isinstance(head, dict) else ("set",):
+        if name not in ("name", "together"):
+            place = f"{source_name}:{_line_of(lines, 'set', name)}"
+            raise InvalidInput(f"unknown key {_shown(name)} in [set]", where=place, hint="allowed: name, together")
+    members = tuple((name, _member(lines, name, table, source_name, beside)) for name, table in tables["job"].items())
+    where = f"{source_name}:{_line_of(lines, 'set', 'together')}"
     try:
-        tables = tomllib.loads(text)
+        together = _flag(head.get("together", False))
+        return SetFile(name=_text(head.get("name", Path(source_name).stem)), together=together, members=members)
+    except InvalidInput as error:
+        raise InvalidInput(error.message, where=where, hint=error.hint) from error
+
+
+def _member(lines: list[str], name: str, table: Any, source_name: str, beside: Path) -> JobFile:
+    """Read one [job.NAME] with its sections."""
+
+    def where(section: str, key: str) -> str:
+        inside = f"job.{name}.{section}" if section else f"job.{name}"
+        return f"{source_name}:{_line_of(lines, inside, key)}"
+
+    if not isinstance(table, dict):
+        raise InvalidInput(f"job.{name} is a section", where=where("", ""), hint=f"write [job.{name}] on a line of its own")
+    return _read_tables(table, where, beside)
+
+
+def _read_tables(
+    tables: Mapping[str, Any], where: Callable[[str, str], str], beside: Path, options: Mapping[str, Any] | None = None
+) -> JobFile:
+    written = dict(_written(tables, where))
+    for path in ("machine.context", "array.table"):
+        if path in written:
+            found = written[path]
+            written[path] = _Written(beside / found.value, found.where)
+    written.update(_from_options(options or {}))
+    return _assemble(written, lambda path: where(*_split(path)))
+
+
+def _tables(text: str, source_name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
     except RecursionError as error:
         raise InvalidInput("this is nested too deeply", where=source_name) from error
     except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
         raise _syntax_error(error, source_name) from error
-    written = dict(_written(tables, lambda section, name: f"{source_name}:{_line_of(lines, section, name)}"))
-    beside = Path(source_name).parent if folder is None else folder
-    if "machine.context" in written:
-        found = written["machine.context"]
-        written["machine.context"] = _Written(beside / found.value, found.where)
-    written.update(_from_options(options or {}))
-    return _assemble(written, lambda path: f"{source_name}:{_line_of(lines, *_split(path))}")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        if file.stat().st_size > _LARGEST_FILE_BYTES:
+            raise InvalidInput("this is too large for a job file", where=str(file))
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput("this is not a text in UTF-8", where=str(file)) from error
+    except OSError as error:
+        raise InvalidInput(f"cannot read the job file: {error.strerror}", where=str(file)) from error
 
 
 def job_from_options(options: Mapping[str, Any]) -> JobFile:
     """Make a job of options: names of KEYS without section ("wall_time": "10m"); None stands for an option not given."""
     return _assemble(_from_options(options), lambda path: _BY_PATH[path].option)
+
+
+def parse_defaults(tables: Mapping[str, Any], source_name: str) -> dict[str, Any]:
+    """Return what a job file says as an app's defaults: keys by path, values as written. Raise InvalidInput for what cannot be one."""
+    found: dict[str, Any] = {}
+    for name, value in tables.items():
+        if isinstance(value, dict) and name in _STRUCTS:
+            found |= {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
+        else:
+            found[name] = value
+    for path in found:
+        if path not in _BY_PATH or path.startswith("array.") or path in ("app", "machine.context"):
+            raise InvalidInput(
+                f"{_shown(path)} cannot be a default", where=source_name, hint="keys of a job file but app, context and [array]"
+            )
+        _read(_BY_PATH[path], found[path], source_name, lambda _: source_name)
+    return found
+
+
+def with_defaults(job: JobFile, defaults: Mapping[str, Any], source_name: str) -> JobFile:
+    """Return a job with an app's defaults (keys by path, values as in a file) where its user wrote nothing. Raise InvalidInput."""
+    written = {}
+    for path, value in defaults.items():
+        if path not in _BY_PATH or path.startswith("array.") or path in ("app", "machine.context"):
+            raise InvalidInput(f"{source_name} says {_shown(path)}, which is no key for that", where=source_name)
+        if path not in job.written:
+            key = _BY_PATH[path]
+            written[key] = _read(key, value, source_name, lambda _: source_name)
+    spec = job.spec
+    parts = {"machine": spec.machine, "limits": spec.limits, "results": spec.results}
+    top: dict[str, Any] = {}
+    for key, value in written.items():
+        if key.section:
+            parts[key.section] = msgspec.structs.replace(parts[key.section], **{key.field: value})
+        else:
+            top[key.field] = value
+    spec = msgspec.structs.replace(spec, **parts, **top)
+    check_spec(spec, in_set=True)
+    return msgspec.structs.replace(job, spec=spec)
 
 
 def spec_reference() -> str:
@@ -431,7 +694,8 @@ def _from_option(key: Key, value: Any) -> _Written:
 
 def _assemble(written: Mapping[str, _Written], where: Callable[[str], str]) -> JobFile:
     """Make the job of values that are of the right kind. Raise InvalidInput for what is missing or out of bounds."""
-    if "machine.disk" not in written:
+    kind = written["machine.kind"].value if "machine.kind" in written else MachineKind.VM
+    if "machine.disk" not in written and kind is not MachineKind.PROCESS and "app" not in written:
         raise InvalidInput("a disk is needed", where=where("machine.disk"), hint='machine.disk = "tiny", or --disk tiny')
     context = written.get("machine.context")
     if context is not None and not _is_folder(context.value):
@@ -448,10 +712,39 @@ def _assemble(written: Mapping[str, _Written], where: Callable[[str], str]) -> J
         results=Results(**parts["results"]),
     )
     try:
-        check_spec(spec)
+        if not spec.app:  # what an app says is not known yet
+            check_spec(spec, in_set=True)
     except InvalidInput as error:
         raise _placed(error, written, where) from error
-    return JobFile(spec=spec, context=context.value if context else None)
+    array = ArrayPart(**parts["array"]) if parts["array"] else None
+    _check_array(array, spec, written, where)
+    return JobFile(
+        spec=spec, context=context.value if context else None, array=array, written=frozenset(written) if spec.app else frozenset()
+    )
+
+
+def _check_array(array: ArrayPart | None, spec: JobSpec, written: Mapping[str, _Written], where: Callable[[str], str]) -> None:
+    """Check what can be checked without reading the table. Raise InvalidInput."""
+    if array is None:
+        return
+    if array.table is None and array.count < 1:
+        raise InvalidInput("an array has at least one job", where=where("array.count"), hint="count = 1000, or a table")
+    if array.table is not None and not _is_file(array.table):
+        raise InvalidInput(
+            f"there is no file {_shown(str(array.table))}", where=written["array.table"].where, hint="CSV with a line of names"
+        )
+    texts = (("command", spec.command), ("environment", tuple(text for _, text in spec.environment)))
+    for path, values in texts:
+        for text in values if not spec.machine.warm else ():
+            try:
+                names = placeholders(text)
+            except InvalidInput as error:
+                raise InvalidInput(error.message, where=where(path), hint=error.hint) from error
+            unknown = [name for name in names if name != "index"] if array.table is None else []
+            if unknown:
+                raise InvalidInput(
+                    f"nothing fills in {{{unknown[0]}}}", where=where(path), hint="{index}, or a table with that column"
+                )
 
 
 def _placed(error: InvalidInput, written: Mapping[str, _Written], where: Callable[[str], str]) -> DeskgridError:

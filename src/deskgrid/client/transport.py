@@ -1,4 +1,6 @@
-"""The way to the server: HTTPS to one address, checked against the grid's own authority, one method per kind of call.
+"""The way to the server: HTTPS, checked against the grid's own authority, one method per kind of call.
+
+A grid may have several server processes, each with an address. Calls go to one of them, and when that does not answer to the next.
 
 Foreign exceptions end here: what leaves this module is DeskgridError. Calls that change something are repeated with the same
 idempotency key when an answer was lost, so that each happens once.
@@ -23,7 +25,8 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid import errors
-from deskgrid.errors import Conflict, DeskgridError, InvalidInput, ProtocolError, Unreachable
+from deskgrid.client.direct import BlobStore
+from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NotFound, ProtocolError, StoreUnavailable, Unreachable
 from deskgrid.link import Link
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
@@ -33,12 +36,17 @@ __all__ = ["Credentials", "Transport", "fetch_authority", "load_credentials", "s
 A = TypeVar("A")
 _CHUNK = 1 << 20
 _ANSWER_LIMIT_S = 30.0
+_CONNECT_LIMIT_S, _NEXT_LIMIT_S = 10.0, 4.0
+"""How long a server may take to accept; the second if there is another one."""
+_REMOVAL_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 60.0, 60.0)
+"""Between tries to begin an upload whose old bytes are just being removed; that takes minutes only if a server was killed at it."""
 
 
 class Credentials(Struct, frozen=True, kw_only=True):
     """Where a grid is, its authority's certificate, and a token; kept in a file only its owner can read."""
 
     address: str
+    """HOST:PORT, or several with commas between."""
     authority_pem: str
     token: str = ""
     name: str = ""
@@ -73,32 +81,49 @@ def save_credentials(file: Path, credentials: Credentials) -> None:
 
 async def fetch_authority(link: Link) -> Credentials:
     """Get the authority's certificate and check it against the link. Raise ProtocolError if another server answers."""
+    addresses = _addresses(link.address)
+    for address in addresses[:-1]:
+        try:
+            return await _fetch_authority(link, address)
+        except Unreachable:
+            continue
+    return await _fetch_authority(link, addresses[-1])
+
+
+async def _fetch_authority(link: Link, address: str) -> Credentials:
     unchecked = ssl.create_default_context()
     unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE  # what comes is checked by its sha256 below
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ANSWER_LIMIT_S)) as session:
         try:
-            async with session.get(f"https://{link.address}{wire.AUTHORITY.path}", ssl=unchecked) as answer:
+            async with session.get(f"https://{address}{wire.AUTHORITY.path}", ssl=unchecked) as answer:
                 pem = (await answer.content.read(1 << 16)).decode("ascii", "replace")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unreachable(f"no deskgrid server at {link.address}: {error}") from error
+            raise Unreachable(f"no deskgrid server at {address}: {error}") from error
     try:
         found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
     except ValueError as error:
-        raise ProtocolError(f"what answers at {link.address} is not a deskgrid server") from error
+        raise ProtocolError(f"what answers at {address} is not a deskgrid server") from error
     if found != link.authority:
         raise ProtocolError(
-            f"the server at {link.address} is not the one of this link", hint="ask for a new link; somebody may be listening in"
+            f"the server at {address} is not the one of this link", hint="ask for a new link; somebody may be listening in"
         )
     return Credentials(address=link.address, authority_pem=pem)
 
 
+def _addresses(text: str) -> list[str]:
+    """Return each HOST:PORT of an address."""
+    return [one.strip() for one in text.split(",") if one.strip()] or [text]
+
+
 class Transport:
-    """Calls to one server as one holder of a token. Use as an async context manager."""
+    """Calls to one grid as one holder of a token. Use as an async context manager."""
 
     def __init__(self, credentials: Credentials, *, tries: int = 3, rng: random.Random | None = None) -> None:
         self.credentials = credentials
         self._tries = tries
         self._rng = rng or random.Random()  # noqa: S311 - jitter
+        self._addresses = _addresses(credentials.address)
+        self._at = self._rng.randrange(len(self._addresses))  # so that not all use the first server
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Transport:
@@ -108,10 +133,9 @@ class Transport:
         if self.credentials.token:
             headers["Authorization"] = f"Bearer {self.credentials.token}"
         self._session = aiohttp.ClientSession(
-            base_url=f"https://{self.credentials.address}",
+            base_url=f"https://{self._addresses[0]}",
             headers=headers,
             connector=aiohttp.TCPConnector(ssl=context),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_ANSWER_LIMIT_S),
         )
         return self
 
@@ -131,22 +155,29 @@ class Transport:
     ) -> A:
         """Make one call and return its answer.
 
-        `wait_s` is how long the server may hold the answer. Lost connections are tried again (`tries` times in all) with the
-        same idempotency key. Raise the server's DeskgridError, Unreachable, or ProtocolError.
+        `wait_s` is how long the server may hold the answer. Lost connections are tried again (`tries` times in all, and each server once
+        more) with the same idempotency key. Raise the server's DeskgridError, Unreachable, or ProtocolError.
         """
         headers = {wire.IDEMPOTENCY_HEADER: key or uuid.uuid4().hex} if route.method is not wire.Method.GET else {}
         data = msgspec.json.encode(body) if body is not None else None
         if wait_s:
             query = {**(query or {}), "wait_s": wait_s}
-        for attempt in range(1, self._tries + 1):
+        tries = self._tries + len(self._addresses) - 1
+        for attempt in range(1, tries + 1):
             try:
                 async with self._request(route, path, query, headers=headers, data=data, wait_s=wait_s) as answer:
                     return _decode(route, await answer.read())
-            except Unreachable:
-                if attempt == self._tries:
+            except (Unreachable, StoreUnavailable) as error:
+                # A server that has lost its database may not be the only one.
+                if attempt == tries or (isinstance(error, StoreUnavailable) and len(self._addresses) == 1):
                     raise
                 await asyncio.sleep(self._rng.uniform(0.1, 0.3) * attempt)
         raise AssertionError
+
+    def _go_on(self, at: int) -> None:
+        """Use the next server, unless another call has gone on already."""
+        if self._at == at:
+            self._at = (at + 1) % len(self._addresses)
 
     @asynccontextmanager
     async def _request(
@@ -158,28 +189,37 @@ class Transport:
         headers: dict[str, str] | None = None,
         data: Any = None,
         wait_s: float = 0.0,
+        allow_redirects: bool = True,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             raise RuntimeError("use Transport as an async context manager")
         url = route.path.format(**{name: str(value) for name, value in (path or {}).items()})
         params = {name: _query_text(value) for name, value in (query or {}).items() if value is not None}
+        at = self._at
+        address = self._addresses[at]
+        connect_s = _CONNECT_LIMIT_S if len(self._addresses) == 1 else _NEXT_LIMIT_S
         try:
             async with self._session.request(
                 route.method,
-                url,
+                f"https://{address}{url}",
                 params=params,
                 headers=headers,
                 data=data,
                 server_hostname=wire.SERVER_NAME,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_ANSWER_LIMIT_S + wait_s),
+                allow_redirects=allow_redirects,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=_ANSWER_LIMIT_S + wait_s),
             ) as answer:
                 if answer.status >= 400:
                     raise _error_of(answer.status, await answer.read())
                 yield answer
         except aiohttp.ClientConnectorCertificateError as error:
-            raise ProtocolError(f"the server at {self.credentials.address} is not this grid's: {error}") from error
+            raise ProtocolError(f"the server at {address} is not this grid's: {error}") from error
         except (aiohttp.ClientError, ConnectionError, TimeoutError, ssl.SSLError) as error:
-            raise Unreachable(f"no answer from {self.credentials.address}: {error or type(error).__name__}") from error
+            self._go_on(at)
+            raise Unreachable(f"no answer from {address}: {error or type(error).__name__}") from error
+        except (Unreachable, StoreUnavailable):
+            self._go_on(at)
+            raise
 
     async def upload(self, file: Path, blob: Blob, progress: Callable[[int], None] | None = None) -> None:
         """Send a file as `blob`, going on where an earlier try stopped. `progress` gets the bytes that the server has.
@@ -189,11 +229,13 @@ class Transport:
         """
         failures, last = 0, -1
         while True:
-            upload = await self.call(wire.BEGIN_UPLOAD, wire.BeginUpload(blob=blob))
+            upload = await self._begin_upload(blob)
             if progress:
                 progress(upload.received_bytes)
             if upload.complete:
                 return
+            if upload.checking:
+                continue  # the server holds that answer for a while
             if file.stat().st_size != blob.size_bytes:
                 raise InvalidInput(
                     f"{file.name} does not have the {blob.size_bytes} bytes announced", hint="it was changed meanwhile"
@@ -203,15 +245,41 @@ class Transport:
                 raise Unreachable(f"the upload of {file.name} stops at {last} of {blob.size_bytes} bytes")
             last = upload.received_bytes
             try:
-                headers = {wire.UPLOAD_OFFSET_HEADER: str(last), wire.IDEMPOTENCY_HEADER: uuid.uuid4().hex}
-                body = _read_from(file, last, progress)
-                async with self._request(
-                    wire.UPLOAD_BYTES, {"upload": upload.id}, headers=headers, data=body, wait_s=600
-                ) as answer:
-                    await answer.read()
-            except (Unreachable, Conflict):
-                # Conflict: the server had more from the broken connection, or notices only now that it is broken.
+                await self._send(file, blob, upload, progress)
+            except (Unreachable, Conflict, NotFound):
+                # Conflict: the server had more from the broken connection, or notices only now that it is broken. NotFound: of parts, another
+                # program has completed this upload.
                 await asyncio.sleep(self._rng.uniform(0.2, 0.6))
+
+    async def _begin_upload(self, blob: Blob) -> wire.Upload:
+        """Ask how an upload stands, while old bytes of the same blob are being removed again and again."""
+        for pause_s in (*_REMOVAL_PAUSES_S, None):
+            try:
+                return await self.call(wire.BEGIN_UPLOAD, wire.BeginUpload(blob=blob, direct=True))
+            except Conflict:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(self._rng.uniform(0.5, 1.0) * pause_s)
+        raise AssertionError
+
+    async def _send(self, file: Path, blob: Blob, upload: wire.Upload, progress: Callable[[int], None] | None) -> None:
+        """Send what comes next: to the blob store if the server names it, otherwise all the rest to the server."""
+        if upload.parts:
+            arrived = upload.received_bytes
+
+            def note(size_bytes: int) -> None:
+                nonlocal arrived
+                arrived += size_bytes
+                if progress:
+                    progress(arrived)
+
+            async with BlobStore() as outside:
+                await outside.send(file, upload.parts, note)
+            return
+        headers = {wire.UPLOAD_OFFSET_HEADER: str(upload.received_bytes), wire.IDEMPOTENCY_HEADER: uuid.uuid4().hex}
+        body = _read_from(file, upload.received_bytes, progress)
+        async with self._request(wire.UPLOAD_BYTES, {"upload": upload.id}, headers=headers, data=body, wait_s=600) as answer:
+            await answer.read()
 
     async def download(self, blob: Blob, file: Path, progress: Callable[[int], None] | None = None) -> None:
         """Fetch `blob` into `file`, going on after the bytes that `file` has already, and check size and sha256.
@@ -245,17 +313,33 @@ class Transport:
 
     async def _fetch_from(self, blob: Blob, file: Path, offset: int, digest: Any, progress: Callable[[int], None] | None) -> int:
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with self._request(wire.GET_BLOB, {"sha256": blob.sha256}, headers=headers) as answer:
-            if offset and answer.status != 206:
-                raise ProtocolError("the server does not serve ranges")
-            with file.open("ab") as output:
-                async for chunk in answer.content.iter_chunked(_CHUNK):
-                    await asyncio.to_thread(_take, output, digest, chunk)
-                    offset += len(chunk)
-                    if offset > blob.size_bytes:
-                        raise ProtocolError(f"more bytes came for {blob.sha256[:12]} than it has")
-                    if progress:
-                        progress(offset)
+        path, query = {"sha256": blob.sha256}, {"direct": True}
+        async with self._request(wire.GET_BLOB, path, query, headers=headers, allow_redirects=False) as answer:  # type: ignore[arg-type]
+            if not 300 <= answer.status < 400:
+                if offset and answer.status != 206:
+                    raise ProtocolError("the server does not serve ranges")
+                return await self._keep(answer, blob, file, offset, digest, progress)
+            place = answer.headers.get("Location", "")
+        async with BlobStore() as outside, outside.get(place, offset) as answer:
+            return await self._keep(answer, blob, file, offset, digest, progress)
+
+    async def _keep(
+        self,
+        answer: aiohttp.ClientResponse,
+        blob: Blob,
+        file: Path,
+        offset: int,
+        digest: Any,
+        progress: Callable[[int], None] | None,
+    ) -> int:
+        with file.open("ab") as output:
+            async for chunk in answer.content.iter_chunked(_CHUNK):
+                await asyncio.to_thread(_take, output, digest, chunk)
+                offset += len(chunk)
+                if offset > blob.size_bytes:
+                    raise ProtocolError(f"more bytes came for {blob.sha256[:12]} than it has")
+                if progress:
+                    progress(offset)
         return offset
 
 

@@ -1,32 +1,36 @@
-"""Which waiting jobs a worker gets: by requirement class, in fair order over users.
+"""Which waiting jobs a worker gets: by requirement class, in fair order over groups and users.
 
-Waiting jobs are counted per queue: one requirement class of one user. A worker's ask is matched with the queues, so the work
-does not depend on how many jobs wait. Rules:
+Waiting jobs are counted per queue: one requirement class, user, group and priority. A worker's ask is matched with the queues, so the
+work does not depend on how many jobs wait. Rules:
 
-1. A queue fits if every need is within what the worker has free, and a usable driver confines the network asked for.
-2. Among the queues that fit, the user with the fewest live attempts comes first; then queues whose disk the worker has in its
-   cache; then the queue whose job has waited longest.
-3. Nothing is promised twice: each job taken lessens what is free.
+1. A queue suits a worker if a usable driver of it runs that kind of machine in that network, its platform and packages are right, its owner
+   takes such a user's jobs, and nobody else has reserved it.
+2. Among queues that suit and fit into what is free, the order is: the group or user that has used least (core/shares.py), the higher
+   priority, those whose disk the worker has in its cache, the one whose next job was submitted first.
+3. Nothing is promised twice: each job taken lessens what is free, and the user's quota of running jobs.
+4. A worker that ends many jobs of a class a second gets some more than fit at once, as many as it asks for (`ahead`): they wait there.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
-from deskgrid.model.ids import Sha256, UserId
+from deskgrid.core.shares import Standings
+from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec
 from deskgrid.model.machines import Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Capacity
 from deskgrid.units import GIB
 
-__all__ = ["Ask", "Queue", "Requirement", "Share", "match", "need_of", "requirement_of", "without"]
+__all__ = ["Ask", "Person", "Queue", "Requirement", "Share", "match", "need_of", "requirement_of", "suiting", "suits", "without"]
 
 _SCRATCH_PROMISE_BYTES = GIB
 
 
-class Requirement(Struct, frozen=True, order=True):
+class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     """What a job needs of a worker; jobs with equal requirements form a class."""
 
     kind: MachineKind
@@ -34,34 +38,65 @@ class Requirement(Struct, frozen=True, order=True):
     cpus: int
     memory_bytes: int
     disk_bytes: int
-    disk: Sha256
+    disk: Sha256 = Sha256("")
+    """The unpacked disk; empty for a process."""
+    platforms: tuple[str, ...] = ()
+    """OS-ARCH; empty: any."""
+    packages: tuple[str, ...] = ()
+    on: str = ""
+    """worker:NUMBER or group:NAME, or empty."""
 
 
 class Queue(Struct, frozen=True):
-    """The waiting jobs of one class and one user."""
+    """The waiting jobs of one class, user, group and priority; an array has its own."""
 
+    id: int
     class_id: int
     owner_id: UserId
     requirement: Requirement
     waiting: int
-    oldest: int
-    """Id of the job that has waited longest; a smaller one goes first."""
+    head: int = 0
+    """No job with a smaller id waits in it; the smaller one goes first."""
+    team: str = ""
+    priority: int = 0
 
 
-class Ask(Struct, frozen=True):
+class Ask(Struct, frozen=True, kw_only=True):
     """What a worker offers."""
 
     free: Capacity
     drivers: tuple[Fingerprint, ...]
-    cached: frozenset[Sha256]
+    cached: frozenset[Sha256] = frozenset()
+    ahead: Mapping[int, int] = {}
+    """Of these classes, so many jobs more than fit."""
+    worker_id: WorkerId = WorkerId(0)
+    platform: str = ""
+    packages: frozenset[str] = frozenset()
+    owner_id: UserId | None = None
+    """The user whose PC it is."""
+    owner_groups: frozenset[str] = frozenset()
+    accepts: tuple[str, ...] = ("everyone",)
+    reserved_for: str = ""
+    """user:NAME or group:NAME, or empty."""
 
 
 class Share(Struct, frozen=True):
     """Take `count` jobs of a queue, the oldest first."""
 
-    class_id: int
-    owner_id: UserId
+    queue_id: int
     count: int
+
+
+class Person(Struct, frozen=True):
+    """What matching must know of a user with waiting jobs."""
+
+    name: str = ""
+    groups: frozenset[str] = frozenset()
+    may_run: int = 1 << 62
+    """Jobs that he may have running besides those that are."""
+
+
+_NOBODY = Person()
 
 
 def need_of(spec: JobSpec) -> Capacity:
@@ -78,46 +113,140 @@ def need_of(spec: JobSpec) -> Capacity:
     )
 
 
-def requirement_of(spec: JobSpec, disk: Sha256) -> Requirement:
-    """Return the class key of a job."""
+def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...] = ()) -> Requirement:
+    """Return the class key of a job; `platforms`: those that its app has files for, if it has an app."""
     need = need_of(spec)
+    machine = spec.machine
     return Requirement(
-        kind=spec.machine.kind,
-        network=spec.machine.network,
+        kind=machine.kind,
+        network=machine.network,
         cpus=need.cpus,
         memory_bytes=need.memory_bytes,
         disk_bytes=need.disk_bytes,
-        disk=disk,
+        disk=disk or Sha256(""),
+        platforms=tuple(sorted(platforms or machine.platforms)),
+        packages=tuple(sorted(machine.need)),
+        on=machine.on,
     )
 
 
-def match(ask: Ask, queues: Sequence[Queue], live: Mapping[UserId, int], *, limit: int) -> list[Share]:
-    """Return which jobs the worker gets, at most `limit` in all. `live` counts the live attempts of each user."""
-    free = ask.free
-    waiting = {index: queue.waiting for index, queue in enumerate(queues) if queue.waiting > 0 and _runs(ask.drivers, queue)}
-    used = dict(live)
-    taken: dict[int, int] = {}
-    for _ in range(limit):
-        fitting = [index for index in waiting if _fits(queues[index].requirement, free)]
-        if not fitting:
-            break
-        best = min(fitting, key=lambda index: _order(queues[index], ask, used))
-        queue = queues[best]
-        free = without(free, [_needed(queue.requirement)])
-        used[queue.owner_id] = used.get(queue.owner_id, 0) + 1
-        taken[best] = taken.get(best, 0) + 1
-        waiting[best] -= 1
-        waiting = {index: count for index, count in waiting.items() if count > 0}
-    return [Share(queues[index].class_id, queues[index].owner_id, count) for index, count in taken.items()]
+def match(
+    ask: Ask,
+    queues: Sequence[Queue],
+    standings: Standings,
+    *,
+    limit: int,
+    people: Mapping[UserId, Person] | None = None,
+) -> list[Share]:
+    """Return which jobs the worker gets of queues that suit it, at most `limit` in all. `standings` is brought up to date with them."""
+    people = people or {}
+    taking = _Taking(ask, people)
+    lines = _lines(ask, queues)
+    order = [(*standings.order(*key), key) for key in lines]
+    heapq.heapify(order)
+    while order and taking.count < limit and taking.has_room():
+        *then, key = heapq.heappop(order)
+        now = standings.order(*key)
+        if now > tuple(then):  # others of his group have got something since
+            heapq.heappush(order, (*now, key))
+            continue
+        queue = taking.first_of(lines[key])
+        if queue is None:
+            continue  # nothing of his fits: he is out for this ask
+        taking.take(queue)
+        standings.take(*key, queue.requirement.cpus)
+        heapq.heappush(order, (*standings.order(*key), key))
+    return [Share(queue_id, count) for queue_id, count in taking.taken.items()]
 
 
-def _order(queue: Queue, ask: Ask, used: Mapping[UserId, int]) -> tuple[int, bool, int]:
-    return used.get(queue.owner_id, 0), queue.requirement.disk not in ask.cached, queue.oldest
+def _lines(ask: Ask, queues: Sequence[Queue]) -> dict[tuple[str, UserId], list[Queue]]:
+    """Return the queues by group and user, each line in the order in which they go."""
+    lines: dict[tuple[str, UserId], list[Queue]] = {}
+    for queue in queues:
+        if queue.waiting > 0:
+            lines.setdefault((queue.team, queue.owner_id), []).append(queue)
+    for line in lines.values():
+        line.sort(
+            key=lambda queue: (
+                -queue.priority,
+                bool(queue.requirement.disk) and queue.requirement.disk not in ask.cached,
+                queue.head,
+            )
+        )
+    return lines
 
 
-def _runs(drivers: Iterable[Fingerprint], queue: Queue) -> bool:
+class _Taking:
+    """What is left of an ask while jobs are taken."""
+
+    def __init__(self, ask: Ask, people: Mapping[UserId, Person]) -> None:
+        self._free = ask.free
+        self._ahead = dict(ask.ahead)
+        self._people = people
+        self._of_user: dict[UserId, int] = {}
+        self.taken: dict[int, int] = {}
+        self.count = 0
+
+    def has_room(self) -> bool:
+        """Tell whether anything could fit at all: every job needs a CPU."""
+        return self._free.cpus > 0 or any(number > 0 for number in self._ahead.values())
+
+    def first_of(self, line: list[Queue]) -> Queue | None:
+        """Return the first queue that has a job which fits; what does not fit now will not fit later in this ask, so it goes."""
+        while line:
+            queue = line[0]
+            left = queue.waiting - self.taken.get(queue.id, 0)
+            may_run = self._people.get(queue.owner_id, _NOBODY).may_run - self._of_user.get(queue.owner_id, 0)
+            if left > 0 and may_run > 0 and (_fits(queue.requirement, self._free) or self._ahead.get(queue.class_id, 0) > 0):
+                return queue
+            line.pop(0)
+        return None
+
+    def take(self, queue: Queue) -> None:
+        if _fits(queue.requirement, self._free):
+            self._free = without(self._free, [_needed(queue.requirement)])
+        else:
+            self._ahead[queue.class_id] -= 1
+        self._of_user[queue.owner_id] = self._of_user.get(queue.owner_id, 0) + 1
+        self.taken[queue.id] = self.taken.get(queue.id, 0) + 1
+        self.count += 1
+
+
+def suiting(ask: Ask, queues: Iterable[Queue], people: Mapping[UserId, Person]) -> list[Queue]:
+    """Return the queues whose jobs a worker may run at all. That depends on what it is, not on what is free."""
+    return [queue for queue in queues if suits(ask, queue, people.get(queue.owner_id, _NOBODY))]
+
+
+def suits(ask: Ask, queue: Queue, person: Person) -> bool:
+    """Tell whether a worker may run the jobs of a queue at all, whatever is free."""
     wanted = queue.requirement
-    return any(driver.usable and wanted.kind in driver.kinds and wanted.network in driver.networks for driver in drivers)
+    return (
+        any(driver.usable and wanted.kind in driver.kinds and wanted.network in driver.networks for driver in ask.drivers)
+        and (not wanted.platforms or ask.platform in wanted.platforms)
+        and ask.packages.issuperset(wanted.packages)
+        and _is_meant(ask, wanted.on)
+        and _accepts(ask, queue, person)
+    )
+
+
+def _is_meant(ask: Ask, on: str) -> bool:
+    kind, _, name = on.partition(":")
+    if kind == "worker":
+        return name == str(ask.worker_id)
+    return not on or name in ask.owner_groups or ask.reserved_for == on
+
+
+def _accepts(ask: Ask, queue: Queue, person: Person) -> bool:
+    mine = ask.owner_id is not None and ask.owner_id == queue.owner_id
+    if ask.reserved_for and not (_names(ask.reserved_for, queue, person)):
+        return False
+    return any(rule == "everyone" or (rule == "mine" and mine) or _names(rule, queue, person) for rule in ask.accepts)
+
+
+def _names(rule: str, queue: Queue, person: Person) -> bool:
+    """Tell whether user:NAME is this user, or group:NAME a group of his."""
+    kind, _, name = rule.partition(":")
+    return (kind == "user" and name == person.name) or (kind == "group" and name in person.groups)
 
 
 def _fits(wanted: Requirement, free: Capacity) -> bool:

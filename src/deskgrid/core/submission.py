@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 
 from deskgrid.core.reach import check_share
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Machine
-from deskgrid.model.machines import Network
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Offer, Reach, parse_offer, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
-__all__ = ["MOST_SERVICES", "check_shares", "check_spec"]
+__all__ = ["MOST_JOBS", "MOST_SERVICES", "PLATFORM", "check_array", "check_shares", "check_spec"]
 
 _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("machine", "scratch_bytes", 16 * MIB, 16 * 1024 * GIB),
@@ -24,9 +25,21 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("limits", "attempts", 1, 100),
     ("limits", "max_lost", 1, 1000),
     ("limits", "max_suspend_s", 1, 366 * 86400),
+    ("limits", "processes", 1, 1_000_000),
+    ("limits", "file_bytes", 0, 16 * 1024 * GIB),
+    ("", "priority", -1000, 1000),
+    ("", "retain_s", 0, 366 * 86400 * 10),
 )
 MOST_SERVICES = 64
 """That a job may offer, and as many that it may reach."""
+MOST_JOBS = 100_000_000
+"""That one array may have."""
+_MOST_NAMES, _MOST_COMMAND_BYTES = 100, 32_000
+_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+PLATFORM = re.compile(r"(linux|windows|darwin)-[a-z0-9_]{2,20}")
+_ON = re.compile(r"worker:[1-9][0-9]{0,17}|group:[a-z][a-z0-9_.-]{0,62}")
 _MOST_SHARES = 64
 _MOST_KEYS, _LONGEST_KEY_BYTES = 20, 2048
 _RESERVED_NAMES = ("localhost", "job", "attempt", "cpus", "socks", "services")
@@ -36,24 +49,93 @@ _MOST_PATHS_BYTES = 20_000
 """All together: the worker hands them to a program as one argument, of which Linux takes 128 KiB (JSON may need six bytes for one)."""
 
 
-def check_spec(spec: JobSpec) -> None:
-    """Check every value of a job against what is allowed. Raise InvalidInput naming the field and its bounds."""
+def check_spec(spec: JobSpec, *, in_set: bool = False) -> None:
+    """Check every value of a job against what is allowed. Raise InvalidInput naming the field and its bounds.
+
+    In a set, services of other members may be reached.
+    """
     for part, field, least, most in _BOUNDS:
-        value = getattr(getattr(spec, part), field)
+        value = getattr(getattr(spec, part) if part else spec, field)
         if not math.isfinite(value) or not least <= value <= most:
             raise InvalidInput(
-                f"{_shown(field, value)} is out of bounds", where=f"{part}.{_label(field)}", hint=_range(field, least, most)
+                f"{_shown(field, value)} is out of bounds",
+                where=f"{part}.{_label(field)}".lstrip("."),
+                hint=_range(field, least, most),
             )
     if not spec.name or len(spec.name) > _LONGEST_NAME or not spec.name.isprintable():
         raise InvalidInput("a name has 1 to 200 printable characters", where="name")
-    if not spec.machine.disk:
-        raise InvalidInput("a disk is needed", where="machine.disk", hint="name, name@version or sha256")
-    _check_network(spec.machine)
+    _check_machine(spec.machine)
+    _check_command(spec)
+    _check_network(spec.machine, in_set=in_set)
     paths = spec.results.paths
-    if not paths or len(paths) > _MOST_PATHS or any(not path or len(path) > _LONGEST_PATH or "\0" in path for path in paths):
+    if (
+        (not paths and spec.machine.kind is MachineKind.VM)
+        or len(paths) > _MOST_PATHS
+        or any(not path or len(path) > _LONGEST_PATH or "\0" in path for path in paths)
+    ):
         raise InvalidInput("1 to 100 globs of at most 1000 characters", where="results.paths", hint='as in ["**"]')
     if sum(len(path.encode()) for path in paths) > _MOST_PATHS_BYTES:
         raise InvalidInput(f"more than {_MOST_PATHS_BYTES} bytes of globs", where="results.paths", hint="name folders, not files")
+
+
+def check_array(count: int, names: tuple[str, ...], *, has_table: bool) -> None:
+    """Check the size of an array and the names of its parameters. Raise InvalidInput."""
+    if not 1 <= count <= MOST_JOBS:
+        raise InvalidInput(f"an array of {count} jobs", where="array.count", hint=f"1 to {MOST_JOBS}")
+    if bool(names) != has_table:
+        raise InvalidInput("a table has names for its columns, and only a table has them", where="array.table")
+    if len(names) > _MOST_NAMES or len(set(names)) < len(names):
+        raise InvalidInput("the columns of a table have different names", where="array.table", hint=f"at most {_MOST_NAMES}")
+    for name in names:
+        if not _PARAMETER.fullmatch(name) or name == "index":
+            raise InvalidInput(
+                f"{name[:40]!r} is not a parameter's name",
+                where="array.table",
+                hint="a letter, then letters, digits and _; not index",
+            )
+
+
+def _check_machine(machine: Machine) -> None:
+    if machine.kind is MachineKind.PROCESS:
+        if machine.disk:
+            raise InvalidInput("a process has no disk", where="machine.disk", hint='kind = "vm", or no disk')
+    elif not machine.disk:
+        raise InvalidInput("a disk is needed", where="machine.disk", hint="name, name@version or sha256")
+    if machine.warm and machine.kind is not MachineKind.PROCESS:
+        raise InvalidInput("only a process can be kept warm", where="machine.warm", hint='kind = "process"')
+    for where, values, form, hint in (
+        ("machine.platforms", machine.platforms, PLATFORM, "as in linux-x86_64"),
+        ("machine.need", machine.need, _WORD, "letters, digits and _ . + - only"),
+    ):
+        if len(values) > _MOST_NAMES or any(not form.fullmatch(value) for value in values):
+            raise InvalidInput(f"{', '.join(values)[:60]!r} will not do", where=where, hint=f"{hint}; at most {_MOST_NAMES}")
+    if machine.on and not _ON.fullmatch(machine.on):
+        raise InvalidInput(f"{machine.on[:40]!r} is neither a worker nor a group", where="machine.on", hint="worker:7 or group:hep")
+
+
+def _check_command(spec: JobSpec) -> None:
+    if spec.machine.warm and not spec.command:
+        raise InvalidInput("a warm program is a command", where="command", hint='command = ["/app/program"]')
+    if sum(len(part.encode()) for part in spec.command) > _MOST_COMMAND_BYTES or any("\0" in part for part in spec.command):
+        raise InvalidInput("a command has no NUL", where="command", hint=f"and at most {_MOST_COMMAND_BYTES} bytes")
+    if spec.command and not spec.command[0]:
+        raise InvalidInput("a command begins with a program", where="command")
+    for name, value in spec.environment:
+        if (
+            not _VARIABLE.fullmatch(name)
+            or name.startswith("DESKGRID_")
+            or "\0" in value
+            or len(value.encode()) > _MOST_COMMAND_BYTES
+        ):
+            raise InvalidInput(
+                f"{name[:40]!r} is not a variable",
+                where="environment",
+                hint=f"letters, digits and _, not DESKGRID_...; a value has at most {_MOST_COMMAND_BYTES} bytes",
+            )
+    if len(spec.environment) > _MOST_NAMES:
+        raise InvalidInput(f"{len(spec.environment)} variables are too many", where="environment", hint=f"at most {_MOST_NAMES}")
+    if len(spec.fill) > _MOST_PATHS:
+        raise InvalidInput(f"{len(spec.fill)} files to fill in are too many", where="fill", hint=f"at most {_MOST_PATHS}")
 
 
 def check_shares(shares: tuple[str, ...], where: str) -> None:
@@ -64,13 +146,13 @@ def check_shares(shares: tuple[str, ...], where: str) -> None:
         check_share(share, where)
 
 
-def _check_network(machine: Machine) -> None:
+def _check_network(machine: Machine, *, in_set: bool) -> None:
     """Check the services of a job. What comes over the wire need not have been written in a job file."""
     for offer in machine.offer:
         _require_as_read(offer, lambda one: parse_offer(str(one)), "machine.offer")
     for reach in machine.reach:
         _require_as_read(reach, lambda one: parse_reach(one.name, str(one)), "machine.reach")
-        _check_reach(reach)
+        _check_reach(reach, in_set=in_set)
     _check_distinct((offer.name for offer in machine.offer), "two offers are called {}", "machine.offer")
     _check_distinct((offer.port for offer in machine.offer), "two offers are at port {}", "machine.offer")
     _check_distinct((reach.name for reach in machine.reach), "two services to reach are called {}", "machine.reach")
@@ -94,7 +176,11 @@ def _require_as_read(one: Offer | Reach, read: Callable[..., Offer | Reach], whe
         raise InvalidInput(f"{str(one)[:100]!r} is not a service", where=where)
 
 
-def _check_reach(reach: Reach) -> None:
+def _check_reach(reach: Reach, *, in_set: bool) -> None:
+    if reach.service.member is not None and not in_set:
+        raise InvalidInput(
+            f"{reach.service} is of a set", where="machine.reach", hint="only jobs of the same set reach each other so"
+        )
     if reach.name in _RESERVED_NAMES:
         raise InvalidInput(f"{reach.name} is taken", where="machine.reach", hint=f"any name but {', '.join(_RESERVED_NAMES)}")
     if reach.service.peer == API_SERVICE.peer and reach.service != API_SERVICE:

@@ -24,6 +24,7 @@ CONTEXT=/context
 SCRATCH=/scratch
 OWN=$CONTEXT/.deskgrid
 ETC=/etc
+APP=/app
 ROOT_HOME=/root
 NET=/proc/net
 REPORT=$SCRATCH/.deskgrid
@@ -238,7 +239,7 @@ link_places() {
 # ---- the job
 
 run_context() {
-    if [ ! -f "$CONTEXT/context.sh" ]; then
+    if [ ! -f "$CONTEXT/context.sh" ] && [ ! -f "$OWN/command" ]; then
         echo "deskgrid: there is no context.sh" >"$REPORT/stderr"
         return 0
     fi
@@ -246,7 +247,10 @@ run_context() {
         exec 3>&-
         cd "$SCRATCH" || exit 126
         [ ! -f "$OWN/environment" ] || . "$OWN/environment"
-        exec sh "$CONTEXT/context.sh"
+        [ ! -d "$CONTEXT/app" ] || [ -e "$APP" ] || ln -s "$CONTEXT/app" "$APP"
+        set -- sh "$CONTEXT/context.sh"
+        [ ! -f "$OWN/command" ] || . "$OWN/command"
+        exec "$@"
     ) </dev/null >"$REPORT/stdout" 2>"$REPORT/stderr"
 }
 

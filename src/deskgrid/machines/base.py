@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import shutil
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
@@ -42,6 +41,7 @@ from deskgrid.machines.driver import (
     Running,
     Stream,
 )
+from deskgrid.machines.folders import remove_tree
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.model.machines import DriverName, Fingerprint, Network
 
@@ -342,4 +342,4 @@ def _remove(workdir: Path) -> None:
 
 def _remove_tree(folder: Path) -> None:
     if folder.exists():
-        shutil.rmtree(folder)
+        remove_tree(str(folder))

@@ -31,7 +31,18 @@ from deskgrid.errors import MachineFailed
 from deskgrid.machines import cage_entry, processes
 from deskgrid.machines.processes import ProcessIdentity
 
-__all__ = ["CAGE_NETWORK", "GATEWAY", "HTTP_PROXY_PORT", "SOCKS_PORT", "enter", "open_socket", "probe_cage", "wait_keeper_gone"]
+__all__ = [
+    "CAGE_NETWORK",
+    "GATEWAY",
+    "HTTP_PROXY_PORT",
+    "SOCKS_PORT",
+    "enter",
+    "namespaces_hint",
+    "open_socket",
+    "probe_cage",
+    "receive_socket",
+    "wait_keeper_gone",
+]
 
 CAGE_NETWORK = "10.64.0.0/16"
 """All addresses in it are the cage's own."""
@@ -63,7 +74,12 @@ async def open_socket(workdir: Path, running: Callable[[], bool]) -> socket.sock
     """
     try:
         async with asyncio.timeout(_SOCKET_LIMIT_S):
-            return await _ask(workdir, running)
+            return await receive_socket(
+                workdir / cage_entry.SOCKET_NAME,
+                running,
+                kind=(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP),
+                deserted=lambda: _was_kept(workdir) and _keeper(workdir) is None,
+            )
     except TimeoutError as error:
         raise MachineFailed("the machine's cage does not answer") from error
     except OSError as error:
@@ -109,20 +125,27 @@ def _keeper(workdir: Path) -> ProcessIdentity | None:
 # ---- sockets
 
 
-async def _ask(workdir: Path, running: Callable[[], bool]) -> socket.socket:
+async def receive_socket(
+    path: Path, running: Callable[[], bool], *, kind: tuple[int, int, int], deserted: Callable[[], bool] = lambda: False
+) -> socket.socket:
+    """Return the socket that is handed out at the local socket `path`; waits for one that is being made.
+
+    It is of `kind` (family, type, protocol) and blocking. Raise MachineFailed once `running` says no, if it is another socket, or
+    if nobody listens and `deserted` says that nobody will; OSError.
+    """
     while True:
-        alive = running()
+        alive, empty = running(), deserted()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with connection:
             try:
-                _connect(connection, workdir / cage_entry.SOCKET_NAME)
+                _connect(connection, path)
                 connection.send(b".")
-                return await _receive(connection)
+                return await _receive(connection, kind)
             except (FileNotFoundError, BlockingIOError, ConnectionError, EOFError) as error:
                 # Not made yet, overrun, or gone with its machine.
                 if not alive:
                     raise MachineFailed("the machine is off") from None
-                if isinstance(error, ConnectionRefusedError) and _was_kept(workdir) and _keeper(workdir) is None:
+                if isinstance(error, ConnectionRefusedError) and empty:
                     raise MachineFailed("the keeper of the machine's cage is gone") from None
         await asyncio.sleep(_RETRY_S)
 
@@ -136,7 +159,7 @@ def _connect(connection: socket.socket, path: Path) -> None:
         os.close(folder)
 
 
-async def _receive(connection: socket.socket) -> socket.socket:
+async def _receive(connection: socket.socket, kind: tuple[int, int, int]) -> socket.socket:
     """Return the socket that comes. Raise EOFError if none does, MachineFailed if it is something else."""
     await _readable(connection)
     space = socket.CMSG_SPACE(_INT_BYTES * _MAX_DESCRIPTORS)
@@ -147,7 +170,7 @@ async def _receive(connection: socket.socket) -> socket.socket:
         if not data:
             raise EOFError
         raise MachineFailed("the machine's cage gave no socket")
-    return _checked(descriptors[0])
+    return _checked(descriptors[0], kind)
 
 
 async def _readable(connection: socket.socket) -> None:
@@ -172,14 +195,14 @@ def _close(descriptors: Sequence[int]) -> None:
         os.close(number)
 
 
-def _checked(descriptor: int) -> socket.socket:
-    """Return the socket if it is one of TCP: a guest may have taken over what is at the other end."""
+def _checked(descriptor: int, kind: tuple[int, int, int]) -> socket.socket:
+    """Return the socket if it is of this kind: a guest may have taken over what is at the other end."""
     try:
         given = socket.socket(fileno=descriptor)
     except OSError as error:
         os.close(descriptor)
         raise MachineFailed("the machine's cage gave no socket") from error
-    if (given.family, given.type, given.proto) != (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP):
+    if (given.family, given.type, given.proto) != kind:
         given.close()
         raise MachineFailed("the machine's cage gave something that is no TCP socket")
     given.setblocking(True)
@@ -210,7 +233,7 @@ async def _try_out(folder: Path, child: asyncio.subprocess.Process) -> str:
         given = await open_socket(folder, lambda: child.returncode is None)
     except MachineFailed as error:
         words = (await child.communicate())[1].decode(errors="replace").strip() if child.returncode is not None else str(error)
-        return f"no cage for the network can be made ({words[-300:]}){_hint()}"
+        return f"no cage for the network can be made ({words[-300:]}){namespaces_hint()}"
     with given:
         try:
             given.bind((cage_entry.ADDRESS, 1))
@@ -236,8 +259,8 @@ _HINTS = (
 """What forbids it, where that can be read, and what to do."""
 
 
-def _hint() -> str:
-    """Return what most likely forbids a cage, "" if nothing is known to."""
+def namespaces_hint() -> str:
+    """Return what most likely forbids a cage or sandbox, "" if nothing is known to."""
     for file, value, words in _HINTS:
         try:
             if Path(file).read_text().strip() == value:

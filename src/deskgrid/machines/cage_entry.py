@@ -32,6 +32,7 @@ _MAX_CAPABILITY = 63
 _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8914, 0x8916, 0x891C
 _IFF_UP = 1
 _SIGKILL = 9
+_NOT_ROOT = 1000
 _BACKLOG = 128
 _MAX_CONNECTIONS = 64
 """More at a time are garbage: the one that waits longest is dropped."""
@@ -79,7 +80,8 @@ def _make_namespaces() -> None:
         _call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)
     with _Step("cannot map the user into its namespace"):
         _write("/proc/self/setgroups", "deny")
-        _write("/proc/self/uid_map", f"{uid} {uid} 1")
+        # Without rights nobody can make a namespace in which root of this one exists (user_namespaces(7)), as sandboxes in the cage are.
+        _write("/proc/self/uid_map", f"{uid or _NOT_ROOT} {uid} 1")
         _write("/proc/self/gid_map", f"{gid} {gid} 1")
 
 

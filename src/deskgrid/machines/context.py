@@ -3,6 +3,7 @@
     /...                      the user's files, as they are
     /.deskgrid/agent.sh       what a template runs at the end of its boot
     /.deskgrid/environment    variables for context.sh, for a POSIX shell to read
+    /.deskgrid/command        what runs in its place, if the job has a command: `set -- PROGRAM ARGUMENTS`, quoted
     /user-data, /meta-data    cloud-init NoCloud, for disks without our agent; the user's own files go first
 
 With a network:
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 OWN_FOLDER = ".deskgrid"
+APP_FOLDER = "app"
 SOCKS = f"{GATEWAY}:{SOCKS_PORT}"
 HTTP_PROXY = f"{GATEWAY}:{HTTP_PROXY_PORT}"
 """Where in the cage the worker listens itself."""
@@ -69,6 +71,8 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
     try:
         if spec.context:
             writer.add_folder(spec.context)
+        if spec.program:
+            writer.add_program(spec.program)
         for file in _own_files(spec, instance):
             writer.add_own(file)
         image.write(str(path))
@@ -110,10 +114,19 @@ def user_data(label: ContextLabel, ssh_keys: Iterable[str] = ()) -> bytes:
     ).encode()
 
 
-def services_file(spec: MachineSpec) -> bytes:
-    """Return services.json: JSON with a line for each service that is reached, so that a shell can work on it, too."""
+def services_file(spec: MachineSpec, *, localhost: frozenset[str] = frozenset()) -> bytes:
+    """Return services.json: JSON with a line for each service that is reached, so that a shell can work on it, too.
+
+    `localhost` has the names of those that are at localhost, too; the agent adds them itself.
+    """
     reach = [
-        f"    {_json(door.name)}: {_json({'host': door.name, 'address': door.host, 'port': door.port, 'service': door.service})}"
+        f"    {_json(door.name)}: "
+        + _json(
+            {
+                **({"localhost": True} if door.name in localhost else {}),
+                **{"host": door.name, "address": door.host, "port": door.port, "service": door.service},
+            }
+        )
         for door in spec.reach
     ]
     lines = ",\n".join(reach)
@@ -147,6 +160,8 @@ def _own_files(spec: MachineSpec, instance: str) -> Iterator[_OwnFile]:
     yield _OwnFile(f"{OWN_FOLDER}/agent.sh", (importlib.resources.files("deskgrid.machines") / "agent.sh").read_bytes())
     # The user's own variables come later, so they win.
     yield _OwnFile(f"{OWN_FOLDER}/environment", environment_file((*network_environment(spec), *spec.environment)))
+    if spec.command:
+        yield _OwnFile(f"{OWN_FOLDER}/command", f"set -- {shlex.join(spec.command)}\n".encode())
     yield _OwnFile("user-data", user_data(spec.context_label, spec.ssh_keys if spec.network is not Network.NONE else ()))
     yield _OwnFile("meta-data", meta_data(spec.name, instance))
     if spec.network is not Network.NONE:
@@ -203,6 +218,16 @@ class _Writer:
     def add_folder(self, root: Path) -> None:
         """Add what is in `root`, at any depth."""
         places = [_Place(root, "", "")]
+        while places:
+            places.extend(self._add_entries(places.pop()))
+
+    def add_program(self, root: Path) -> None:
+        """Add the files of the job's app, as /app in the guest. Raise InvalidInput if the user's context has something of that name."""
+        if APP_FOLDER in self._taken:
+            raise InvalidInput(f"the context has {APP_FOLDER!r}, which is where the app's files go", hint="give it another name")
+        self._taken.add(APP_FOLDER)
+        self._folders[APP_FOLDER] = self._directory("", APP_FOLDER, 0o755)
+        places = [_Place(root, self._folders[APP_FOLDER], f"{APP_FOLDER}/")]
         while places:
             places.extend(self._add_entries(places.pop()))
 

@@ -29,6 +29,7 @@ __all__ = [
     "Caged",
     "ContextExited",
     "ContextStarted",
+    "Conversing",
     "Doorway",
     "Driver",
     "ExitCause",
@@ -85,6 +86,16 @@ class MachineSpec(Struct, frozen=True):
     """A file to appear as /context/grid/credentials.json, readable by root only."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables for context.sh, as (name, value)."""
+    command: tuple[str, ...] = ()
+    """What runs in the place of /context/context.sh: a program and its arguments, never a shell's line."""
+    program: Path | None = None
+    """Folder with the files of the job's app for this platform, unpacked and checked; appears read-only as /app."""
+    processes: int = 0
+    """Processes and threads that may exist at the same time in a process or container; 0: no bound."""
+    file_bytes: int = 0
+    """Largest file that a process or container may write; 0: no bound but scratch_bytes."""
+    interactive: bool = False
+    """Of a process: `command` is a program that is talked to over one stream socket, its stdin and stdout (see Conversing)."""
     cpu_time_s: float = 0.0
     """CPU seconds after which the kernel may end it, so that a machine that lost its worker cannot run for ever; 0: no bound."""
 
@@ -131,6 +142,8 @@ class ExitCause(StrEnum):
     """The process ended without a word: killed, out of memory, or crashed."""
     START_FAILED = "start_failed"
     """It never ran; `detail` has the hypervisor's words."""
+    LIMIT = "limit"
+    """It went past a limit of its job and was ended; `detail` says which."""
     IO_ERROR = "io_error"
     """The host could not write the machine's disks, most often because its disk is full."""
 
@@ -218,7 +231,7 @@ class Driver(Protocol):
         ...
 
     def scratch(self, handle: MachineHandle) -> Path:
-        """Return the path of the scratch image (raw ext4), to be read after `Exited`."""
+        """Return where the result is, to be read after `Exited`: a scratch image (raw ext4), or a folder (results.py)."""
         ...
 
 
@@ -246,5 +259,18 @@ class Caged(Protocol):
         """Return a new TCP socket (IPv4, blocking) inside the machine's cage, to bind and listen, or to connect.
 
         Raise MachineFailed if the machine is off or has no cage.
+        """
+        ...
+
+
+@runtime_checkable
+class Conversing(Protocol):
+    """A driver whose machines may keep a program that is given one thing to do after the other (MachineSpec.interactive)."""
+
+    async def connect_program(self, handle: MachineHandle) -> socket.socket:
+        """Return a stream socket (AF_UNIX, blocking) whose other end is the program's stdin and stdout; waits for one that starts.
+
+        All calls, of a restarted worker too, give the same stream: only one may use it at a time. It ends when the program does.
+        Raise MachineFailed if the machine is off, or not interactive.
         """
         ...

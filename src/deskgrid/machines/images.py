@@ -9,6 +9,7 @@ in pure Python; qemu-img sees an image only afterwards, confined, with its forma
     qcow2 with snapshots     converted, which leaves them out               taken: a guest cannot reach them
     qcow2 pointing outside   refused: backing file, external data file      refused
     qcow2, other             refused: encrypted, marked damaged or dirty, of unknown features, of absurd sizes
+    OCI archive              kept: an image of a container                  taken, podman unpacks it confined
     ISO 9660 (also isohybrid) kept                                          taken
     raw with a boot sector   converted                                      refused
     anything else            refused with what to do
@@ -40,6 +41,7 @@ from msgspec import Struct
 
 from deskgrid.archive import ParallelSha256, atomic_file, frame_pieces, printable, write_all, zstd
 from deskgrid.errors import BadArchive, BadImage, DriverUnusable, NoSpace, ProtocolError
+from deskgrid.machines.container_image import check_archive, looks_like_archive
 from deskgrid.machines.ext4 import ReadAt, file_reader
 from deskgrid.machines.sandbox import Confinement, Finished, run_confined
 from deskgrid.model.ids import Sha256
@@ -75,6 +77,7 @@ class ImageKind(StrEnum):
 
     QCOW2 = "qcow2"
     ISO = "iso"
+    OCI = "oci"
     RAW = "raw disk"
     QCOW1 = "qcow (version 1)"
     VMDK = "vmdk"
@@ -167,6 +170,8 @@ def _detect(read_at: ReadAt, size: int) -> ImageKind:
         return ImageKind.ISO
     if size >= 512 and read_at(size - 512, 8) == b"conectix":
         return ImageKind.VHD
+    if head[257:262] == b"ustar" and looks_like_archive(read_at, size):
+        return ImageKind.OCI
     return next((kind for at, mark, kind in _MAGICS if head[at : at + len(mark)] == mark), ImageKind.UNKNOWN)
 
 
@@ -216,6 +221,13 @@ def _check_iso(read_at: ReadAt, size: int, where: str) -> ImageInfo:
     if read_at(32768, 1) == b"\1" and sectors * 2048 > size + _CHUNK:
         raise BadImage(f"is cut short: {size} bytes of {sectors * 2048}", where=where, hint="download it again")
     return ImageInfo(format=DiskFormat.ISO, virtual_bytes=size, file_bytes=size)
+
+
+def _check_oci(read_at: ReadAt, size: int, where: str) -> ImageInfo:
+    try:
+        return ImageInfo(format=DiskFormat.OCI, virtual_bytes=check_archive(read_at, size), file_bytes=size)
+    except BadImage as error:
+        raise BadImage(error.message, where=where, hint=error.hint) from error
 
 
 _HEADER_2 = struct.Struct(">4s I Q I I Q I I Q Q I I Q")
@@ -349,7 +361,11 @@ def _has_compressed(header: _Qcow2, read_at: ReadAt, file_bytes: int, where: str
     return False
 
 
-_CHECKS: dict[ImageKind, Callable[[ReadAt, int, str], ImageInfo]] = {ImageKind.QCOW2: _check_qcow2, ImageKind.ISO: _check_iso}
+_CHECKS: dict[ImageKind, Callable[[ReadAt, int, str], ImageInfo]] = {
+    ImageKind.QCOW2: _check_qcow2,
+    ImageKind.ISO: _check_iso,
+    ImageKind.OCI: _check_oci,
+}
 
 
 # --- publishing ---

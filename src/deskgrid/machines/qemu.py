@@ -32,7 +32,7 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid.clock import Clock
-from deskgrid.errors import DriverUnusable, MachineFailed
+from deskgrid.errors import BadImage, DriverUnusable, MachineFailed
 from deskgrid.machines import processes, qmp
 from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK, ProcessDriver
 from deskgrid.machines.context import create_context
@@ -105,6 +105,8 @@ class QemuDriver(ProcessDriver):
         spec, workdir = handle.spec, Path(handle.workdir)
         if spec.disk is None:
             raise MachineFailed("a virtual machine needs a disk")
+        if spec.disk_format is DiskFormat.OCI:
+            raise BadImage("is an image of a container, not a disk", where=str(spec.disk))
         if spec.disk_format is DiskFormat.QCOW2:
             create_overlay(workdir / OVERLAY_DISK, qcow2_virtual_size(spec.disk))
         create_scratch(workdir / SCRATCH_DISK, spec.scratch_bytes)

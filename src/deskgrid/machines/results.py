@@ -1,4 +1,4 @@
-"""Results: the files of a scratch image as an archive, taken out by a confined child.
+"""Results: the files of a scratch image, or of a folder that a process wrote, as an archive, taken out by a confined child.
 
 The image is hostile. The worker itself never parses it: it starts a child (sandbox.py, a reader) with three descriptors,
 
@@ -6,7 +6,8 @@ The image is hostile. The worker itself never parses it: it starts a child (sand
     1  the archive, a new file
     2  one JSON message at the end: an `_Outcome`
 
-which reads the file system (ext4.py), compresses what the job's patterns select (archive.py) and hashes the archive. The
+and, in the place of 0, with one of the folder (result_folder.py): then it may open what is below that, and nothing else. It
+reads the file system (ext4.py), compresses what the job's patterns select (archive.py) and hashes the archive. The
 parent believes nothing but the message's types: the length it checks, and the server checks the sha256 again. Compressing in the child
 saves the pipe that `tar | zstd` needs: bytes go from the page cache into zstd, which has threads of its own.
 
@@ -16,6 +17,7 @@ Rules:
 2. Links are data and never followed. A second name of a file is a hard link in the archive.
 3. Device nodes, FIFOs and sockets are dropped, and so are names that no file can have; setuid, setgid and sticky bits too.
 4. Damage refuses the whole image if the guest unmounted it. If not, for it was killed, what is damaged is dropped.
+   In a folder, what cannot be opened is dropped.
 5. Members come sorted by name, parents first, so the same image gives the same archive.
 """
 
@@ -39,6 +41,7 @@ from msgspec import Struct
 from deskgrid.archive import MAX_REPORTED, ArchiveWriter, Extent, PackReport, out_of_space, printable, sync_folder, zstd
 from deskgrid.errors import BadImage, DeskgridError, InvalidInput, MachineFailed, NoSpace
 from deskgrid.machines.ext4 import ROOT_INODE, Ext4, Inode, Run, file_reader
+from deskgrid.machines.result_folder import MOST_OPEN, ResultFolder, Unreadable
 from deskgrid.machines.sandbox import (
     Confinement,
     Finished,
@@ -116,6 +119,8 @@ class ResultReport(Struct, frozen=True, kw_only=True):
 class _Request(Struct, frozen=True):
     paths: tuple[str, ...]
     limits: ExtractLimits
+    folder: int | None = None
+    """Descriptor of the folder; None for an image, which is descriptor 0. (Python does not start with a folder there.)"""
 
 
 class _Outcome(Struct, frozen=True):
@@ -137,7 +142,7 @@ async def extract_results(
     paths: tuple[str, ...] = ("**",),
     limits: ExtractLimits = ExtractLimits(),  # noqa: B008 frozen
 ) -> ResultReport:
-    """Write the files of a raw ext4 image that match `paths` (see `compile_globs`) to the archive `output`.
+    """Write the files of a raw ext4 image, or of a result folder, that match `paths` (see `compile_globs`) to the archive `output`.
 
     `output` appears complete and on disk, replacing what was there, or not at all. The image must not be in use. Raises BadImage (not
     readable, or over a limit), NoSpace, InvalidInput (a pattern) or MachineFailed (the child could not be run). However this
@@ -147,11 +152,13 @@ async def extract_results(
     part = output.with_name(f".{output.name[:100]}.{secrets.token_hex(4)}.part")
     try:
         with _open_image(image) as source, out_of_space(output.name), part.open("xb") as target:
+            folder = source if stat.S_ISDIR(os.fstat(source).st_mode) else None
             try:
                 finished = await run_child(
-                    python_command(__name__, "serve", msgspec.json.encode(_Request(paths, limits)).decode()),
-                    stdin=source,
+                    python_command(__name__, "serve", msgspec.json.encode(_Request(paths, limits, folder)).decode()),
+                    stdin=source if folder is None else None,
                     stdout=target,
+                    kept=() if folder is None else (folder,),
                     wall_s=limits.wall_s,
                 )
             except TimeoutError as error:
@@ -164,17 +171,19 @@ async def extract_results(
 
 
 @contextlib.contextmanager
-def _open_image(image: Path) -> Iterator[BinaryIO]:
-    """Open a regular file; a link or FIFO in its place is refused without waiting for it."""
+def _open_image(image: Path) -> Iterator[int]:
+    """Open a regular file or a folder; a link or FIFO in its place is refused without waiting for it."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(image, flags)
     except OSError as error:
         raise BadImage(f"cannot be opened: {error.strerror}", where=str(image)) from error
-    with open(descriptor, "rb", buffering=0) as source:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        if stat.S_IFMT(os.fstat(descriptor).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             raise BadImage("is not a file", where=str(image))
-        yield source
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _judge(finished: Finished, archive_bytes: int, limits: ExtractLimits) -> ResultReport:
@@ -268,7 +277,7 @@ def serve() -> None:
     request = msgspec.json.decode(sys.argv[1], type=_Request)
     limits = request.limits
     limit_resources(Confinement(memory_bytes=limits.memory_bytes, cpu_s=_cpu_s(limits), file_bytes=limits.archive_bytes))
-    held = forbid_files()
+    held = forbid_files() if request.folder is None else forbid_files(beneath=request.folder, most_open=request.folder + MOST_OPEN)
     with open(1, "wb", buffering=0, closefd=False) as target:
         outcome = _attempt(lambda: _extract(request, target, held))
     with open(2, "wb", closefd=False) as channel:
@@ -296,18 +305,40 @@ def _extract(request: _Request, target: BinaryIO, held: tuple[str, ...]) -> Resu
     limits = request.limits
     globs = compile_globs(request.paths)
     with ArchiveWriter(target, threads=limits.threads, max_bytes=limits.archive_bytes) as writer:
-        held += allow_computing_only()
-        system = Ext4(file_reader(0), os.lseek(0, 0, os.SEEK_END))
+        held += allow_computing_only(reading=request.folder is not None)
+        system = _image() if request.folder is None else ResultFolder(request.folder)
         extractor = _Extractor(system, writer, globs, limits)
         extractor.run()
         report = extractor.agents_report()
         return extractor.report(writer.close(), report, held)
 
 
+class _Image(Ext4):
+    """A scratch image, as descriptor 0."""
+
+    def root(self) -> Inode:
+        """Return the folder that is the result."""
+        return self.inode(ROOT_INODE)
+
+    def report(self) -> Iterator[tuple[bytes, int]]:
+        """Yield name and number of the files that our agent leaves in `/.deskgrid`."""
+        for name, number in self.records(self.inode(ROOT_INODE)):
+            if name == _REPORT_FOLDER and stat.S_ISDIR((folder := self.inode(number)).mode):
+                yield from self.records(folder)
+
+    def read_into(self, piece: memoryview, source: int) -> int:
+        """Read from a place of the image."""
+        return _read_into(piece, source)
+
+
+def _image() -> _Image:
+    return _Image(file_reader(0), os.lseek(0, 0, os.SEEK_END))
+
+
 class _Extractor:
     """Walks a file system and writes what is wanted. Names are bytes relative to the root."""
 
-    def __init__(self, system: Ext4, writer: ArchiveWriter, globs: re.Pattern[str], limits: ExtractLimits) -> None:
+    def __init__(self, system: _Image | ResultFolder, writer: ArchiveWriter, globs: re.Pattern[str], limits: ExtractLimits) -> None:
         self._system = system
         self._writer = writer
         self._globs = globs
@@ -323,8 +354,8 @@ class _Extractor:
         self._dropped_count = 0
 
     def run(self) -> None:
-        root = self._system.inode(ROOT_INODE)
-        self._folders.add(ROOT_INODE)
+        root = self._system.root()
+        self._folders.add(root.number)
         for name, number in self._sorted_records(root, b""):
             if name not in _NOT_RESULTS:
                 self._entry(name, number, wanted=False)
@@ -345,13 +376,11 @@ class _Extractor:
         )
 
     def agents_report(self) -> dict[bytes, bytes]:
-        """Return the ends of the files that our agent leaves in `/.deskgrid`; what is not a file there is not read."""
+        """Return the ends of the files of the report; what is not a file there is not read."""
         found: dict[bytes, bytes] = {}
-        for name, number in self._system.records(self._system.inode(ROOT_INODE)):
-            if name == _REPORT_FOLDER and stat.S_ISDIR((folder := self._system.inode(number)).mode):
-                for key, file in self._system.records(folder):
-                    if key in (b"exit", b"stdout", b"stderr") and key not in found:
-                        found[key] = self._tail(self._system.inode(file))
+        for key, file in self._system.report():
+            if key in (b"exit", b"stdout", b"stderr") and key not in found:
+                found[key] = self._tail(self._system.inode(file))
         return found
 
     def _tail(self, inode: Inode) -> bytes:
@@ -444,7 +473,7 @@ class _Extractor:
         for _, source, length in runs:
             while length:
                 piece = view[: min(length, _CHUNK)]
-                count = _read_into(piece, source)
+                count = self._system.read_into(piece, source)
                 if not count:
                     raise BadImage("the image is cut short")
                 yield piece[:count]
@@ -458,6 +487,9 @@ class _Extractor:
         except _TooMuch:
             raise
         except BadImage as error:
+            if isinstance(error, Unreadable):
+                self._drop(name, error.message)
+                return
             if self._system.clean:
                 raise
             self._drop(name, f"is damaged: {error.message}")

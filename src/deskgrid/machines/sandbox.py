@@ -49,9 +49,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Confinement",
     "Finished",
+    "add_rule",
     "allow_computing_only",
     "forbid_files",
     "limit_resources",
+    "load_seccomp",
     "python_command",
     "run_child",
     "run_confined",
@@ -102,6 +104,12 @@ _FORBIDDEN = (
     *("personality", "quotactl", "acct", "syslog", "settimeofday", "clock_settime", "iopl", "ioperm", "mknod", "mknodat"),
 )
 """System calls that a converter has no use for."""
+
+
+_READING = ("getdents", "getdents64", "readlinkat", "statx", "fstatat64", "fcntl", "fcntl64", "dup")
+"""System calls of a reader of folders, besides openat."""
+_OPENING = getattr(os, "O_NOFOLLOW", 0) | os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+"""Flags of openat that are looked at: the first must be there, the others not."""
 
 
 class Confinement(Struct, frozen=True, kw_only=True):
@@ -161,9 +169,16 @@ async def run_confined(command: Sequence[str], confinement: Confinement, *, wall
 
 
 async def run_child(
-    command: Sequence[str], *, stdin: BinaryIO | None = None, stdout: BinaryIO | None = None, wall_s: float
+    command: Sequence[str],
+    *,
+    stdin: BinaryIO | int | None = None,
+    stdout: BinaryIO | None = None,
+    kept: Sequence[int] = (),
+    wall_s: float,
 ) -> Finished:
     """Run a command with these files (default: nothing to read, output captured) and an environment without our variables.
+
+    It has the descriptors `kept`, too, under the same numbers.
 
     Raises TimeoutError after `wall_s`. However this ends, also by cancellation, the process is gone afterwards.
     """
@@ -175,6 +190,7 @@ async def run_child(
         stdout=asyncio.subprocess.PIPE if stdout is None else stdout,
         stderr=asyncio.subprocess.PIPE,
         env=_ENVIRONMENT,
+        **({"pass_fds": tuple(kept)} if kept else {}),  # type: ignore[arg-type]
     )
     try:
         async with asyncio.timeout(wall_s):
@@ -205,7 +221,7 @@ def launch() -> None:
     confinement = msgspec.json.decode(sys.argv[1], type=Confinement)
     command = sys.argv[2:]
     limit_resources(confinement)
-    _seccomp()  # loaded while its files can still be read
+    load_seccomp()  # loaded while its files can still be read
     _no_new_privs()
     programs = [command[0], *_loaders()]
     system = [path for path in ("/usr/lib", "/lib", "/lib64", "/usr/lib64", "/etc/ld.so.cache") if Path(path).exists()]
@@ -249,58 +265,64 @@ def _lower(which: int, value: int) -> None:
         resource.setrlimit(which, (value, value))
 
 
-def forbid_files() -> tuple[str, ...]:
+def forbid_files(*, beneath: int | None = None, most_open: int = 0) -> tuple[str, ...]:
     """Give up opening files for good, and return the names of the protections that took hold.
 
-    For a reader, after its imports and before its first thread. Open descriptors stay usable.
+    For a reader, after its imports and before its first thread. Open descriptors stay usable. With `beneath`, an open folder, what is below
+    it can still be read, `most_open` descriptors at a time.
     """
     held = []
-    _seccomp()  # loaded while that is still possible
+    load_seccomp()  # loaded while that is still possible
     if _no_new_privs():
         held.append("no_new_privs")
-    if _restrict_files([]):
+    rules = [] if beneath is None else [(f"/proc/self/fd/{beneath}", _READ_FILE | _READ_FOLDER)]
+    if _restrict_files(rules):
         held.append("landlock")
     if resource is not None:
-        _lower(resource.RLIMIT_NOFILE, 0)
+        _lower(resource.RLIMIT_NOFILE, most_open)
         held.append("rlimits")
     return tuple(held)
 
 
-def allow_computing_only() -> tuple[str, ...]:
+def allow_computing_only(*, reading: bool = False) -> tuple[str, ...]:
     """Give up every system call but those for computing and for reading and writing open descriptors, in all threads.
 
-    Other calls fail with EPERM. Returns the names of the protections that took hold.
+    With `reading` files and folders can be opened for reading, but not through a link in the last place. Other calls fail with EPERM. Returns the names of the protections that took hold.
     """
     if resource is not None:
         _lower(resource.RLIMIT_NPROC, 0)
-    seccomp = _seccomp()
+    seccomp = load_seccomp()
     if seccomp is None:
         return ()
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
     for name in _COMPUTING:
-        _add_rule(rules, seccomp.ALLOW, name)
+        add_rule(rules, seccomp.ALLOW, name)
+    if reading:
+        for name in _READING:
+            add_rule(rules, seccomp.ALLOW, name)
+        add_rule(rules, seccomp.ALLOW, "openat", seccomp.Arg(2, seccomp.MASKED_EQ, _OPENING, os.O_NOFOLLOW))
     for name in ("mmap", "mmap2", "mprotect"):
-        _add_rule(rules, seccomp.ALLOW, name, seccomp.Arg(2, seccomp.MASKED_EQ, _PROT_EXEC, 0))
+        add_rule(rules, seccomp.ALLOW, name, seccomp.Arg(2, seccomp.MASKED_EQ, _PROT_EXEC, 0))
     return _load(seccomp, rules)
 
 
 def _forbid_calls() -> tuple[str, ...]:
     """Forbid what a converter has no use for; threads may be made, processes not."""
-    seccomp = _seccomp()
+    seccomp = load_seccomp()
     if seccomp is None:
         return ()
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
     for name in _FORBIDDEN:
-        _add_rule(rules, seccomp.ERRNO(errno.EPERM), name)
-    _add_rule(rules, seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
+        add_rule(rules, seccomp.ERRNO(errno.EPERM), name)
+    add_rule(rules, seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
     # clone3 hides its flags in memory; with ENOSYS the C library goes back to clone.
-    _add_rule(rules, seccomp.ERRNO(errno.ENOSYS), "clone3")
+    add_rule(rules, seccomp.ERRNO(errno.ENOSYS), "clone3")
     return _load(seccomp, rules)
 
 
 @lru_cache
-def _seccomp() -> ModuleType | None:
-    """Load pyseccomp, if it and libseccomp are there."""
+def load_seccomp() -> ModuleType | None:
+    """Return pyseccomp, None if it or libseccomp is not there."""
     if not sys.platform.startswith("linux"):
         return None
     # pyseccomp looks its libraries up by starting ldconfig and compilers, 25 ms and more; the names are known.
@@ -316,7 +338,8 @@ def _seccomp() -> ModuleType | None:
     return module
 
 
-def _add_rule(rules: object, action: int, name: str, *arguments: object) -> None:
+def add_rule(rules: object, action: int, name: str, *arguments: object) -> None:
+    """Add a rule to a filter of `load_seccomp`'s module."""
     # A name that this architecture or this libseccomp does not know is a call that nobody can make.
     with contextlib.suppress(OSError, ValueError):
         rules.add_rule(action, name, *arguments)  # type: ignore[attr-defined]

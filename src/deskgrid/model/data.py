@@ -23,6 +23,8 @@ class Visibility(StrEnum):
     """Who besides the owner may use it."""
 
     PRIVATE = "private"
+    GROUP = "group"
+    """The members of a group that is named with it."""
     PUBLIC = "public"
 
 

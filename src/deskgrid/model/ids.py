@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import NewType
 
-__all__ = ["AttemptId", "DataId", "JobId", "Sha256", "UserId", "WorkerId", "attempt_name"]
+__all__ = ["AppId", "ArrayId", "AttemptId", "DataId", "JobId", "SetId", "Sha256", "UserId", "WorkerId", "attempt_name"]
 
 JobId = NewType("JobId", int)
+ArrayId = NewType("ArrayId", int)
+AppId = NewType("AppId", int)
+SetId = NewType("SetId", int)
 AttemptId = NewType("AttemptId", int)
 WorkerId = NewType("WorkerId", int)
 UserId = NewType("UserId", int)

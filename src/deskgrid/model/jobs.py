@@ -6,12 +6,14 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
+from deskgrid.model.ids import ArrayId, AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.overlay import Offer, Reach
 from deskgrid.units import GIB, MIB
 
 __all__ = [
+    "Array",
+    "ArrayState",
     "Attempt",
     "AttemptState",
     "Job",
@@ -26,6 +28,8 @@ __all__ = [
 class JobState(StrEnum):
     """Where a job stands. The last three are final."""
 
+    BLOCKED = "blocked"
+    """It comes after jobs that have not ended yet."""
     WAITING = "waiting"
     ACTIVE = "active"
     COMPLETED = "completed"
@@ -49,9 +53,17 @@ class AttemptState(StrEnum):
 class Machine(Struct, frozen=True, kw_only=True):
     """The machine that a job asks for."""
 
-    disk: str
-    """The disk to boot: name, name@version or sha256."""
+    disk: str = ""
+    """The disk to boot, or the image of a container: name, name@version or sha256. Empty for a process."""
     kind: MachineKind = MachineKind.VM
+    platforms: tuple[str, ...] = ()
+    """Where a process or container may run, as in linux-x86_64; empty: anywhere, or where its app has files for."""
+    need: tuple[str, ...] = ()
+    """Packages that the worker must declare."""
+    on: str = ""
+    """Only on this worker or on the workers of this group: worker:NAME or group:NAME."""
+    warm: bool = False
+    """Of a process: the command is a program that stays and is given one job after the other (docs/how-to.md, Many short jobs)."""
     scratch_bytes: int = 8 * GIB
     memory_bytes: int = 256 * MIB
     cpus: int = 1
@@ -81,6 +93,10 @@ class Limits(Struct, frozen=True, kw_only=True):
     """Lost attempts after which the job has failed; a closed laptop lid is not the job's fault."""
     max_suspend_s: float = 86400.0
     """Seconds that a suspended attempt keeps its lease."""
+    processes: int = 1000
+    """Processes and threads at the same time, in a process or container."""
+    file_bytes: int = 0
+    """Largest file that a process or container may write; 0: what scratch holds."""
 
 
 class Results(Struct, frozen=True, kw_only=True):
@@ -95,6 +111,24 @@ class JobSpec(Struct, frozen=True, kw_only=True):
 
     machine: Machine
     name: str = "job"
+    app: str = ""
+    """The app that it runs: name or name@version."""
+    command: tuple[str, ...] = ()
+    """What runs in the place of /context/context.sh. In arrays, {index} and the names of parameters are filled in."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables of the command, as (name, value), filled in likewise."""
+    fill: tuple[str, ...] = ()
+    """Files of the context that are filled in likewise."""
+    group: str = ""
+    """The group that it is done for: its share counts. Empty: the user's own."""
+    priority: int = 0
+    """Among the jobs of one user and group the highest goes first."""
+    after: tuple[str, ...] = ()
+    """Jobs and arrays that must have completed before it starts, as in job-41 or array-3; if one fails, it is cancelled."""
+    after_end: tuple[str, ...] = ()
+    """Jobs and arrays that must have ended before, however."""
+    retain_s: float = 0.0
+    """Seconds that its results are kept after its end; 0: what the server says."""
     limits: Limits = Limits()
     results: Results = Results()
 
@@ -109,8 +143,8 @@ class Job(Struct, frozen=True, kw_only=True):
     state: JobState
     created_at: float
     finished_at: float | None = None
-    disk_sha256: Sha256
-    """The unpacked disk, resolved when the job was submitted."""
+    disk_sha256: Sha256 | None = None
+    """The unpacked disk, resolved when the job was submitted; None for a process."""
     context: Sha256 | None = None
     result: Sha256 | None = None
     """The archive of the accepted result, tar with zstd."""
@@ -119,6 +153,45 @@ class Job(Struct, frozen=True, kw_only=True):
     """Of context.sh in the accepted result, or in the last attempt that failed with one."""
     message: str = ""
     """Why it failed or was cancelled, for people."""
+    array_id: ArrayId | None = None
+    index: int = 0
+    """Within its array, from 0."""
+    parameters: dict[str, str] = {}
+    """Its line of the array's table."""
+    value: bytes | None = None
+    """What a warm program answered."""
+
+
+class ArrayState(StrEnum):
+    """Where an array stands."""
+
+    FILLING = "filling"
+    """Its jobs are being made; none runs yet."""
+    BLOCKED = "blocked"
+    """It comes after jobs that have not ended yet."""
+    OPEN = "open"
+    """Its jobs are leased to workers."""
+    CANCELLED = "cancelled"
+    """By its user, or because it could not be filled or what it comes after failed: `message` says which."""
+    ENDED = "ended"
+    """All its jobs are final."""
+
+
+class Array(Struct, frozen=True, kw_only=True):
+    """Many jobs of one spec, submitted in one call."""
+
+    id: ArrayId
+    owner_id: UserId
+    owner: str
+    spec: JobSpec
+    state: ArrayState
+    count: int
+    """Jobs that it has when it is filled."""
+    jobs: dict[JobState, int]
+    """How many of its jobs are in which state; together `count`, or what is there so far while it is being filled."""
+    created_at: float
+    finished_at: float | None = None
+    message: str = ""
 
 
 class Attempt(Struct, frozen=True, kw_only=True):

@@ -13,12 +13,18 @@ class MachineKind(StrEnum):
     """What a job asks to run in."""
 
     VM = "vm"
+    PROCESS = "process"
+    """A native program in a sandbox: sees its own folders and the system's programs, and no network but its services."""
+    CONTAINER = "container"
+    """An image of the repository, run by the owner's rootless podman."""
 
 
 class DriverName(StrEnum):
     """The code that runs one kind of machine."""
 
     QEMU = "qemu"
+    PROCESS = "process"
+    CONTAINER = "container"
     FAKE = "fake"
 
 
@@ -37,6 +43,8 @@ class DiskFormat(StrEnum):
     """Attached as the first disk, through an overlay of the attempt's own."""
     ISO = "iso"
     """Attached read-only as a CD in the place of the first disk."""
+    OCI = "oci"
+    """Not a disk of a VM but an image of a container: an OCI archive (a tar file)."""
 
 
 class ContextLabel(StrEnum):

@@ -42,7 +42,7 @@ __all__ = [
 
 API_PORT = 8470
 _SERVICE = re.compile(r"[a-z][a-z0-9-]{0,30}")
-_PEER = re.compile(r"job-[1-9][0-9]{0,17}|user|user-[a-z][a-z0-9_.-]{0,62}|server")
+_PEER = re.compile(r"job-[1-9][0-9]{0,17}|user|user-[a-z][a-z0-9_.-]{0,62}|server|[a-z][a-z0-9-]{0,30}\.set")
 
 
 class PeerKind(StrEnum):
@@ -81,7 +81,7 @@ class ServiceRef(Struct, frozen=True):
 
     service: str
     peer: str
-    """job-N, user (the job's own), user-NAME, or server."""
+    """job-N, user (the job's own), user-NAME, server, or MEMBER.set: another job of the same set."""
 
     def __str__(self) -> str:
         return f"{self.service}.{self.peer}"
@@ -90,6 +90,11 @@ class ServiceRef(Struct, frozen=True):
     def job_id(self) -> JobId | None:
         """The job whose service it is, if it is a job's."""
         return JobId(int(self.peer[4:])) if self.peer.startswith("job-") else None
+
+    @property
+    def member(self) -> str | None:
+        """The member of the job's own set whose service it is, if it is that."""
+        return self.peer.removesuffix(".set") if self.peer.endswith(".set") else None
 
     @property
     def user(self) -> str | None:

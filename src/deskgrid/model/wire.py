@@ -23,9 +23,10 @@ from deskgrid.errors import (
     StoreUnavailable,
     Unauthenticated,
 )
+from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
-from deskgrid.model.ids import AttemptId, Sha256, WorkerId
-from deskgrid.model.jobs import Attempt, Job, JobSpec, JobState
+from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
+from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
 from deskgrid.model.overlay import Connection, Hub, Peer
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
@@ -33,7 +34,7 @@ from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile,
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 WIRE_VERSION_HEADER = "Deskgrid-Wire"
 UPLOAD_OFFSET_HEADER = "Upload-Offset"
-WIRE_VERSION = (1, 1)
+WIRE_VERSION = (1, 2)
 """Major and minor. A server accepts its own minor version and the two before."""
 SERVER_NAME = "server.deskgrid"
 """The name in the server's certificate. Clients check this name against the grid's authority whatever address they dialled."""
@@ -158,6 +159,17 @@ class BeginUpload(Struct, frozen=True, kw_only=True):
     """Begin or continue an upload; the same sha256 by the same caller continues where it stopped."""
 
     blob: Blob
+    direct: bool = False
+    """The caller can send parts to URLs that the answer names."""
+
+
+class UploadPart(Struct, frozen=True, kw_only=True):
+    """Bytes to PUT to a URL of the blob store, with exactly these headers and without any token of the grid's."""
+
+    offset: int
+    size_bytes: int
+    url: str
+    headers: dict[str, str] = {}
 
 
 class Upload(Struct, frozen=True, kw_only=True):
@@ -165,6 +177,10 @@ class Upload(Struct, frozen=True, kw_only=True):
     received_bytes: int
     complete: bool
     """All bytes are there and their sha256 is right."""
+    parts: tuple[UploadPart, ...] = ()
+    """What is to be sent next to the blob store; then begin again. The URLs expire."""
+    checking: bool = False
+    """All bytes are there, and the server reads them to check their sha256: begin again to hear how that ended."""
 
 
 class RegisterData(Struct, frozen=True, kw_only=True):
@@ -190,6 +206,88 @@ class SubmitJob(Struct, frozen=True, kw_only=True):
     """An uploaded archive with the context folder."""
 
 
+class SubmitArray(Struct, frozen=True, kw_only=True):
+    """Many jobs of one spec: `{index}` is filled in with 0 to count - 1, and the names of a table's columns with its lines."""
+
+    spec: JobSpec
+    count: int
+    context: Blob | None = None
+    table: Blob | None = None
+    """An uploaded blob of `count` lines, each a JSON list of texts, one for each of `names`."""
+    names: tuple[str, ...] = ()
+
+
+class ArrayList(Struct, frozen=True, kw_only=True):
+    arrays: tuple[Array, ...]
+    """Newest first."""
+    more: bool
+    """There are older ones: ask again with `before` set to the last id."""
+
+
+class SetMember(Struct, frozen=True, kw_only=True):
+    """A job or an array of a set. In its spec, `reach` may name services of other members as SERVICE.MEMBER.set, and `after` members."""
+
+    name: str
+    spec: JobSpec
+    context: Blob | None = None
+    count: int = 0
+    """0: a job; otherwise an array, as in SubmitArray."""
+    table: Blob | None = None
+    names: tuple[str, ...] = ()
+
+
+class SubmitSet(Struct, frozen=True, kw_only=True):
+    """Several jobs and arrays that belong together, all or none of them."""
+
+    name: str
+    members: tuple[SetMember, ...]
+    together: bool = False
+    """None starts before there is a worker for each."""
+
+
+class MemberState(Struct, frozen=True, kw_only=True):
+    """A member of a set as it stands: a job or an array."""
+
+    name: str
+    job: Job | None = None
+    array: Array | None = None
+
+
+class JobSet(Struct, frozen=True, kw_only=True):
+    """A set as it stands."""
+
+    id: SetId
+    owner_id: UserId
+    owner: str
+    name: str
+    together: bool
+    created_at: float
+    members: tuple[MemberState, ...]
+    waits_for: str = ""
+    """Why a set that starts together has not started, for people."""
+
+
+class SetList(Struct, frozen=True, kw_only=True):
+    sets: tuple[JobSet, ...]
+    """Newest first."""
+    more: bool
+
+
+class RegisterApp(Struct, frozen=True, kw_only=True):
+    """Publish an app. A name that exists gets a new version."""
+
+    name: str
+    visibility: Visibility = Visibility.PRIVATE
+    group: str = ""
+    defaults: dict[str, Any] = {}
+    files: dict[str, Blob] = {}
+    """Uploaded archives by platform."""
+
+
+class AppList(Struct, frozen=True):
+    apps: tuple[App, ...]
+
+
 class JobDetail(Struct, frozen=True, kw_only=True):
     job: Job
     attempts: tuple[Attempt, ...]
@@ -212,6 +310,13 @@ class LogChunk(Struct, frozen=True, kw_only=True):
     """The attempt is over and this chunk is the last."""
 
 
+class Leaving(Struct, frozen=True, kw_only=True):
+    """What is removed from the repository within the next seconds (not counting what a shorter time has already)."""
+
+    within_s: float
+    size_bytes: int
+
+
 class GridStatus(Struct, frozen=True, kw_only=True):
     """The grid at a glance."""
 
@@ -225,6 +330,14 @@ class GridStatus(Struct, frozen=True, kw_only=True):
     storage_bytes: int
     """Blobs in the repository."""
     storage_free_bytes: int
+    """On the server's disk."""
+    storage_place: str = ""
+    """Where blobs are if not on the server's disk."""
+    storage: dict[str, int] = {}
+    """Bytes by what refers to them: disks, contexts, results, other. What has several uses counts as the first of them."""
+    storage_users: dict[str, int] = {}
+    """For admins: bytes that each user keeps."""
+    leaving: tuple[Leaving, ...] = ()
 
 
 class WorkerList(Struct, frozen=True):
@@ -245,6 +358,8 @@ class Sync(Struct, frozen=True, kw_only=True):
     """What new attempts may use; all zero when it wants none."""
     cached: tuple[Sha256, ...]
     """Unpacked disks in its cache."""
+    ahead: dict[int, int] = {}
+    """Of these requirement classes, whose jobs it ends quickly, so many jobs more than fit into `free`."""
 
 
 class SyncAnswer(Struct, frozen=True, kw_only=True):
@@ -257,6 +372,10 @@ class SyncAnswer(Struct, frozen=True, kw_only=True):
     """Seconds for which the listed and the new attempts are leased, counted from before the request was sent."""
     interval_s: float
     """Seconds after which the worker is expected to call again."""
+    hold_s: float = 60.0
+    """Seconds for which a wake call may be held; 0: do not make one, there are too many workers for that."""
+    started: tuple[AttemptId, ...] = ()
+    """Attempts that were held and may start now."""
 
 
 class Wake(Struct, frozen=True, kw_only=True):
@@ -473,7 +592,17 @@ UPLOAD_BYTES = Route(
     "Append bytes at the offset of the Upload-Offset header",
     raw=True,
 )
-GET_BLOB = Route("get_blob", _GET, "/v1/blobs/{sha256}", Nothing, bytes, SENDERS, "Bytes of a blob; ranges are served", raw=True)
+GET_BLOB = Route(
+    "get_blob",
+    _GET,
+    "/v1/blobs/{sha256}",
+    Nothing,
+    bytes,
+    SENDERS,
+    "Bytes of a blob; ranges are served. With `direct` the answer may be a redirect to the blob store",
+    query={"direct": bool},
+    raw=True,
+)
 REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, JOBS, "Name an uploaded blob")
 LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, JOBS, "List data", query={"kind": str})
 GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, JOBS, "Find data by name, name@version or sha256")
@@ -488,7 +617,7 @@ LIST_JOBS = Route(
     JobList,
     JOBS,
     "List jobs, newest first",
-    query={"state": str, "before": int, "limit": int, "all": bool},
+    query={"state": str, "before": int, "limit": int, "all": bool, "array": int},
 )
 GET_JOB = Route(
     "get_job",
@@ -500,7 +629,63 @@ GET_JOB = Route(
     "A job with its attempts; with wait_s the answer is held until something changed since `seen` (attempt states joined by commas)",
     query={"wait_s": float, "seen": str},
 )
+REMOVE_JOB = Route("remove_job", _DELETE, "/v1/jobs/{job}", Nothing, Nothing, JOBS, "Remove a job that has ended, with its result")
 CANCEL_JOB = Route("cancel_job", _POST, "/v1/jobs/{job}/cancel", Nothing, Job, JOBS, "Cancel a job; final jobs stay as they are")
+SUBMIT_ARRAY = Route("submit_array", _POST, "/v1/arrays", SubmitArray, Array, JOBS, "Submit an array of jobs")
+LIST_ARRAYS = Route(
+    "list_arrays",
+    _GET,
+    "/v1/arrays",
+    Nothing,
+    ArrayList,
+    JOBS,
+    "List arrays, newest first",
+    query={"before": int, "limit": int, "all": bool},
+)
+GET_ARRAY = Route(
+    "get_array",
+    _GET,
+    "/v1/arrays/{array}",
+    Nothing,
+    Array,
+    JOBS,
+    "An array with its counts; with wait_s the answer is held until it has another state, or more jobs have ended, than in `seen`",
+    query={"wait_s": float, "seen": str},
+)
+REMOVE_ARRAY = Route(
+    "remove_array", _DELETE, "/v1/arrays/{array}", Nothing, Nothing, JOBS, "Remove an array that has ended, with its results"
+)
+CANCEL_ARRAY = Route(
+    "cancel_array", _POST, "/v1/arrays/{array}/cancel", Nothing, Array, JOBS, "Cancel what has not ended of an array"
+)
+SUBMIT_SET = Route("submit_set", _POST, "/v1/sets", SubmitSet, JobSet, JOBS, "Submit several jobs and arrays that belong together")
+LIST_SETS = Route(
+    "list_sets",
+    _GET,
+    "/v1/sets",
+    Nothing,
+    SetList,
+    JOBS,
+    "List sets, newest first",
+    query={"before": int, "limit": int, "all": bool},
+)
+GET_SET = Route(
+    "get_set",
+    _GET,
+    "/v1/sets/{set}",
+    Nothing,
+    JobSet,
+    JOBS,
+    "A set with its members; with wait_s the answer is held until one of them has changed since `seen`",
+    query={"wait_s": float, "seen": str},
+)
+CANCEL_SET = Route("cancel_set", _POST, "/v1/sets/{set}/cancel", Nothing, JobSet, JOBS, "Cancel all that has not ended of a set")
+REGISTER_APP = Route("register_app", _POST, "/v1/apps", RegisterApp, App, JOBS, "Publish an app")
+LIST_APPS = Route("list_apps", _GET, "/v1/apps", Nothing, AppList, JOBS, "List apps")
+GET_APP = Route("get_app", _GET, "/v1/apps/{reference}", Nothing, App, JOBS, "Find an app by name or name@version")
+REMOVE_APP = Route(
+    "remove_app", _DELETE, "/v1/apps/{reference}", Nothing, Nothing, USERS, "Remove a version of an app; jobs keep it"
+)
 READ_LOG = Route(
     "read_log",
     _GET,
@@ -544,3 +729,20 @@ REMOVE_HUB = Route("remove_hub", _DELETE, "/v1/hubs/{hub}", Nothing, Nothing, AD
 def change_mark(detail: JobDetail) -> str:
     """Return a short text that differs whenever the state of the job or of one of its attempts does."""
     return ",".join([detail.job.state, *(f"{attempt.number}{attempt.state}" for attempt in detail.attempts)])
+
+
+def array_mark(array: Array) -> str:
+    """Return a short text that differs whenever an array's state or the number of its jobs in some state does."""
+    return ",".join([array.state, *(str(array.jobs.get(state, 0)) for state in JobState)])
+
+
+def set_mark(found: JobSet) -> str:
+    """Return a short text that differs whenever a member of a set has changed."""
+    marks = [member.job.state if member.job else array_mark(member.array) if member.array else "" for member in found.members]
+    return ";".join([found.waits_for, *marks])
+
+
+def set_ended(found: JobSet) -> bool:
+    """Tell whether nothing of a set can start any more, or runs."""
+    states = [member.job.state if member.job else member.array.state if member.array else "" for member in found.members]
+    return all(state in ("completed", "failed", "cancelled", "ended") for state in states)

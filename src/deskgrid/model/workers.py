@@ -7,11 +7,13 @@ from enum import StrEnum
 from msgspec import Struct
 
 from deskgrid.model.data import Blob, DataRef
-from deskgrid.model.ids import AttemptId, JobId, Sha256, WorkerId
+from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, JobSpec
 from deskgrid.model.machines import Fingerprint
 
-__all__ = ["Assignment", "AttemptReport", "Capacity", "Profile", "Worker", "WorkerState"]
+__all__ = ["MOST_VALUE_BYTES", "Assignment", "AttemptReport", "Capacity", "Profile", "Worker", "WorkerState"]
+
+MOST_VALUE_BYTES = 1 << 16
 
 
 class WorkerState(StrEnum):
@@ -43,6 +45,10 @@ class Profile(Struct, frozen=True, kw_only=True):
     """The owner's bounds, all machines together."""
     version: str
     """Of deskgrid on this PC."""
+    packages: tuple[str, ...] = ()
+    """What its owner says is installed, for jobs that `need` it."""
+    accepts: tuple[str, ...] = ("everyone",)
+    """Whose jobs it takes: mine (its owner's), user:NAME, group:NAME or everyone."""
 
 
 class AttemptReport(Struct, frozen=True, kw_only=True):
@@ -54,7 +60,9 @@ class AttemptReport(Struct, frozen=True, kw_only=True):
     exit_code: int | None = None
     reason: str = ""
     result: Blob | None = None
-    """The uploaded archive; with `succeeded` always, with `failed` if there was something to take."""
+    """The uploaded archive; with `succeeded` always unless the job's spec wants no files, with `failed` if there was something to take."""
+    value: bytes | None = None
+    """What a warm program answered; at most MOST_VALUE_BYTES."""
 
 
 class Assignment(Struct, frozen=True, kw_only=True):
@@ -64,8 +72,22 @@ class Assignment(Struct, frozen=True, kw_only=True):
     job_id: JobId
     number: int
     spec: JobSpec
-    disk: DataRef
+    owner_id: UserId = UserId(0)
+    disk: DataRef | None
+    """None for a process."""
     context: Blob | None
+    program: Blob | None = None
+    """The files of the job's app for this worker's platform."""
+    programs: dict[str, Blob] = {}
+    """All of them, by platform, before one was chosen; empty on the wire."""
+    class_id: int = 0
+    """Of the job's requirement class, for Sync.ahead."""
+    index: int = 0
+    parameters: dict[str, str] = {}
+    in_array: bool = False
+    """Then {index} and {NAME} are filled in, with `index` and `parameters`."""
+    hold: bool = False
+    """Prepare, but start only when the server says so: its set starts together."""
 
 
 class Worker(Struct, frozen=True, kw_only=True):

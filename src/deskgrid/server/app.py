@@ -31,10 +31,9 @@ from deskgrid.model.users import Role
 from deskgrid.server import routes
 from deskgrid.server.openapi import openapi_document, openapi_page
 from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, once
-from deskgrid.server.store import accounts, data, jobs, peers
+from deskgrid.server.store import accounts, attempts, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import idempotency, upload
 
 __all__ = ["make_app", "sweep_forever"]
 
@@ -190,41 +189,23 @@ async def _unexpected(_http: HttpRequest, error: Exception) -> Response:
 
 
 async def sweep_forever(services: Services) -> None:
-    """Make attempts with expired leases lost, forget silent peers, and now and then remove what nobody refers to.
+    """Make attempts with expired leases lost, forget silent peers.
 
     Leases are not looked at in the first lease's length after the start: while the server was down nobody could renew.
     """
     settings = services.settings
     await services.clock.sleep(settings.lease_s)
-    next_cleaning = services.clock.monotonic()
     while True:
+        pause_s = settings.lease_s  # after a failure as after the start: while the database was gone nobody could renew
         with _failures_logged("the sweep failed"):
             await services.store.write(_expire)
-            if services.clock.monotonic() >= next_cleaning:
-                next_cleaning += 3600
-                await clean(services)
-        await services.clock.sleep(settings.sweep_s)
+            pause_s = settings.sweep_s
+        await services.clock.sleep(pause_s)
 
 
 def _expire(tx: Transaction) -> None:
-    jobs.expire_leases(tx)
+    attempts.expire_leases(tx)
     peers.sweep_peers(tx)
-
-
-async def clean(services: Services) -> None:
-    """Remove uploads, blobs and idempotency keys that are too old and referred to by nothing."""
-    oldest = services.clock.now() - services.settings.upload_lifetime_s
-
-    def forget(tx: Transaction) -> tuple[list[Any], list[int]]:
-        tx.run(sa.delete(idempotency).where(idempotency.c.created_at < oldest))
-        accounts.drop_tokens_of_ended_attempts(tx, oldest)
-        freed = data.drop_unreferenced(tx, oldest, limit=1000)
-        return list(freed), [row.id for row in tx.rows(sa.select(upload.c.id))]
-
-    freed, kept = await services.store.write(forget)
-    services.repository.forget_uploads(kept)  # first: an upload that begins while we wait below is not in `kept`
-    for sha256 in freed:
-        await services.repository.remove(sha256)
 
 
 @contextlib.contextmanager

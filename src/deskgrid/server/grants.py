@@ -16,11 +16,12 @@ from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
 from deskgrid.model.jobs import JobSpec, JobState
 from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, ServiceRef, hub_peer, parse_service
 from deskgrid.model.wire import AskGrant
-from deskgrid.server.store import accounts, jobs, peers
+from deskgrid.server.store import accounts, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.hubs import HUBS
-from deskgrid.server.store.schema import attempt, job
+from deskgrid.server.store.schema import attempt, job, submission
+from deskgrid.server.store.submissions import job_topic
 
 __all__ = ["Waiting", "Way", "find_way"]
 
@@ -92,7 +93,7 @@ def _source(tx: Transaction, own: Any) -> Source:
 
 def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId) -> _Target:
     """Return the peer of the newest live attempt of a job. Raise NotFound, or Conflict if the job is over."""
-    row = tx.row(sa.select(job.c.owner_id, job.c.spec, job.c.state).where(job.c.id == job_id))
+    row = tx.row(sa.select(job.c.owner_id, submission.c.spec, job.c.state).join(submission).where(job.c.id == job_id))
     check_job(source, service, _target_job(row))
     state = JobState(row.state)  # type: ignore[union-attr]
     if state in FINAL_JOB_STATES:
@@ -101,7 +102,7 @@ def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId
     newest = tx.row(
         sa.select(attempt.c.id, attempt.c.number).where(attempt.c.job_id == job_id, live).order_by(attempt.c.number.desc()).limit(1)
     )
-    topics = (jobs.job_topic(job_id), peers.job_peers_topic(job_id))
+    topics = (job_topic(job_id), peers.job_peers_topic(job_id))
     if newest is None:
         return _Target(None, f"job {job_id} to start", topics)
     found = peers.peer_of_attempt(tx, AttemptId(newest.id))

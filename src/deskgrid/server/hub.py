@@ -29,11 +29,11 @@ _log = structlog.get_logger("deskgrid.server")
 class OwnHub:
     """The hub that a server runs. `start`, keep `renew_forever` running, `close`."""
 
-    def __init__(self, home: Path, services: Services, address: str) -> None:
+    def __init__(self, home: Path, services: Services, address: str, *, key_file: Path | None = None) -> None:
         self.address = address
         """HOST:PORT that peers dial."""
         self._services = services
-        self._key_pem = ensure_key(home / "hub" / "hub.key").decode()
+        self._key_pem = ensure_key(key_file or home / "hub" / "hub.key").decode()
         self._key = read_peer_key(_public_pem(self._key_pem))
         self._settings = load_settings(HubSettings, home / "hub.toml", "DESKGRID_HUB")
         self._hub: HubServer | None = None

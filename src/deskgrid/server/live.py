@@ -1,4 +1,7 @@
-"""Hints inside one process: who waits for a topic is told when it changed. Losing a hint costs only latency."""
+"""Hints inside one process: who waits for a topic is told when it changed. Losing a hint costs only latency.
+
+What other processes change comes through hints.py.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,17 @@ class Live:
                     future.set_result(None)
         while len(self._marks) > _MOST_MARKS:
             self._forgotten = self._marks.pop(next(iter(self._marks)))
+
+    def notify_all(self) -> None:
+        """Let every topic seem to have changed and wake all who wait: hints may have been lost."""
+        self._count += 1
+        self._marks.clear()
+        self._forgotten = self._count
+        waiting, self._waiting = self._waiting, defaultdict(list)
+        for futures in waiting.values():
+            for future in futures:
+                if not future.done():
+                    future.set_result(None)
 
     def mark(self, topic: str) -> int:
         """Return a number that grows with each change of a topic."""

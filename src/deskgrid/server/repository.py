@@ -1,203 +1,134 @@
-"""The repository: a folder of blobs named by their sha256, and uploads on their way into it.
+"""The repository: blobs named by their sha256, and uploads on their way into it; in a folder (repository_local.py) or at an S3 store.
 
-    HOME/blobs/ab/abcd...      a blob, whole and verified; written once, never changed
-    HOME/uploads/17            the bytes that upload 17 has so far
-
-An upload goes on where it stopped. A blob appears by rename after its bytes are on disk and their sha256 is right.
+An upload goes on where it stopped. A blob is there whole and verified or not at all, and never changes.
 """
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import hashlib
-import os
-import shutil
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Protocol
 
-from deskgrid.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
+from msgspec import Struct
+
+from deskgrid.errors import InvalidInput
 from deskgrid.model.data import Blob
+from deskgrid.model.wire import UploadPart
+from deskgrid.settings import ServerSettings
 
-__all__ = ["Repository"]
-
-_CHUNK = 1 << 20
+__all__ = ["Reading", "Repository", "Standing", "check_size", "open_repository"]
 
 
-class Repository:
-    """Blobs in a folder. One process may use a folder at a time."""
+class Standing(Struct, frozen=True, kw_only=True):
+    """How far an upload is."""
 
-    def __init__(self, home: Path, *, reserve_bytes: int, max_bytes: int) -> None:
-        self._blobs = home / "blobs"
-        self._uploads = home / "uploads"
-        self._reserve_bytes = reserve_bytes
-        self._max_bytes = max_bytes
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """A lock is here as long as somebody holds it or waits for it."""
-        self._digests: dict[int, tuple[int, Any]] = {}
-        """Running sha256 of uploads that this process has received from their beginning: (bytes, digest)."""
-        for folder in (self._blobs, self._uploads):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    received_bytes: int
+    whole: bool
+    """All bytes are there; `finish` is next."""
+    parts: tuple[UploadPart, ...] = ()
+    """What its sender is to put to the blob store by himself."""
+    remote: str | None = None
+    """Its name at the blob store."""
 
-    def path(self, sha256: str) -> Path:
-        """Return where a blob is. Raise NotFound if its bytes are not there."""
-        file = self._place(sha256)
-        if not file.is_file():
-            raise NotFound(f"the bytes of {sha256[:12]} are not in the repository")
-        return file
 
-    def holds(self, blob: Blob) -> bool:
+class Reading(Struct, frozen=True):
+    """Bytes `first` to `last` of a blob."""
+
+    first: int
+    last: int
+    chunks: AsyncIterator[bytes]
+
+
+class Repository(Protocol):
+    """Where blobs are. Methods raise StoreUnavailable if it cannot be used."""
+
+    place: str
+    """For people; "" is the server's own disk."""
+
+    async def holds(self, blob: Blob) -> bool:
         """Say whether a blob is there with its size."""
-        try:
-            return self._place(blob.sha256).stat().st_size == blob.size_bytes
-        except FileNotFoundError:
-            return False
+        ...
+
+    async def local_path(self, blob: Blob) -> Path:
+        """Return a file with a blob's bytes, to be read soon. Raise NotFound if they are not there."""
+        ...
+
+    def link(self, sha256: str) -> str | None:
+        """Return a URL by which a blob can be read for a while without the server; None: it comes from the server."""
+        ...
+
+    def file(self, sha256: str) -> Path | None:
+        """Return the blob's file, None if blobs are not files here. Raise NotFound if its bytes are not there."""
+        ...
+
+    async def read(self, sha256: str, first: int, last: int | None) -> Reading:
+        """Read a blob through the server, from byte `first` to `last`. Raise NotFound, InvalidInput."""
+        ...
 
     def free_bytes(self) -> int:
-        """Return what may still be stored: the disk's free space above the reserve."""
-        return max(0, shutil.disk_usage(self._blobs).free - self._reserve_bytes)
+        """Return what may still be stored on the server's disk."""
+        ...
 
-    def received_bytes(self, upload_id: int) -> int:
-        """Return how far an upload is."""
-        try:
-            return self._part(upload_id).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def admit(self, blob: Blob) -> None:
-        """Check that an upload may begin. Raise InvalidInput if it is too large, StoreUnavailable if there is no room."""
-        if not 0 <= blob.size_bytes <= self._max_bytes:
-            raise InvalidInput(f"{blob.size_bytes} bytes are too many for one upload", hint=f"at most {self._max_bytes}")
-        if blob.size_bytes > self.free_bytes():
-            raise _full()
+    async def standing(self, upload_id: int, blob: Blob, remote: str | None, *, direct: bool) -> Standing:
+        """Return how far an upload is, and with `direct` what is to be sent next. Raise InvalidInput (too large), StoreUnavailable (no room)."""
+        ...
 
     async def receive(self, upload_id: int, blob: Blob, offset: int, chunks: AsyncIterator[bytes]) -> int:
         """Append chunks to an upload and return how far it is. What arrived stays, however the stream ends.
 
         Raise Conflict if `offset` is not where the upload stands, InvalidInput if more bytes come than it has.
         """
-        async with self._lock(f"upload:{upload_id}"):
-            have = self.received_bytes(upload_id)
-            if offset != have:
-                raise Conflict(f"the upload stands at {have}, not {offset}", hint="ask where it stands and go on there")
-            size, digest = self._digests.pop(upload_id, (-1, None)) if have else (0, hashlib.sha256())
-            digest = digest if size == have else None
-            with self._part(upload_id).open("ab", buffering=0) as output:
-                try:
-                    async for piece in _grouped(chunks):
-                        if have + len(piece) > blob.size_bytes:
-                            raise InvalidInput(f"more bytes came than the {blob.size_bytes} announced")
-                        if len(piece) > self.free_bytes():
-                            raise _full()
-                        await asyncio.to_thread(_append, output, piece, digest)
-                        have += len(piece)
-                finally:
-                    if digest is not None:
-                        self._digests[upload_id] = (self.received_bytes(upload_id), digest)
-            return have
+        ...
 
-    async def finish(self, upload_id: int, blob: Blob) -> None:
-        """Verify an upload that has all its bytes and make it a blob, durably.
+    async def finish(self, upload_id: int, blob: Blob) -> bool:
+        """Verify an upload that has all its bytes and make it a blob, durably; return False if that needs longer: then call again.
 
         Raise InvalidInput, and forget the bytes, if their sha256 is not what was announced.
         """
-        part = self._part(upload_id)
-        async with self._lock(f"upload:{upload_id}"):
-            if not part.exists() and self.holds(blob):
-                return
-            if blob.size_bytes == 0:
-                part.touch()  # nothing is ever sent of an empty file
-            size, digest = self._digests.pop(upload_id, (-1, None))
-            if digest is None or size != blob.size_bytes:
-                digest = await asyncio.to_thread(_digest_of, part)
-            if digest.hexdigest() != blob.sha256:
-                part.unlink()
-                raise InvalidInput(
-                    f"the bytes that came have the sha256 {digest.hexdigest()[:12]}, not {blob.sha256[:12]}", hint="send them again"
-                )
-            async with self._lock(blob.sha256):
-                await asyncio.to_thread(_settle, part, self._place(blob.sha256))
+        ...
+
+    async def settled(self, upload_id: int) -> None:
+        """Hear that the store knows an upload as complete: what was kept for `finish` to be repeated can go. Idempotent."""
+        ...
+
+    async def abandon(self, upload_id: int, remote: str) -> None:
+        """Forget what was begun at the blob store for an upload under this name. Idempotent."""
+        ...
 
     async def remove(self, sha256: str) -> None:
-        """Remove a blob's bytes. Idempotent."""
-        async with self._lock(sha256):
-            self._place(sha256).unlink(missing_ok=True)
+        """Remove a blob's bytes, now or never: it does not go on after it raised. Idempotent."""
+        ...
 
-    def forget_uploads(self, keep: Iterable[int]) -> None:
-        """Remove the bytes of all uploads but those named."""
-        kept = {str(upload_id) for upload_id in keep}
-        for part in self._uploads.iterdir():
-            if part.name not in kept:
-                part.unlink(missing_ok=True)
-        self._digests = {upload_id: found for upload_id, found in self._digests.items() if str(upload_id) in kept}
+    async def upload_ids(self) -> set[int]:
+        """Return the uploads of which there are bytes."""
+        ...
 
-    def _lock(self, name: str) -> asyncio.Lock:
-        lock = self._locks.get(name)
-        if lock is None:
-            self._locks[name] = lock = asyncio.Lock()
-        return lock
+    async def forget_uploads(self, upload_ids: Iterable[int]) -> None:
+        """Remove the bytes of uploads, which are nobody's any more. Idempotent."""
+        ...
 
-    def _place(self, sha256: str) -> Path:
-        return self._blobs / sha256[:2] / sha256
+    def blobs(self) -> AsyncIterator[list[Blob]]:
+        """Iterate over all blobs, some at a time."""
+        ...
 
-    def _part(self, upload_id: int) -> Path:
-        return self._uploads / str(upload_id)
+    async def close(self) -> None:
+        """End what is under way. Idempotent."""
+        ...
 
 
-async def _grouped(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Join small pieces, so that a thread is not asked for each; what came before an error is still passed on."""
-    waiting, size = [], 0
-    try:
-        async for chunk in chunks:
-            waiting.append(chunk)
-            size += len(chunk)
-            if size >= _CHUNK:
-                yield b"".join(waiting)
-                waiting, size = [], 0
-    except Exception:
-        if waiting:
-            yield b"".join(waiting)
-        raise
-    if waiting:
-        yield b"".join(waiting)
+def check_size(blob: Blob, max_bytes: int) -> None:
+    """Raise InvalidInput if a blob is larger than is taken."""
+    if not 0 <= blob.size_bytes <= max_bytes:
+        raise InvalidInput(f"{blob.size_bytes} bytes are too many for one upload", hint=f"at most {max_bytes}")
 
 
-def _append(output: Any, piece: bytes, digest: Any | None) -> None:
-    """Write unbuffered, and hash what was really written: on a full disk that may be a part of the piece."""
-    left = memoryview(piece)
-    while left:
-        try:
-            written = output.write(left)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _full() from error
-            raise StoreUnavailable(f"the repository cannot be written: {error.strerror}") from error
-        if digest is not None:
-            digest.update(left[:written])
-        left = left[written:]
+async def open_repository(home: Path, settings: ServerSettings) -> Repository:
+    """Open the repository that the settings name. Raise OperatorError, InvalidInput if it cannot be used."""
+    from deskgrid.server.repository_local import LocalRepository
 
+    local = LocalRepository(home, reserve_bytes=settings.reserve_bytes, max_bytes=settings.max_upload_bytes)
+    if not settings.blobs:
+        return local
+    from deskgrid.server.repository_s3 import open_s3
 
-def _full() -> StoreUnavailable:
-    return StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help")
-
-
-def _digest_of(file: Path) -> Any:
-    with file.open("rb") as source:
-        return hashlib.file_digest(source, "sha256")
-
-
-def _settle(part: Path, place: Path) -> None:
-    """Move verified bytes to their place so that they survive a power cut."""
-    with part.open("rb") as source:
-        os.fsync(source.fileno())
-    place.parent.mkdir(exist_ok=True, mode=0o700)
-    part.chmod(0o444)
-    part.replace(place)
-    for folder in (place.parent, place.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return await open_s3(home, settings.blobs, local)

@@ -1,4 +1,8 @@
-"""One call of a worker, decided in one transaction: what it holds, what it reports, what it gets."""
+"""One call of a worker, decided in one transaction: what it holds, what it reports, what it gets.
+
+A call that is repeated because its answer was lost does no harm, and needs no stored answer: what was reported is known, and what was leased is
+given out again, since `worker.call` says that this very call leased it.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,23 @@ from msgspec import Struct
 
 from deskgrid.core.lifecycle import AttemptEvent, event_of_report
 from deskgrid.core.matching import Ask, match, need_of, without
+from deskgrid.core.pacing import Pace, Terms, pace
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.data import Blob
-from deskgrid.model.ids import AttemptId, Sha256, UserId, WorkerId
-from deskgrid.model.jobs import AttemptState, JobSpec
+from deskgrid.model.ids import AttemptId, WorkerId
+from deskgrid.model.jobs import AttemptState
 from deskgrid.model.wire import Sync, SyncAnswer
-from deskgrid.model.workers import Assignment, AttemptReport
-from deskgrid.server.store import data, jobs, workers
+from deskgrid.model.workers import MOST_VALUE_BYTES, Assignment, AttemptReport
+from deskgrid.server.store import attempts, data, queues, sets, workers
 from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.attempts import Held, Outcome
 from deskgrid.server.store.engine import Transaction
 from deskgrid.settings import ServerSettings
 
 __all__ = ["leave", "sync"]
 
-_MOST_PER_CALL = 100
-_MOST_ATTEMPTS, _MOST_PROFILE_BYTES = 2000, 1 << 16
+_MOST_PER_CALL = 500
+_MOST_ATTEMPTS, _MOST_PROFILE_BYTES = 4000, 1 << 16
 """One worker must not keep the writer busy, nor make everybody's list of workers long."""
 _FINAL_REPORTS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED})
 
@@ -29,37 +35,66 @@ _FINAL_REPORTS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, Attempt
 class _Verdict(Struct):
     """What becomes of the attempts that a worker listed."""
 
+    lease_s: float
     acknowledged: list[AttemptId] = []
     cancelled: list[AttemptId] = []
-    freed: list[Sha256] = []
-    """Results that came too late; the repository may remove their bytes."""
+    renewed: list[tuple[AttemptId, float]] = []
+    started: list[AttemptId] = []
 
 
-def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSettings) -> tuple[SyncAnswer, list[Sha256]]:
-    """Handle one call of a worker; return the answer and the blobs whose bytes nobody needs any more."""
+def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSettings, key: str = "") -> SyncAnswer:
+    """Handle one call of a worker."""
     worker_id = _worker_of(caller)
     if len(request.attempts) > _MOST_ATTEMPTS or len(msgspec.json.encode(request.profile)) > _MOST_PROFILE_BYTES:
         raise InvalidInput("this is more than a worker has to say", hint=f"at most {_MOST_ATTEMPTS} attempts")
-    workers.seen(tx, worker_id, request)
-    verdict = _Verdict()
+    known = workers.seen(tx, worker_id, request)
+    held = attempts.held_by(tx, worker_id)
+    told = _pace(tx, worker_id, settings, is_busy=bool(request.attempts))
+    verdict = _Verdict(lease_s=told.lease_s)
     for report in request.attempts:
-        _take_report(tx, caller, worker_id, report, settings, verdict)
-    _return_unlisted(tx, worker_id, {report.attempt_id for report in request.attempts})
-    assignments = () if request.paused else tuple(_lease(tx, worker_id, request, settings))
-    answer = SyncAnswer(
-        assignments=assignments,
+        _take_report(tx, caller, worker_id, held, report, verdict)
+    attempts.renew_leases(tx, verdict.renewed)
+    unlisted = [held[attempt_id] for attempt_id in held.keys() - {report.attempt_id for report in request.attempts}]
+    assignments: list[Assignment] = []
+    if unlisted and key and known.call == key:
+        assignments = attempts.assignments(tx, unlisted)
+    else:
+        for one in unlisted:  # an answer that it never got, or a journal that it lost
+            attempts.apply_event(tx, one, AttemptEvent.RETURNED)
+        if not request.paused:
+            assignments = _lease(tx, worker_id, request, known, settings, told.lease_s)
+            if assignments and key:
+                workers.note_call(tx, worker_id, key)
+            for set_id in attempts.sets_of(tx, assignments):
+                sets.start_if_complete(tx, set_id)
+    return SyncAnswer(
+        assignments=tuple(assignments),
         acknowledged=tuple(verdict.acknowledged),
         cancelled=tuple(verdict.cancelled),
-        lease_s=settings.lease_s,
-        interval_s=settings.interval_s,
+        started=tuple(verdict.started),
+        lease_s=told.lease_s,
+        interval_s=told.interval_s,
+        hold_s=told.hold_s,
     )
-    return answer, verdict.freed
+
+
+def _pace(tx: Transaction, worker_id: WorkerId, settings: ServerSettings, *, is_busy: bool) -> Pace:
+    terms = Terms(
+        interval_s=settings.interval_s,
+        max_interval_s=settings.max_interval_s,
+        lease_s=settings.lease_s,
+        calls_per_s=settings.calls_per_s,
+        max_held=settings.max_workers_held,
+    )
+    online, busy = workers.how_many(tx, settings.max_interval_s)
+    return pace(terms, online=online, busy=busy, is_busy=is_busy, number=worker_id, now=tx.now)
 
 
 def leave(tx: Transaction, caller: Caller) -> None:
     """Give back all that a worker holds and let it go. Idempotent."""
     worker_id = _worker_of(caller)
-    _return_unlisted(tx, worker_id, set())
+    for held in attempts.held_by(tx, worker_id).values():
+        attempts.apply_event(tx, held, AttemptEvent.RETURNED)
     workers.leave(tx, worker_id)
 
 
@@ -70,37 +105,47 @@ def _worker_of(caller: Caller) -> WorkerId:
 
 
 def _take_report(
-    tx: Transaction, caller: Caller, worker_id: WorkerId, report: AttemptReport, settings: ServerSettings, verdict: _Verdict
+    tx: Transaction,
+    caller: Caller,
+    worker_id: WorkerId,
+    live: dict[AttemptId, Held],
+    report: AttemptReport,
+    verdict: _Verdict,
 ) -> None:
     """Apply one report. What does not apply any more is acknowledged if it was final, else cancelled."""
+    held = live.get(report.attempt_id) or attempts.attempt_row(tx, report.attempt_id, worker_id)
     event = event_of_report(report.state)
-    row = jobs.attempt_row(tx, report.attempt_id, worker_id)
-    if row is None or event is None:
+    if held is None or event is None:
         verdict.cancelled.append(report.attempt_id)
         return
     if (
         report.state is AttemptState.SUSPENDED
-        and row.state == AttemptState.LOST
-        and _lease_end(tx, row, report.state, settings) <= tx.now
+        and held.state is AttemptState.LOST
+        and _lease_end(tx, held, report.state, verdict.lease_s) <= tx.now
     ):
         return  # it was lost because it was suspended for too long: it stays so, but may come back running or with its result
-    report = _with_proof(tx, caller, report)
+    report = _with_proof(tx, caller, held, report)
     event = event_of_report(report.state) or event
-    applied = jobs.apply_event(tx, report.attempt_id, event, exit_code=report.exit_code, reason=report.reason, result=report.result)
+    outcome = Outcome(exit_code=report.exit_code, reason=report.reason, result=report.result, value=report.value)
+    applied = attempts.apply_event(tx, held, event, outcome)
     if report.state in _FINAL_REPORTS:
         verdict.acknowledged.append(report.attempt_id)
         if report.result is not None and not applied:
-            verdict.freed += data.drop_unreferenced(tx, tx.now, only=report.result.sha256, holder=caller.principal)
+            data.give_up_upload(tx, caller.principal, report.result.sha256)
     elif applied:
-        jobs.renew_lease(tx, report.attempt_id, _lease_end(tx, row, report.state, settings))
+        verdict.renewed.append((report.attempt_id, _lease_end(tx, held, report.state, verdict.lease_s)))
+        if sets.may_start(tx, held):
+            verdict.started.append(report.attempt_id)
     else:
         verdict.cancelled.append(report.attempt_id)
 
 
-def _with_proof(tx: Transaction, caller: Caller, report: AttemptReport) -> AttemptReport:
-    """Return the report without a result that is not in the repository. A success without its result gives the job back:
+def _with_proof(tx: Transaction, caller: Caller, held: Held, report: AttemptReport) -> AttemptReport:
+    """Return the report without a result that is not in the repository. A success without the result that its job wants gives the job back:
     whatever became of the bytes, it was not the job's doing."""
-    if report.result is None and report.state is not AttemptState.SUCCEEDED:
+    if report.value is not None and len(report.value) > MOST_VALUE_BYTES:
+        return msgspec.structs.replace(report, state=AttemptState.FAILED, value=None, result=None, reason="its value is too long")
+    if report.result is None and (report.state is not AttemptState.SUCCEEDED or not attempts.wants_files(tx, held)):
         return report
     if report.result is not None and _was_sent(tx, caller, report.result):
         return report
@@ -117,41 +162,76 @@ def _was_sent(tx: Transaction, caller: Caller, result: Blob) -> bool:
     return True
 
 
-def _lease_end(tx: Transaction, row: object, state: AttemptState, settings: ServerSettings) -> float:
+def _lease_end(tx: Transaction, held: Held, state: AttemptState, lease_s: float) -> float:
     """Return until when an attempt is leased; a suspended one up to its job's bound, however long its PC is silent."""
     if state is not AttemptState.SUSPENDED:
-        return tx.now + settings.lease_s
-    suspended_at = getattr(row, "suspended_at", None)
-    spec = msgspec.json.decode(getattr(row, "job_spec", "{}"), type=JobSpec)
-    return float(suspended_at or tx.now) + spec.limits.max_suspend_s
+        return tx.now + lease_s
+    return float(held.suspended_at or tx.now) + attempts.max_suspend_s(tx, held)
 
 
-def _return_unlisted(tx: Transaction, worker_id: WorkerId, listed: set[AttemptId]) -> None:
-    """Take back what the worker does not know of: an answer that it never got, or a journal that it lost."""
-    for row in jobs.live_attempts(tx, worker_id):
-        if row.id not in listed:
-            jobs.apply_event(tx, row.id, AttemptEvent.RETURNED)
-
-
-def _lease(tx: Transaction, worker_id: WorkerId, request: Sync, settings: ServerSettings) -> list[Assignment]:
-    if request.free.cpus <= 0:
+def _lease(
+    tx: Transaction, worker_id: WorkerId, request: Sync, known: workers.Known, settings: ServerSettings, lease_s: float
+) -> list[Assignment]:
+    """Lease what fits, until nothing does or enough has been leased."""
+    if request.free.cpus <= 0 and not request.ahead:
         return []
+    tx.memo["max_running"] = settings.max_running
+    board = queues.board(tx)
+    ask = _ask_of(worker_id, request, known)
+    alike = (known.told, known.owner_id, known.owner_groups, known.reserved_for, worker_id if board.names_workers else 0)
+    waiting = board.suiting(ask, alike)
     leased: list[Assignment] = []
-    ask = Ask(free=request.free, drivers=request.profile.drivers, cached=frozenset(request.cached))
-    exhausted: set[tuple[int, UserId]] = set()
-    while True:
-        queues = [queue for queue in jobs.waiting_queues(tx) if (queue.class_id, queue.owner_id) not in exhausted]
-        if not queues:
-            return leased
-        shares = match(ask, queues, jobs.live_by_owner(tx), limit=_MOST_PER_CALL - len(leased))
+    exhausted: set[int] = set()
+    while waiting and len(leased) < _MOST_PER_CALL:
+        shares = match(ask, waiting, board.standings, limit=_MOST_PER_CALL - len(leased), people=board.people)
         short = False
         for share in shares:
-            found = jobs.lease_jobs(tx, worker_id, [share], settings.lease_s)
-            leased += found
-            ask = msgspec.structs.replace(ask, free=without(ask.free, [need_of(one.spec) for one in found]))
+            queue = board.queue(share.queue_id)
+            found = attempts.lease(tx, worker_id, queue.id, share.count, lease_s, head=queue.head)
+            leased += [_completed(one, ask, queue.class_id) for one in found]
+            board.took(queue.id, found)
+            ask = _less(ask, found, queue.class_id)
             if len(found) < share.count:
-                # The rest are jobs that this worker refused a moment ago; what they would have taken goes to other queues.
-                exhausted.add((share.class_id, share.owner_id))
+                # The rest are jobs that this worker refused a moment ago, or another process has them; what they would have taken goes
+                # to other queues.
+                exhausted.add(queue.id)
                 short = True
         if not short:
-            return leased
+            break
+        waiting = [queue for queue in board.suiting(ask, alike) if queue.id not in exhausted]
+    return leased
+
+
+def _ask_of(worker_id: WorkerId, request: Sync, known: workers.Known) -> Ask:
+    profile = request.profile
+    return Ask(
+        free=request.free,
+        drivers=profile.drivers,
+        cached=frozenset(request.cached),
+        ahead=request.ahead,
+        worker_id=worker_id,
+        platform=f"{profile.os}-{profile.arch}",
+        packages=frozenset(profile.packages),
+        owner_id=known.owner_id,
+        owner_groups=known.owner_groups,
+        accepts=profile.accepts,
+        reserved_for=known.reserved_for,
+    )
+
+
+def _completed(assignment: Assignment, ask: Ask, class_id: int) -> Assignment:
+    """Return an assignment with the files of its app for the worker's platform."""
+    program = assignment.programs.get(ask.platform) or assignment.programs.get("any")
+    return msgspec.structs.replace(assignment, class_id=class_id, program=program, programs={})
+
+
+def _less(ask: Ask, found: list[Assignment], class_id: int) -> Ask:
+    """Return an ask after some jobs were leased: what fits comes out of what is free, the rest of what was asked ahead."""
+    free, ahead = ask.free, dict(ask.ahead)
+    for one in found:
+        left = without(free, [need_of(one.spec)])
+        if min(left.cpus, left.memory_bytes, left.disk_bytes) >= 0:
+            free = left
+        else:
+            ahead[class_id] = ahead.get(class_id, 0) - 1
+    return msgspec.structs.replace(ask, free=free, ahead=ahead)

@@ -6,7 +6,9 @@ HOME/authority/        root and server keys and certificates, the key for grants
 HOME/hub/hub.key       the key of the hub inside the server
 HOME/grid.sqlite       the store, unless settings say otherwise
 HOME/blobs, uploads    the repository
-HOME/lock              held by the running server
+HOME/lock, lock-1, ..  one held by each running server; there are several only over PostgreSQL
+HOME/address           where the server listens, or did last; address-1, ... of the others while they run
+HOME/hub/hub-1.key ..  the keys of the others' hubs
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import os
+import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from random import Random
 
 import structlog
 import uvicorn
@@ -29,20 +34,26 @@ from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model.users import User
 from deskgrid.server.app import make_app, sweep_forever
 from deskgrid.server.authority import Authority, authority_fingerprint, ensure_certificate, make_authority
+from deskgrid.server.chores import do_chores_forever
+from deskgrid.server.hints import Elsewhere, listen_forever
 from deskgrid.server.hub import OwnHub
 from deskgrid.server.live import Live
-from deskgrid.server.repository import Repository
+from deskgrid.server.repository import open_repository
+from deskgrid.server.retention import clean_forever
 from deskgrid.server.routes.handler import Services
 from deskgrid.server.store import accounts
-from deskgrid.server.store.engine import SqlStore, Transaction, sqlite_url
+from deskgrid.server.store.engine import SqlStore, Transaction, is_shared, sqlite_url
 from deskgrid.server.store.migrate import migrate
 from deskgrid.settings import ServerSettings
 
 __all__ = [
+    "claimed",
+    "database_url",
     "hub_address",
     "init_server",
     "listen",
     "listen_hub",
+    "locked",
     "make_hub_link",
     "make_join_link",
     "make_login_link",
@@ -53,6 +64,8 @@ __all__ = [
 ]
 
 _WEEK_S = 7 * 86400.0
+_MOST_PROCESSES = 64
+_ADDRESS_FILE = re.compile(r"address(-[0-9]+)?")
 _log = structlog.get_logger("deskgrid.server")
 
 
@@ -109,11 +122,12 @@ def database_url(home: Path, settings: ServerSettings) -> str:
 
 
 def public_address(home: Path, settings: ServerSettings) -> str:
-    """Return the HOST:PORT that others dial: from the settings, or where the server listens (or did last)."""
+    """Return the HOST:PORT that others dial, or several with commas between: from the settings, or where servers listen (or did last)."""
     if settings.address:
         return settings.address
-    with contextlib.suppress(FileNotFoundError):
-        return (home / "address").read_text().strip()
+    found = dict.fromkeys(file.read_text().strip() for file in sorted(home.glob("address*")) if _ADDRESS_FILE.fullmatch(file.name))
+    if found:
+        return ",".join(found)
     host, port = parse_listen(settings.listen)
     return f"{socket.getfqdn() if host in ('0.0.0.0', '::') else host}:{port}"  # noqa: S104 - compared, not bound
 
@@ -130,24 +144,47 @@ def parse_listen(text: str) -> tuple[str, int]:
 async def open_services(home: Path, settings: ServerSettings, clock: Clock) -> AsyncIterator[Services]:
     """Open store and repository for one server process."""
     live = Live()
-    store = SqlStore(database_url(home, settings), clock, live.notify)
+    repository = await open_repository(home, settings)
+    url = database_url(home, settings)
+    store = SqlStore(url, clock, live.notify)
     try:
-        yield Services(
-            settings=settings,
-            store=store,
-            repository=Repository(home, reserve_bytes=settings.reserve_bytes, max_bytes=settings.max_upload_bytes),
-            live=live,
-            clock=clock,
-            authority=Authority(home / "authority"),
-        )
+        async with _hearing_of_others(url, store, live):
+            yield Services(
+                settings=settings,
+                store=store,
+                repository=repository,
+                live=live,
+                clock=clock,
+                authority=Authority(home / "authority"),
+            )
     finally:
         await store.close()
+        await repository.close()
 
 
 @contextlib.asynccontextmanager
-async def running_hub(home: Path, services: Services, listener: socket.socket, address: str) -> AsyncIterator[OwnHub]:
-    """Run the server's own hub on a listening socket until the block ends. Peers are told to dial `address`."""
-    own = OwnHub(home, services, address)
+async def _hearing_of_others(url: str, store: SqlStore, live: Live) -> AsyncIterator[None]:
+    """Pass on what other processes change while the block runs. Over SQLite there are none."""
+    if not is_shared(url):
+        yield
+        return
+    listening = asyncio.create_task(listen_forever(url, Elsewhere(store, live), Random()))  # noqa: S311 - pauses
+    try:
+        yield
+    finally:
+        listening.cancel()
+        await asyncio.wait([listening])
+
+
+@contextlib.asynccontextmanager
+async def running_hub(
+    home: Path, services: Services, listener: socket.socket, address: str, *, place: int = 0
+) -> AsyncIterator[OwnHub]:
+    """Run the server's own hub on a listening socket until the block ends. Peers are told to dial `address`.
+
+    `place`: which of the processes in this folder it is; each has a hub with a key of its own.
+    """
+    own = OwnHub(home, services, address, key_file=home / "hub" / _numbered("hub", place, ".key"))
     try:
         await own.start(listener)
         renewing = asyncio.create_task(own.renew_forever())
@@ -161,24 +198,85 @@ async def running_hub(home: Path, services: Services, listener: socket.socket, a
 
 
 async def run_server(home: Path, settings: ServerSettings, *, ready: Callable[[str, str], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. `ready` is called once calls are answered, with HOST:PORT of the server and of its hub ("" if none)."""
+    """Serve until SIGTERM or SIGINT. `ready` is called once calls are answered, with HOST:PORT of the server and of its hub ("" if none).
+
+    Raise OperatorError if a server runs in `home` already, unless the database is one that several may use.
+    """
     _require_init(home)
-    migrate(database_url(home, settings))
+    url = database_url(home, settings)
+    with claimed(home, several=is_shared(url)) as place:
+        migrate(url)
+        await _run_server(home, settings, place, ready)
+
+
+async def _run_server(home: Path, settings: ServerSettings, place: int, ready: Callable[[str, str], None] | None) -> None:
     listener = listen(settings)
     host, port = listener.getsockname()[:2]
     shown = f"{parse_listen(settings.listen)[0]}:{port}"
-    names = [name for name in (host, socket.gethostname(), (settings.address or shown).rpartition(":")[0]) if name]
-    chain, key = ensure_certificate(home / "authority", names, _utc_now())
-    (home / "address").write_text(public_or(shown, settings))
+    public = public_or(shown, settings)
+    hosts = (host, socket.gethostname(), *(one.rpartition(":")[0] for one in public.split(",")))
     clock = SystemClock()
-    async with open_services(home, settings, clock) as services, contextlib.AsyncExitStack() as running:
+    async with contextlib.AsyncExitStack() as running:
+        running.enter_context(_told(home / _numbered("address", place), public, keep=place == 0))
+        services = await running.enter_async_context(open_services(home, settings, clock))
         hub = ""
         if settings.hub_listen != "off":
             hub_listener = running.enter_context(listen_hub(settings, port))
             hub = hub_address(hub_listener, settings)
-            await running.enter_async_context(running_hub(home, services, hub_listener, hub))
-        config = server_config(make_app(services), chain, key)
-        await _serve(_Server(config, lambda: ready and ready(shown, hub)), listener, sweep_forever(services))
+            await running.enter_async_context(running_hub(home, services, hub_listener, hub, place=place))
+        with locked(home / "authority" / "lock"):  # two processes that begin at once must not make two certificates
+            chain, key = ensure_certificate(home / "authority", [name for name in hosts if name], _utc_now())
+            config = server_config(make_app(services), chain, key)
+            config.load()
+        server = _Server(config, lambda: ready and ready(shown, hub))
+        chores = do_chores_forever(services, Random())  # noqa: S311 - pauses
+        await _serve(server, listener, sweep_forever(services), chores, clean_forever(services))
+
+
+@contextlib.contextmanager
+def claimed(home: Path, *, several: bool = False) -> Iterator[int]:
+    """Hold a place in a server's folder: 0, or with `several` the first that is free. The process's end, however it comes, frees it.
+
+    Raise OperatorError if there is none.
+    """
+    for place in range(_MOST_PROCESSES if several else 1):
+        try:
+            with locked(home / _numbered("lock", place), wait=False):
+                yield place
+                return
+        except BlockingIOError:
+            continue
+    hint = "end some" if several else "end it first; several servers in one folder need PostgreSQL"
+    raise OperatorError(f"a server runs in {home} already", hint=hint)
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock that other processes respect, as far as the system has such. Raise BlockingIOError if it is taken and we do not wait."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(file: Path, address: str, *, keep: bool) -> Iterator[None]:
+    """Tell commands beside the server where it listens; after its end, too, if it is the first in its folder."""
+    file.write_text(address)
+    try:
+        yield
+    finally:
+        if not keep:
+            file.unlink(missing_ok=True)
+
+
+def _numbered(name: str, place: int, suffix: str = "") -> str:
+    return f"{name}-{place}{suffix}" if place else f"{name}{suffix}"
 
 
 def server_config(app: Starlette, chain: Path, key: Path) -> uvicorn.Config:
@@ -220,15 +318,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(server: _Server, listener: socket.socket, sweep: Coroutine[None, None, None]) -> None:
+async def _serve(server: _Server, listener: socket.socket, *loops: Coroutine[None, None, None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C arrives as KeyboardInterrupt
             loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
     async with asyncio.TaskGroup() as tasks:
-        sweeper = tasks.create_task(sweep)
+        running = [tasks.create_task(work) for work in loops]
         await server.serve(sockets=[listener])
-        sweeper.cancel()
+        for task in running:
+            task.cancel()
 
 
 def listen(settings: ServerSettings) -> socket.socket:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["running_postgresql"]
+import sqlalchemy as sa
+
+__all__ = ["emptied", "running_postgresql"]
 
 _START_LIMIT_S = 60.0
 
@@ -54,3 +56,13 @@ def _wait(programs: Path, folder: Path, server: subprocess.Popen[bytes]) -> None
         if server.poll() is not None or time.monotonic() > end:
             raise RuntimeError(f"PostgreSQL did not start: {(folder / 'log').read_text()}")
         time.sleep(0.05)
+
+
+def emptied(url: str, name: str) -> str:
+    """Return the URL of a new, empty database on the server at `url`; one of that name is removed before."""
+    admin = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)'))
+        connection.execute(sa.text(f'CREATE DATABASE "{name}"'))
+    admin.dispose()
+    return sa.make_url(url).set(database=name).render_as_string(hide_password=False)

@@ -14,22 +14,24 @@ import pytest
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, applies, job_state
-from deskgrid.core.matching import Share
 from deskgrid.errors import Conflict, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
 from deskgrid.model.data import Blob, DataRef, Disk
-from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
-from deskgrid.model.jobs import AttemptState, Job, JobSpec, JobState, Limits, Machine
+from deskgrid.model.ids import ArrayId, AttemptId, JobId, Sha256, UserId, WorkerId
+from deskgrid.model.jobs import Array, ArrayState, AttemptState, Job, JobSpec, JobState, Limits, Machine
 from deskgrid.model.machines import DiskFormat, Network
 from deskgrid.model.overlay import Offer, PeerKind, Reach, attempt_peer, parse_service, user_peer
 from deskgrid.model.users import Role
 from deskgrid.model.wire import AskGrant, PeerOffer
+from deskgrid.model.workers import Assignment
 from deskgrid.server.grants import Waiting, Way, find_way
-from deskgrid.server.store import accounts, data, hubs, jobs, peers, workers
+from deskgrid.server.store import accounts, attempts, data, hubs, jobs, peers, queues, submissions, workers
 from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.attempts import Outcome
 from deskgrid.server.store.engine import Store, Transaction
 from deskgrid.server.store.peers import NewPeer
-from deskgrid.server.store.schema import attempt, job, peer, queue, team
+from deskgrid.server.store.schema import attempt, job, peer, submission, team
+from deskgrid.server.store.submissions import NewSubmission
 
 __all__ = ["StoreContract"]
 
@@ -55,17 +57,53 @@ async def _people(store: Store) -> tuple[Caller, WorkerId]:
     return await store.write(add)
 
 
+async def _unused(store: Store, clock: Any) -> list[Sha256]:
+    """Return the blobs that can be removed once nothing has referred to them for long enough."""
+    await store.write(lambda tx: data.mark_unused(tx, "", 100))
+    assert await store.write(lambda tx: data.claim_unused(tx, 100)) == []
+    await clock.advance(data.REMOVAL_WAIT_S)
+    return await store.write(lambda tx: data.claim_unused(tx, 100))
+
+
 async def _submit(store: Store, caller: Caller, spec: JobSpec = _SPEC) -> Job:
-    return await store.write(lambda tx: jobs.add_job(tx, caller, spec, _DISK, None))
+    def submit(tx: Transaction) -> Job:
+        job_id = submissions.submit_job(tx, caller, NewSubmission(spec=spec, disk=_DISK))
+        return jobs.get_job(tx, caller, job_id).job
+
+    return await store.write(submit)
 
 
 async def _lease_one(store: Store, worker_id: WorkerId) -> AttemptId:
     def lease(tx: Transaction) -> AttemptId:
-        [waiting] = jobs.waiting_queues(tx)
-        [leased] = jobs.lease_jobs(tx, worker_id, [Share(waiting.class_id, waiting.owner_id, 1)], 60.0)
+        [waiting] = queues.board(tx).queues()
+        [leased] = attempts.lease(tx, worker_id, waiting.id, 1, 60.0)
         return leased.attempt_id
 
     return await store.write(lease)
+
+
+async def _submit_array(
+    store: Store, caller: Caller, size: int, *, after: tuple[str, ...] = (), any_end: bool = False, **values: Any
+) -> ArrayId:
+    at_end, well = (after, ()) if any_end else ((), after)
+    new = NewSubmission(spec=JobSpec(machine=_SPEC.machine, limits=_SPEC.limits, after=well, after_end=at_end), disk=_DISK)
+    return await store.write(lambda tx: submissions.submit_array(tx, caller, new, size, **values))
+
+
+async def _array(store: Store, caller: Caller, array_id: ArrayId) -> Array:
+    return await store.read(lambda tx: submissions.get_array(tx, caller, array_id))
+
+
+async def _lease(store: Store, worker_id: WorkerId, most: int) -> list[Assignment]:
+    def lease(tx: Transaction) -> list[Assignment]:
+        [waiting] = queues.board(tx).queues()
+        return attempts.lease(tx, worker_id, waiting.id, most, 60.0)
+
+    return await store.write(lease)
+
+
+async def _end(store: Store, held: AttemptId, event: AttemptEvent = AttemptEvent.SUCCEEDED) -> None:
+    assert await store.write(lambda tx: attempts.apply_event(tx, held, event, Outcome(exit_code=0)))
 
 
 def _key(number: int) -> Sha256:
@@ -168,9 +206,9 @@ class StoreContract:
         submitted = await _submit(store, caller)
         await _lease_one(store, worker_id)
         await clock.advance(59)
-        assert await store.write(jobs.expire_leases) == 0
+        assert await store.write(attempts.expire_leases) == 0
         await clock.advance(2)
-        assert await store.write(jobs.expire_leases) == 1
+        assert await store.write(attempts.expire_leases) == 1
         detail = await store.read(lambda tx: jobs.get_job(tx, caller, submitted.id))
         assert detail.job.state is JobState.WAITING
         assert detail.attempts[0].state is AttemptState.LOST
@@ -180,25 +218,31 @@ class StoreContract:
         submitted = await _submit(store, caller)
         late = await _lease_one(store, worker_id)
         await clock.advance(61)
-        await store.write(jobs.expire_leases)
+        await store.write(attempts.expire_leases)
         newer = await _lease_one(store, worker_id)
         result = Blob(sha256=Sha256("a" * 64), size_bytes=3)
-        assert await store.write(lambda tx: jobs.apply_event(tx, late, AttemptEvent.SUCCEEDED, exit_code=0, result=result))
+        assert await store.write(
+            lambda tx: attempts.apply_event(tx, late, AttemptEvent.SUCCEEDED, Outcome(exit_code=0, result=result))
+        )
         detail = await store.read(lambda tx: jobs.get_job(tx, caller, submitted.id))
         assert (detail.job.state, detail.job.result) == (JobState.COMPLETED, result.sha256)
         assert [one.state for one in detail.attempts] == [AttemptState.SUCCEEDED, AttemptState.CANCELLED]
-        assert not await store.write(lambda tx: jobs.apply_event(tx, newer, AttemptEvent.SUCCEEDED, exit_code=0, result=result))
+        assert not await store.write(
+            lambda tx: attempts.apply_event(tx, newer, AttemptEvent.SUCCEEDED, Outcome(exit_code=0, result=result))
+        )
 
     async def test_two_results_at_once_complete_a_job_once(self, store: Store, clock: Any) -> None:
         caller, worker_id = await _people(store)
         await _submit(store, caller)
         first = await _lease_one(store, worker_id)
         await clock.advance(61)
-        await store.write(jobs.expire_leases)
+        await store.write(attempts.expire_leases)
         second = await _lease_one(store, worker_id)
         won = await asyncio.gather(
             *[
-                store.write(partial(jobs.apply_event, attempt_id=one, event=AttemptEvent.SUCCEEDED, exit_code=0))
+                store.write(
+                    partial(attempts.apply_event, attempt_id=one, event=AttemptEvent.SUCCEEDED, outcome=Outcome(exit_code=0))
+                )
                 for one in (first, second)
             ]
         )
@@ -224,14 +268,15 @@ class StoreContract:
         blob = Blob(sha256=Sha256("b" * 64), size_bytes=1)
 
         def send(tx: Transaction) -> None:
-            data.finish_upload(tx, data.begin_upload(tx, caller, blob).id, blob)
+            data.finish_upload(tx, data.begin_upload(tx, caller, blob)[0].id, blob)
 
         await store.write(send)
-        await store.write(lambda tx: jobs.add_job(tx, caller, _SPEC, _DISK, blob))
+        await store.write(lambda tx: submissions.submit_job(tx, caller, NewSubmission(spec=_SPEC, disk=_DISK, context=blob)))
         await clock.advance(100)
-        assert await store.write(lambda tx: data.drop_unreferenced(tx, tx.now)) == []
-        await store.write(lambda tx: tx.run(sa.update(job).values(context=None)))
-        assert await store.write(lambda tx: data.drop_unreferenced(tx, tx.now)) == [blob.sha256]
+        await store.write(lambda tx: data.forget_uploads(tx, tx.now, 10))
+        assert await _unused(store, clock) == []
+        await store.write(lambda tx: tx.run(sa.update(submission).values(context=None)))
+        assert await _unused(store, clock) == [blob.sha256]
 
     async def test_other_users_jobs_are_not_found(self, store: Store) -> None:
         caller, _ = await _people(store)
@@ -279,7 +324,7 @@ class StoreContract:
         job_id = (await _submit(store, caller, _NETWORKED)).id
         mine = await _program(store, caller, 1)
         assert await _way(store, caller, mine, f"web.job-{job_id}") == Waiting(
-            f"job {job_id} to start", (jobs.job_topic(job_id), peers.job_peers_topic(job_id))
+            f"job {job_id} to start", (submissions.job_topic(job_id), peers.job_peers_topic(job_id))
         )
         held = await _lease_one(store, worker_id)
         await _attempt_peer(store, caller, worker_id, held, job_id, hub_id)
@@ -287,7 +332,7 @@ class StoreContract:
         assert isinstance(way, Way)
         assert (way.grant.target, way.grant.target_key, way.hub.address) == (attempt_peer(job_id, 1), _key(held), "hub:1")
         await clock.advance(61)
-        await store.write(jobs.expire_leases)
+        await store.write(attempts.expire_leases)
         assert isinstance(await _way(store, caller, mine, f"web.job-{job_id}"), Waiting)
         await store.write(lambda tx: jobs.cancel_job(tx, caller, job_id, ""))
         with pytest.raises(Conflict):
@@ -319,16 +364,147 @@ class StoreContract:
         assert (found.role, found.user_id, found.attempt_id) == (Role.JOB, caller.user_id, held)
         await store.write(lambda tx: accounts.drop_tokens_of_ended_attempts(tx, tx.now))
         await clock.advance(61)
-        await store.write(jobs.expire_leases)
+        await store.write(attempts.expire_leases)
         with pytest.raises(Unauthenticated, match="while its job ran"):
             await store.read(lambda tx: accounts.authenticate(tx, "t"))
-        assert await store.write(lambda tx: jobs.apply_event(tx, held, AttemptEvent.STARTED))
+        assert await store.write(lambda tx: attempts.apply_event(tx, held, AttemptEvent.STARTED))
         assert (await store.read(lambda tx: accounts.authenticate(tx, "t"))).role is Role.JOB
-        await store.write(lambda tx: jobs.apply_event(tx, held, AttemptEvent.FAILED))
+        await store.write(lambda tx: attempts.apply_event(tx, held, AttemptEvent.FAILED))
         await clock.advance(1)
         await store.write(lambda tx: accounts.drop_tokens_of_ended_attempts(tx, tx.now))
         with pytest.raises(Unauthenticated, match="not valid"):
             await store.read(lambda tx: accounts.authenticate(tx, "t"))
+
+    # Arrays, and what comes after what
+
+    async def test_array_is_filled_in_parts_and_goes_only_when_it_is_whole(self, store: Store) -> None:
+        caller, _ = await _people(store)
+        array_id = await _submit_array(store, caller, 10)
+        assert await store.write(lambda tx: submissions.fill(tx, array_id, 4)) == 6
+        assert await store.write(lambda tx: queues.board(tx).queues()) == []
+        assert (await _array(store, caller, array_id)).jobs[JobState.BLOCKED] == 4
+        assert await store.write(lambda tx: submissions.fill(tx, array_id, 100)) == 0
+        [waiting] = await store.write(lambda tx: queues.board(tx).queues())
+        assert waiting.waiting == 10
+        assert (await _array(store, caller, array_id)).state is ArrayState.OPEN
+        assert await store.read(submissions.chores) == []
+
+    async def test_jobs_of_an_array_have_their_index_and_parameters(self, store: Store) -> None:
+        caller, worker_id = await _people(store)
+        table = Blob(sha256=Sha256("e" * 64), size_bytes=9)
+        lines = ['["a","1"]', '["b","2"]', '["c","3"]']
+        array_id = await _submit_array(store, caller, 3, table=table, names=("letter", "number"))
+        assert await store.write(lambda tx: submissions.fill_table(tx, array_id, 0, lines[:2], 20)) == 1
+        assert await store.write(lambda tx: submissions.fill_table(tx, array_id, 0, lines[:2], 20)) == 1, "read twice, made once"
+        [chore] = await store.read(submissions.chores)
+        assert (chore.filled, chore.reads_at, chore.table) == (2, 20, table)
+        assert await store.write(lambda tx: submissions.fill_table(tx, array_id, 2, [*lines[2:], '["too","many"]'], 30)) == 0
+        found = await _lease(store, worker_id, 5)
+        assert [(one.index, one.parameters) for one in found] == [
+            (0, {"letter": "a", "number": "1"}),
+            (1, {"letter": "b", "number": "2"}),
+            (2, {"letter": "c", "number": "3"}),
+        ]
+
+    async def test_array_ends_with_its_last_job(self, store: Store) -> None:
+        caller, worker_id = await _people(store)
+        array_id = await _submit_array(store, caller, 3)
+        await store.write(lambda tx: submissions.fill(tx, array_id, 3))
+        for left in (2, 1, 0):
+            [one] = await _lease(store, worker_id, 1)
+            await _end(store, one.attempt_id)
+            found = await _array(store, caller, array_id)
+            assert found.jobs[JobState.COMPLETED] == 3 - left
+            assert (found.state is ArrayState.ENDED) == (left == 0)
+
+    async def test_cancelled_array_starts_nothing_more_and_is_swept_in_parts(self, store: Store) -> None:
+        caller, worker_id = await _people(store)
+        array_id = await _submit_array(store, caller, 20)
+        await store.write(lambda tx: submissions.fill(tx, array_id, 100))
+        running = await _lease(store, worker_id, 2)
+        await _end(store, running[0].attempt_id)
+        await store.write(lambda tx: submissions.cancel_array(tx, caller, array_id, "not wanted"))
+        assert await store.write(lambda tx: queues.board(tx).queues()) == []
+        shown = await _array(store, caller, array_id)
+        assert (shown.state, shown.jobs[JobState.CANCELLED], shown.jobs[JobState.WAITING]) == (ArrayState.CANCELLED, 18, 0)
+        moved = [await store.write(lambda tx: submissions.sweep_cancelled(tx, array_id, 7)) for _ in range(4)]
+        assert moved == [7, 7, 4, 0]
+        while await store.write(lambda tx: jobs.cancel_array_jobs(tx, array_id, 7)):
+            pass
+        assert await store.read(submissions.chores) == []
+        assert (await _array(store, caller, array_id)).jobs == {
+            **dict.fromkeys(JobState, 0),
+            JobState.COMPLETED: 1,
+            JobState.CANCELLED: 19,
+        }
+        assert not await store.write(lambda tx: attempts.apply_event(tx, running[1].attempt_id, AttemptEvent.SUCCEEDED))
+
+    async def test_array_cancelled_while_it_is_filled_has_no_more_jobs(self, store: Store) -> None:
+        caller, _ = await _people(store)
+        array_id = await _submit_array(store, caller, 100)
+        await store.write(lambda tx: submissions.fill(tx, array_id, 10))
+        await store.write(lambda tx: submissions.cancel_array(tx, caller, array_id, "not wanted"))
+        assert await store.write(lambda tx: submissions.fill(tx, array_id, 10)) == 0
+        while await store.write(lambda tx: jobs.cancel_array_jobs(tx, array_id, 7)):
+            pass
+        found = await store.read(lambda tx: jobs.list_jobs(tx, owner=None, state=None, before=None, limit=200, array=array_id))
+        assert [one.state for one in found[0]] == [JobState.CANCELLED] * 10
+
+    @pytest.mark.parametrize("ends_well", [True, False])
+    @pytest.mark.parametrize("any_end", [True, False])
+    async def test_job_goes_after_what_it_waits_for_or_ends_with_it(self, store: Store, ends_well: bool, any_end: bool) -> None:
+        caller, worker_id = await _people(store)
+        first = await _submit(store, caller, JobSpec(machine=_SPEC.machine, limits=Limits(attempts=1)))
+        array_id = await _submit_array(store, caller, 2, after=(f"job-{first.id}",), any_end=any_end)
+        await store.write(lambda tx: submissions.fill(tx, array_id, 2))
+        after = (f"array-{array_id}",)
+        at_end, well = (after, ()) if any_end else ((), after)
+        last = await _submit(store, caller, JobSpec(machine=_SPEC.machine, after=well, after_end=at_end))
+        assert last.state is JobState.BLOCKED
+        [one] = await _lease(store, worker_id, 5)
+        await _end(store, one.attempt_id, AttemptEvent.SUCCEEDED if ends_well else AttemptEvent.FAILED)
+        goes = ends_well or any_end
+        found = await _array(store, caller, array_id)
+        assert found.state is (ArrayState.OPEN if goes else ArrayState.CANCELLED)
+        if goes:
+            for one in await _lease(store, worker_id, 5):
+                await _end(store, one.attempt_id)
+        while await store.write(lambda tx: jobs.cancel_array_jobs(tx, array_id, 7)):
+            pass
+        detail = await store.read(lambda tx: jobs.get_job(tx, caller, last.id))
+        assert detail.job.state is (JobState.WAITING if goes else JobState.CANCELLED)
+
+    async def test_counts_are_those_of_the_jobs_also_for_functions_of_the_same_batch(self, store: Store) -> None:
+        caller, _ = await _people(store)
+
+        def submit(tx: Transaction) -> int:
+            submissions.submit_job(tx, caller, NewSubmission(spec=_SPEC, disk=_DISK))
+            return queues.waiting_of(tx, caller.user_id or UserId(0))
+
+        def fail(tx: Transaction) -> None:
+            submit(tx)
+            raise ValueError("on purpose")
+
+        found = await asyncio.gather(
+            *(store.write(one) for one in (submit, fail, submit, fail, fail, submit)), return_exceptions=True
+        )
+        assert [one for one in found if not isinstance(one, ValueError)] == [1, 2, 3]
+        assert (await store.read(queues.count_states))[JobState.WAITING] == 3
+
+    async def test_bound_of_waiting_jobs_holds_for_jobs_and_arrays_together(self, store: Store) -> None:
+        caller, _ = await _people(store)
+        new = NewSubmission(spec=_SPEC, disk=_DISK)
+
+        def array(tx: Transaction, size: int) -> None:
+            array_id = submissions.submit_array(tx, caller, new, size, max_waiting=10)
+            submissions.fill(tx, array_id, size)
+
+        await store.write(partial(array, size=9))
+        await store.write(lambda tx: submissions.submit_job(tx, caller, new, max_waiting=10))
+        with pytest.raises(Conflict, match="10 jobs waiting"):
+            await store.write(lambda tx: submissions.submit_job(tx, caller, new, max_waiting=10))
+        with pytest.raises(Conflict, match="10 jobs waiting"):
+            await store.write(partial(array, size=1))
 
     @pytest.mark.parametrize("seed", range(6))
     async def test_random_history_agrees_with_the_lifecycle(self, store: Store, clock: Any, seed: int) -> None:
@@ -346,7 +522,9 @@ class StoreContract:
                 expected[owner[held]] = JobState.ACTIVE
             elif states:
                 held, event = rng.choice(list(states)), rng.choice(list(AttemptEvent))
-                applied = await store.write(partial(jobs.apply_event, attempt_id=held, event=event, exit_code=0))
+                applied = await store.write(
+                    partial(attempts.apply_event, attempt_id=held, event=event, outcome=Outcome(exit_code=0))
+                )
                 following = applies(states[held], event, expected[owner[held]])
                 assert applied == (following is not None), f"seed {seed}: {states[held]} {event}"
                 _follow(states, owner, expected, held, following)
@@ -355,15 +533,15 @@ class StoreContract:
     async def _agree(
         self, store: Store, caller: Caller, expected: dict[JobId, JobState], states: dict[AttemptId, AttemptState], seed: int
     ) -> None:
-        def look(tx: Transaction) -> tuple[dict[JobId, JobState], dict[AttemptId, AttemptState], int]:
+        def look(tx: Transaction) -> tuple[dict[JobId, JobState], dict[AttemptId, AttemptState], dict[JobState, int]]:
             found = {JobId(row.id): JobState(row.state) for row in tx.rows(sa.select(job))}
             held = {AttemptId(row.id): AttemptState(row.state) for row in tx.rows(sa.select(attempt))}
-            return found, held, int(tx.value(sa.select(sa.func.coalesce(sa.func.sum(queue.c.waiting), 0))))
+            return found, held, queues.count_states(tx)
 
         found, held, counted = await store.read(look)
         assert found == expected, f"seed {seed}"
         assert held == states, f"seed {seed}"
-        assert counted == sum(state is JobState.WAITING for state in expected.values()), f"seed {seed}"
+        assert counted == {state: list(expected.values()).count(state) for state in JobState}, f"seed {seed}"
 
 
 def _follow(

@@ -52,6 +52,7 @@ from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile
 from deskgrid.worker.runner import Runner
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
+from deskgrid.worker.warm import WarmAttempt, WarmPool, WarmProgram
 
 __all__ = ["Agent", "run_worker"]
 
@@ -123,6 +124,7 @@ class Agent:
             result_room=lambda: self._bounds.result_room(self._disk_bytes()),
             **kit,
         )
+        self._warm = WarmPool(self._kit, self._free)
         self._runners: dict[AttemptId, Runner] = {}
         self._tasks: dict[AttemptId, asyncio.Task[None]] = {}
         self._going: set[AttemptId] = set()
@@ -136,6 +138,8 @@ class Agent:
         self._owner_lock = asyncio.Lock()
         # What is known of the server.
         self._synced = asyncio.Event()
+        self._hold_s = _WAKE_HOLD_S
+        """For how long the server holds our wake calls; 0: it does not."""
         """Pulsed by each successful sync."""
         self._failures = 0
         self._trouble = ""
@@ -164,7 +168,7 @@ class Agent:
             except OSError as error:
                 raise NoSpace(f"paused, but not for longer than the worker runs: {error}") from error
             finally:
-                await asyncio.gather(*(self._pause_one(runner) for runner in list(self._runners.values())))
+                await asyncio.gather(*(self._pause_one(runner) for runner in list(self._runners.values())), self._warm.pause())
                 self._note_change()
         _log.info("paused")
 
@@ -172,7 +176,7 @@ class Agent:
         """Go on. Raise MachineFailed if a machine cannot."""
         async with self._owner_lock:
             self._owner.resume()
-            await asyncio.gather(*(runner.resume() for runner in list(self._runners.values())))
+            await asyncio.gather(*(runner.resume() for runner in list(self._runners.values())), self._warm.resume())
             self._note_change()
         _log.info("resumed")
 
@@ -201,7 +205,7 @@ class Agent:
             last_sync_at=self._last_sync_at,
             lease_until=self._lease_until,
             trouble=self._trouble or self._bounds.why_resting(),
-            attempts=tuple(self._status_of(runner) for runner in self._runners.values()),
+            attempts=(*(self._status_of(runner) for runner in self._runners.values()), *self._warm.statuses()),
             lent=self._profile.lent,
             free=self._free(),
             disk_bytes=self._disk_bytes(),
@@ -242,6 +246,7 @@ class Agent:
         entries = await in_thread(self._journal.read)
         for entry in entries:
             self._runners[entry.assignment.attempt_id] = Runner(self._kit, entry)
+        await self._warm.clear()
         known = [runner.folder for runner in self._runners.values()]
         await destroy_strays(self._home, self._drivers, known=known)
 
@@ -250,7 +255,7 @@ class Agent:
             self._group = group
             for runner in list(self._runners.values()):
                 self._begin(runner)
-            loops = [group.create_task(loop()) for loop in (self._keep_synced, self._keep_awake, self._keep_bounds)]
+            loops = [group.create_task(loop()) for loop in (self._keep_synced, self._keep_awake, self._keep_bounds, self._warm.run)]
             await self._ending.wait()
             self._group = None
             for task in (*loops, *self._tasks.values()):
@@ -282,6 +287,7 @@ class Agent:
         given = [runner.give_back("the worker was stopped") for runner in runners if runner.entry.phase in _GIVEN_BACK]
         settled = [runner.remove_machine() for runner in runners if runner.entry.phase is Phase.SETTLED]
         await asyncio.gather(*given, *settled)
+        self._warm.give_back("the worker was stopped")
         with contextlib.suppress(DeskgridError, TimeoutError):
             await within(self._sync(taking=False), self._clock, _GOODBYE_S)
 
@@ -330,14 +336,22 @@ class Agent:
             await self._acknowledged(attempt_id, reports.get(attempt_id))
         for attempt_id in answer.cancelled:
             self._discard(attempt_id)
+        for attempt_id in answer.started:
+            if attempt_id in self._runners:
+                self._runners[attempt_id].release()
+        self._hold_s = min(answer.hold_s, _WAKE_HOLD_S)
         if taking:
             await self._take(answer.assignments)
         pulse, self._synced = self._synced, asyncio.Event()
         pulse.set()
         return max(_WAKE_GAP_S, answer.interval_s)
 
-    def _listed(self) -> list[Runner]:
-        return [runner for runner in self._runners.values() if runner.id not in self._going]
+    def _listed(self) -> list[Runner | WarmAttempt]:
+        return [*(runner for runner in self._runners.values() if runner.id not in self._going), *self._warm.attempts()]
+
+    def _ahead(self) -> dict[int, int]:
+        """Return how many jobs more than fit at once are wanted, by class."""
+        return {} if self._ending.is_set() or self._bounds.why_resting() else self._warm.ahead()
 
     def _note_contact(self, asked_at: float, lease_s: float) -> None:
         """Note that the server answered. The lease counts from before we asked, so it never seems longer than it is."""
@@ -351,11 +365,11 @@ class Agent:
         """Sync when the server hints that there is news."""
         failures = 0
         while True:
-            if self._connected_since is None:
+            if self._connected_since is None or self._hold_s <= 0:
                 await self._synced.wait()
                 continue
             try:
-                wake = await self._connection.call(wire.WAKE, wait_s=_WAKE_HOLD_S)
+                wake = await self._connection.call(wire.WAKE, wait_s=self._hold_s)
                 failures = 0
             except DeskgridError:
                 # The next sync finds out what it is; until then there is nobody to wait for.
@@ -376,7 +390,8 @@ class Agent:
 
     async def _take(self, assignments: Iterable[Assignment]) -> None:
         """Journal what was assigned, all of it, and begin."""
-        new = [Entry(assignment=one) for one in assignments if one.attempt_id not in self._runners]
+        given = tuple(assignments)
+        new = [Entry(assignment=one) for one in given if not self._warm.takes(one) and one.attempt_id not in self._runners]
         try:
             await in_thread(self._journal.write, new)
         except (NoSpace, OSError) as error:
@@ -394,6 +409,9 @@ class Agent:
                 self._spawn(runner, runner.give_back(""))
             else:
                 self._begin(runner)
+        if new:
+            self._warm.trim()
+        self._warm.take(one for one in given if self._warm.takes(one))
 
     def _begin(self, runner: Runner) -> None:
         self._spawn(runner, runner.run())
@@ -406,6 +424,10 @@ class Agent:
         self._tasks[runner.id] = self._group.create_task(work)
 
     async def _acknowledged(self, attempt_id: AttemptId, sent: AttemptReport | None) -> None:
+        if self._warm.acknowledge(attempt_id, sent):
+            if sent is not None and sent.state is AttemptState.SUCCEEDED:
+                self._bounds.forgive()
+            return
         runner = self._runners.get(attempt_id)
         if runner is None or sent is None or runner.entry.report != sent:
             return
@@ -417,6 +439,7 @@ class Agent:
 
     def _discard(self, attempt_id: AttemptId) -> None:
         """Stop, destroy and forget an attempt that the server does not want any more."""
+        self._warm.discard(attempt_id)
         runner = self._runners.get(attempt_id)
         if runner is None or attempt_id in self._going or self._group is None:
             return
@@ -464,16 +487,20 @@ class Agent:
         """Return what new attempts may use now."""
         if self._owner.paused or self._ending.is_set():
             return NOTHING
-        return self._bounds.free(runner.usage() for runner in self._runners.values())
+        return self._bounds.free((*(runner.usage() for runner in self._runners.values()), *self._warm.usages()))
+
+    def _writers(self) -> list[Runner | WarmProgram]:
+        """Return what writes to the owner's disk."""
+        return [*self._runners.values(), *self._warm.programs()]
 
     def _disk_bytes(self) -> int:
-        return sum(runner.disk_bytes for runner in self._runners.values())
+        return sum(one.disk_bytes for one in self._writers())
 
     async def _keep_bounds(self) -> None:
         """Measure what attempts have written, and end the largest one when that is more than the owner lends."""
         while True:
-            for runner in list(self._runners.values()):
-                runner.disk_bytes = await in_thread(allocated_bytes, runner.folder)
+            for one in self._writers():
+                one.disk_bytes = await in_thread(allocated_bytes, one.folder)
             try:
                 await self._hold_bounds()
             except (DeskgridError, OSError) as error:
@@ -484,9 +511,9 @@ class Agent:
         over, short = self._bounds.excess_bytes(self._disk_bytes())
         if short:
             short -= self._cache.shrink(short)  # not in a thread: nobody may begin to use a disk between the look and its removal
-        running = [runner for runner in self._runners.values() if runner.entry.phase is Phase.STARTED and not runner.entry.verdict]
+        running = [one for one in self._writers() if one.running]
         if running and (over > 0 or short > 0):
-            largest = max(running, key=lambda runner: runner.disk_bytes)
+            largest = max(running, key=lambda one: one.disk_bytes)
             reason = "disk bound of the owner reached" if over > 0 else "the disk of the PC is nearly full"
             await largest.end(Verdict(AttemptState.REFUSED, reason))
 

@@ -12,8 +12,10 @@ import structlog
 
 from deskgrid.clock import Clock
 from deskgrid.errors import DriverUnusable, InvalidInput
+from deskgrid.machines.container import ContainerDriver
 from deskgrid.machines.driver import Driver, MachineHandle, MachineSpec
 from deskgrid.machines.fake import FakeDriver
+from deskgrid.machines.process import SandboxDriver
 from deskgrid.machines.qemu import QemuDriver
 from deskgrid.model.jobs import Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
@@ -29,6 +31,8 @@ def make_driver(name: str, settings: WorkerSettings, clock: Clock) -> Driver:
     lent: dict[str, Any] = {"nice": settings.nice, "overlay": settings.overlay, "internet": settings.internet}
     makers: dict[str, Callable[[], Driver]] = {
         DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, **lent),
+        DriverName.PROCESS: lambda: SandboxDriver(clock, **lent),
+        DriverName.CONTAINER: lambda: ContainerDriver(clock, **lent),
         DriverName.FAKE: lambda: FakeDriver(clock, **lent),
     }
     if name not in makers:

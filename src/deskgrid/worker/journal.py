@@ -1,6 +1,7 @@
 """What a worker holds, on disk: one file per attempt, so that a restarted worker finds every machine again.
 
-    HOME/journal/<attempt_id>.json
+    HOME/journal/<attempt_id>.json      an attempt
+    HOME/journal/<name>.machine         the machine of a warm program, whose jobs are written down nowhere
 
 Each is replaced whole (written, synced, renamed, folder synced), so a kill or power cut leaves the state before or after.
 What does not read as an entry all the same is moved aside as <name>.bad.
@@ -18,7 +19,7 @@ import structlog
 from msgspec import Struct
 
 from deskgrid.archive import out_of_space, sync_folder
-from deskgrid.machines.driver import Exited, MachineHandle
+from deskgrid.machines.driver import Exited, MachineHandle, decode_handle, encode_handle
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import Assignment, AttemptReport
@@ -27,6 +28,8 @@ from deskgrid.worker.home import write_durably
 __all__ = ["Entry", "Journal", "Phase", "Verdict"]
 
 _log = structlog.get_logger()
+
+_MACHINE = ".machine"
 
 
 class Phase(StrEnum):
@@ -102,6 +105,27 @@ class Journal:
                 if entry is not None:
                     found.append(entry)
         return sorted(found, key=lambda entry: entry.assignment.attempt_id)
+
+    def write_machine(self, name: str, handle: MachineHandle) -> None:
+        """Note the machine of a warm program, before it starts. `name` is a file's name. Raise NoSpace."""
+        with out_of_space("the worker's journal"):
+            write_durably(self._folder / f"{name}{_MACHINE}", encode_handle(handle))
+
+    def remove_machine(self, name: str) -> None:
+        """Forget the machine of a warm program. Idempotent."""
+        (self._folder / f"{name}{_MACHINE}").unlink(missing_ok=True)
+        sync_folder(self._folder)
+
+    def machines(self) -> dict[str, MachineHandle]:
+        """Return the machines of warm programs by name: those that a worker before us left. What cannot be read is moved aside."""
+        found = {}
+        for path in sorted(self._folder.glob(f"*{_MACHINE}")):
+            try:
+                found[path.stem] = decode_handle(path.read_bytes())
+            except (msgspec.MsgspecError, OSError) as error:
+                _log.warning("journal_entry_damaged", file=path.name, error=str(error))
+                path.replace(path.with_suffix(".bad"))
+        return found
 
     def _read_one(self, path: Path) -> Entry | None:
         try:

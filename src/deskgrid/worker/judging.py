@@ -10,7 +10,7 @@ import errno
 import msgspec
 
 from deskgrid.errors import BadArchive, BadImage, DeskgridError, InvalidInput
-from deskgrid.machines.driver import ExitCause
+from deskgrid.machines.driver import ExitCause, Exited
 from deskgrid.machines.results import ResultReport
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import AttemptReport
@@ -25,13 +25,13 @@ NOT_THE_JOB = {
 }
 """Ends of a machine that are never the doing of the job in it."""
 _BEFORE_THE_END = {
-    ExitCause.RESET: "the guest reset or panicked before context.sh ended",
-    ExitCause.POWERED_OFF: "the guest powered off before context.sh ended",
+    ExitCause.RESET: "the guest reset or panicked",
+    ExitCause.POWERED_OFF: "the guest powered off",
 }
 
 
-def judge(cause: ExitCause, found: ResultReport, verdict: Verdict | None) -> tuple[AttemptState, str]:
-    """Return state and reason of an attempt whose scratch could be read.
+def judge(exited: Exited, found: ResultReport, verdict: Verdict | None, *, program: str = "context.sh") -> tuple[AttemptState, str]:
+    """Return state and reason of an attempt whose scratch could be read. `program`: what to call the one that ran.
 
     The exit code that the agent wrote counts most: it was written after everything that context.sh wrote was on the disk, so a guest
     that hangs or panics while it powers off has done its work.
@@ -39,10 +39,12 @@ def judge(cause: ExitCause, found: ResultReport, verdict: Verdict | None) -> tup
     if found.exit_code == 0:
         return AttemptState.SUCCEEDED, f"{found.dropped_count} entries of the result were left out" if found.dropped_count else ""
     if found.exit_code is not None:
-        return AttemptState.FAILED, f"context.sh ended with {found.exit_code}"
+        return AttemptState.FAILED, f"{program} ended with {found.exit_code}"
     if verdict is not None:
         return verdict.state, verdict.reason
-    return AttemptState.FAILED, _BEFORE_THE_END.get(cause, "the machine ended before context.sh did")
+    if exited.cause is ExitCause.LIMIT:
+        return AttemptState.FAILED, f"it went past a limit of the job: {exited.detail or 'the end of its stderr says which'}"
+    return AttemptState.FAILED, f"{_BEFORE_THE_END.get(exited.cause, 'the machine ended')} before {program} ended"
 
 
 _JOBS_FAULTS: tuple[tuple[type[DeskgridError], str], ...] = (

@@ -12,6 +12,7 @@ import structlog
 from deskgrid.client.transport import Transport, load_credentials
 from deskgrid.clock import SystemClock
 from deskgrid.errors import DeskgridError, InvalidInput, PeerError, Unauthenticated
+from deskgrid.machines.driver import MachineHandle
 from deskgrid.model import wire
 from deskgrid.settings import WorkerSettings, load_settings
 from deskgrid.worker.connection import Connection
@@ -32,7 +33,10 @@ async def leave_home(home: Home) -> StatusAnswer:
     settings = load_settings(WorkerSettings, home.folder / "worker.toml", "DESKGRID_WORKER")
     home.create()
     drivers = Drivers((), lambda name: make_driver(name, settings, SystemClock()))
-    await destroy_journalled(Journal(home.journal).read(), drivers)
+    journal = Journal(home.journal)
+    await destroy_journalled(journal.read(), drivers)
+    for handle in journal.machines().values():
+        await destroy_one(handle, drivers)
     await destroy_strays(home, drivers, known=())
     async with Transport(credentials, rng=random.Random()) as connection:  # noqa: S311 - jitter
         told = await say_goodbye(connection)
@@ -44,10 +48,15 @@ async def destroy_journalled(entries: Iterable[Entry], drivers: Drivers) -> None
     """Destroy the machines of journal entries."""
     for entry in entries:
         if entry.handle is not None:
-            try:
-                await drivers.of(entry.handle).destroy(entry.handle)
-            except DeskgridError as error:
-                _log.error("machine_not_removed", attempt_id=entry.assignment.attempt_id, error=str(error))
+            await destroy_one(entry.handle, drivers)
+
+
+async def destroy_one(handle: MachineHandle, drivers: Drivers) -> None:
+    """Destroy a machine, or say in the log that it cannot be done."""
+    try:
+        await drivers.of(handle).destroy(handle)
+    except DeskgridError as error:
+        _log.error("machine_not_removed", name=handle.spec.name, error=str(error))
 
 
 async def destroy_strays(home: Home, drivers: Drivers, *, known: Iterable[Path]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ class Runner:
         self._journal_lock = asyncio.Lock()
         self._forgotten = False
         self._let_go: Callable[[], None] | None = None
+        self._released = asyncio.Event()
+        if not entry.assignment.hold or entry.phase not in (Phase.FETCHING, Phase.PREPARED):
+            self._released.set()
         if entry.phase in (Phase.PREPARED, Phase.STARTED):
             self._hold_disk()
         self._ran_s = entry.ran_s
@@ -129,11 +132,20 @@ class Runner:
         return self._supplies.fetched_bytes
 
     @property
+    def running(self) -> bool:
+        """Whether its machine has started and nothing has ended it yet."""
+        return self.entry.phase is Phase.STARTED and self.entry.verdict is None
+
+    @property
     def folder(self) -> Path:
         """Where its files are."""
         return self._folder
 
     # ---- what the owner and the server want
+
+    def release(self) -> None:
+        """Let it start, if it was held until all of its set can. Idempotent."""
+        self._released.set()
 
     async def suspend(self) -> None:
         """Stop the CPUs of its machine. One that cannot be frozen is ended: the owner comes first."""
@@ -275,15 +287,27 @@ class Runner:
         driver = self._kit.drivers.choose(assignment.spec.machine)
         await in_thread(make_empty, self._folder)
         context = await self._supplies.fetch_context()
-        async with self._kit.cache.use(assignment.disk, self._supplies.fetch_disk) as disk:
-            handle = await driver.prepare(self._supplies.machine_spec(disk, context), self._folder / _MACHINE)
+        program = await self._supplies.fetch_program()
+        async with self._disk() as disk:
+            handle = await driver.prepare(self._supplies.machine_spec(disk, context, program), self._folder / _MACHINE)
             # At once, so that whoever cancels us now knows what to remove.
             self.entry = msgspec.structs.replace(self.entry, handle=handle)
             self._hold_disk()
         await self._note(durable=True, phase=Phase.PREPARED)
         await in_thread(remove, *self._supplies.files())
 
+    @contextlib.asynccontextmanager
+    async def _disk(self) -> AsyncIterator[Path | None]:
+        """Keep the job's disk in the cache while the block runs; a process has none."""
+        ref = self.entry.assignment.disk
+        if ref is None:
+            yield None
+            return
+        async with self._kit.cache.use(ref, self._supplies.fetch_disk) as disk:
+            yield disk
+
     async def _start(self) -> None:
+        await self._released.wait()
         async with self._machine_lock:
             if self._kit.owner.paused:
                 await self.settle(AttemptState.REFUSED, "", rests=False)
@@ -365,7 +389,11 @@ class Runner:
         for stream, whole in ((Stream.STDOUT, found.stdout), (Stream.STDERR, found.stderr)):
             if len(whole) < _WHOLE_REPORT_BYTES:
                 self._output.complete(stream, whole)
-        state, reason = judge(exited.cause, found, verdict)
+        program = "the command" if self.entry.assignment.spec.command else "context.sh"
+        state, reason = judge(exited, found, verdict, program=program)
+        if not self.entry.assignment.spec.results.paths:
+            await self.settle(state, reason, exit_code=found.exit_code)
+            return
         result = Blob(sha256=Sha256(found.archive_sha256), size_bytes=found.archive_bytes)
         await self.settle(state, reason, exit_code=found.exit_code, result=result)
 
@@ -482,7 +510,8 @@ class Runner:
         self._ran_s, self._since = self.ran_s(), None
 
     def _hold_disk(self) -> None:
-        disk = self.entry.assignment.disk.disk
+        ref = self.entry.assignment.disk
+        disk = ref.disk if ref is not None else None
         if disk is not None and self._let_go is None:
             self._let_go = self._kit.cache.hold(disk.sha256)
 

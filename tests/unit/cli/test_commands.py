@@ -231,7 +231,7 @@ def test_status_shows_workers_jobs_and_storage(user: Deskgrid, disk: str, worker
     document = user("status", "--json").document
     assert document["workers_online"] == 1
     assert document["workers"][0]["name"] == "lab-7"
-    assert set(document["jobs"]) == {"waiting", "active", "completed", "failed", "cancelled"}
+    assert set(document["jobs"]) == {"blocked", "waiting", "active", "completed", "failed", "cancelled"}
     text = user("status").out
     assert "1 online" in text
     assert "lab-7" in text

@@ -44,13 +44,16 @@ def test_the_commands_are_those_that_the_documentation_promises():
     wanted = """
         demo status run login
         connect offer proxy ssh scp shell peers connection.list
-        server.init server.run server.join-link server.hub-link
+        server.init server.run server.join-link server.hub-link server.migrate server.backup server.restore
         hub.join hub.run hub.list hub.remove
         worker.join worker.run worker.status worker.pause worker.resume worker.leave
         user.add user.list user.token user.tokens group.add group.list group.members
         disk.build disk.publish disk.list
         data.put data.get data.list data.show data.remove
-        job.submit job.list job.show job.wait job.logs job.results job.cancel
+        job.submit job.list job.show job.wait job.logs job.results job.cancel job.remove
+        array.list array.show array.wait array.cancel array.results
+        set.list set.show set.wait set.cancel set.results
+        app.publish app.list app.show app.remove
     """
     assert {".".join(path) for path in PRINTING} == set(wanted.split())
 

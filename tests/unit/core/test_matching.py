@@ -1,12 +1,15 @@
-"""Matching: nothing promised twice, nobody left out."""
+"""Matching: nothing promised twice, nobody left out, nobody's rule broken."""
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deskgrid.core.matching import Ask, Queue, Requirement, match, requirement_of
-from deskgrid.model.ids import Sha256, UserId
+from deskgrid.core.matching import Ask, Person, Queue, Requirement, Share, requirement_of, suiting, suits
+from deskgrid.core.matching import match as match_suiting
+from deskgrid.core.shares import Standings
+from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec, Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Capacity
@@ -14,6 +17,7 @@ from deskgrid.units import GIB
 
 DISKS = [Sha256(letter * 64) for letter in "abc"]
 QEMU = Fingerprint(driver=DriverName.QEMU, kinds=(MachineKind.VM,), usable=True)
+PEOPLE = {UserId(1): Person("ann", frozenset({"hep"})), UserId(2): Person("bob"), UserId(3): Person("eve", may_run=2)}
 requirements = st.builds(
     Requirement,
     kind=st.just(MachineKind.VM),
@@ -22,83 +26,146 @@ requirements = st.builds(
     memory_bytes=st.integers(1, 4).map(lambda n: n * GIB),
     disk_bytes=st.integers(0, 2).map(lambda n: n * GIB),
     disk=st.sampled_from(DISKS),
+    platforms=st.sampled_from([(), ("linux-x86_64",), ("windows-x86_64",)]),
+    packages=st.sampled_from([(), ("root",)]),
+    on=st.sampled_from(["", "", "worker:7", "worker:8", "group:hep"]),
 )
 queues = st.lists(
     st.builds(
         Queue,
+        id=st.integers(1, 20),
         class_id=st.integers(1, 5),
         owner_id=st.integers(1, 3).map(UserId),
         requirement=requirements,
         waiting=st.integers(0, 6),
-        oldest=st.integers(1, 100),
+        head=st.integers(1, 100),
+        team=st.sampled_from(["", "hep"]),
+        priority=st.integers(-2, 2),
     ),
     max_size=8,
-    unique_by=lambda queue: (queue.class_id, queue.owner_id),
+    unique_by=lambda queue: queue.id,
+)
+capacities = st.builds(
+    Capacity,
+    cpus=st.integers(0, 8),
+    memory_bytes=st.integers(0, 8).map(lambda n: n * GIB),
+    disk_bytes=st.integers(0, 8).map(lambda n: n * GIB),
 )
 asks = st.builds(
     Ask,
-    free=st.builds(
-        Capacity,
-        cpus=st.integers(0, 8),
-        memory_bytes=st.integers(0, 8).map(lambda n: n * GIB),
-        disk_bytes=st.integers(0, 8).map(lambda n: n * GIB),
-    ),
+    free=capacities,
     drivers=st.just((QEMU,)),
     cached=st.frozensets(st.sampled_from(DISKS)),
+    worker_id=st.just(WorkerId(7)),
+    platform=st.just("linux-x86_64"),
+    packages=st.sampled_from([frozenset(), frozenset({"root"})]),
+    owner_id=st.sampled_from([None, UserId(1)]),
+    owner_groups=st.sampled_from([frozenset(), frozenset({"hep"})]),
+    accepts=st.sampled_from([("everyone",), ("mine",), ("group:hep",), ("user:bob", "mine"), ()]),
+    reserved_for=st.sampled_from(["", "", "group:hep", "user:bob"]),
 )
 
 
+def match(
+    ask: Ask, waiting: list[Queue], standings: Standings, *, limit: int, people: dict[UserId, Person] | None = None
+) -> list[Share]:
+    return match_suiting(ask, suiting(ask, waiting, people or {}), standings, limit=limit, people=people)
+
+
+def _even() -> Standings:
+    return Standings((), {}, now=0.0, half_life_s=1.0)
+
+
+def _fits(queue: Queue, free: Capacity) -> bool:
+    wanted = queue.requirement
+    return wanted.cpus <= free.cpus and wanted.memory_bytes <= free.memory_bytes and wanted.disk_bytes <= free.disk_bytes
+
+
 @given(asks, queues, st.integers(0, 20))
-def test_what_is_promised_fits_and_is_there(ask: Ask, waiting: list[Queue], limit: int):
-    shares = match(ask, waiting, {}, limit=limit)
-    by_key = {(queue.class_id, queue.owner_id): queue for queue in waiting}
-    taken = [(by_key[share.class_id, share.owner_id], share.count) for share in shares]
+def test_what_is_promised_fits_suits_and_is_there(ask: Ask, waiting: list[Queue], limit: int):
+    shares = match(ask, waiting, _even(), limit=limit, people=PEOPLE)
+    by_id = {queue.id: queue for queue in waiting}
+    taken = [(by_id[share.queue_id], share.count) for share in shares]
     assert sum(count for _, count in taken) <= limit
-    assert all(0 < count <= queue.waiting for queue, count in taken)
-    assert all(queue.requirement.network is Network.NONE for queue, _ in taken)
+    assert all(0 < count <= queue.waiting and suits(ask, queue, PEOPLE[queue.owner_id]) for queue, count in taken)
     for field in ("cpus", "memory_bytes", "disk_bytes"):
         assert sum(getattr(queue.requirement, field) * count for queue, count in taken) <= getattr(ask.free, field)
+    for owner_id, person in PEOPLE.items():
+        assert sum(count for queue, count in taken if queue.owner_id == owner_id) <= person.may_run
 
 
 @given(asks, queues)
 def test_worker_is_not_left_idle_while_something_fits(ask: Ask, waiting: list[Queue]):
-    shares = match(ask, waiting, {}, limit=1)
-    fitting = [
-        queue
-        for queue in waiting
-        if queue.waiting
-        and queue.requirement.network is Network.NONE
-        and queue.requirement.cpus <= ask.free.cpus
-        and queue.requirement.memory_bytes <= ask.free.memory_bytes
-        and queue.requirement.disk_bytes <= ask.free.disk_bytes
-    ]
+    shares = match(ask, waiting, _even(), limit=1, people=PEOPLE)
+    fitting = [one for one in waiting if one.waiting and _fits(one, ask.free) and suits(ask, one, PEOPLE[one.owner_id])]
     assert bool(shares) == bool(fitting)
 
 
-def _queue(class_id: int, owner: int, *, disk: Sha256 = DISKS[0], oldest: int = 1, waiting: int = 10) -> Queue:
+@given(asks, queues, st.dictionaries(st.integers(1, 5), st.integers(0, 5)), capacities)
+def test_ahead_gives_so_many_more_of_a_class_and_no_other(ask: Ask, waiting: list[Queue], ahead: dict[int, int], free: Capacity):
+    ask = msgspec.structs.replace(ask, ahead=ahead, free=free)
+    by_id = {queue.id: queue for queue in waiting}
+    taken: dict[int, int] = {}
+    for share in match(ask, waiting, _even(), limit=100, people=PEOPLE):
+        class_id = by_id[share.queue_id].class_id
+        taken[class_id] = taken.get(class_id, 0) + share.count
+    for class_id, count in taken.items():
+        fit = max(free.cpus // by_id_of.requirement.cpus for by_id_of in waiting if by_id_of.class_id == class_id)
+        assert count <= fit + ahead.get(class_id, 0)
+
+
+def _queue(
+    number: int, owner: int, *, disk: Sha256 = DISKS[0], head: int = 1, waiting: int = 10, team: str = "", priority: int = 0
+) -> Queue:
     wanted = requirement_of(JobSpec(machine=Machine(disk="d")), disk)
-    return Queue(class_id, UserId(owner), wanted, waiting, oldest)
+    return Queue(number, number, UserId(owner), wanted, waiting, head, team, priority)
 
 
-ROOMY = Ask(Capacity(cpus=8, memory_bytes=64 * GIB, disk_bytes=64 * GIB), (QEMU,), frozenset())
+ROOMY = Ask(free=Capacity(cpus=8, memory_bytes=64 * GIB, disk_bytes=64 * GIB), drivers=(QEMU,))
 
 
 def test_users_get_equal_shares_whoever_came_first():
-    shares = match(ROOMY, [_queue(1, 1, oldest=1), _queue(1, 2, oldest=500)], {}, limit=8)
-    assert {share.owner_id: share.count for share in shares} == {1: 4, 2: 4}
+    assert match(ROOMY, [_queue(1, 1, head=1), _queue(2, 2, head=500)], _even(), limit=8) == [Share(1, 4), Share(2, 4)]
 
 
 def test_user_with_running_attempts_waits_for_the_others():
-    shares = match(ROOMY, [_queue(1, 1), _queue(1, 2)], {UserId(1): 5}, limit=4)
-    assert {share.owner_id: share.count for share in shares} == {2: 4}
+    standings = Standings((), {("", UserId(1)): 5}, now=0.0, half_life_s=1.0)
+    assert match(ROOMY, [_queue(1, 1), _queue(2, 2)], standings, limit=4) == [Share(2, 4)]
+
+
+def test_users_of_a_group_share_what_one_user_alone_gets():
+    waiting = [_queue(1, 1), _queue(2, 2, team="hep"), _queue(3, 3, team="hep")]
+    assert {one.queue_id: one.count for one in match(ROOMY, waiting, _even(), limit=8)} == {1: 4, 2: 2, 3: 2}
+
+
+def test_weight_is_how_many_times_more_one_gets():
+    standings = Standings((), {}, now=0.0, half_life_s=1.0, users={UserId(1): 3.0})
+    assert {one.queue_id: one.count for one in match(ROOMY, [_queue(1, 1), _queue(2, 2)], standings, limit=8)} == {1: 6, 2: 2}
+
+
+def test_higher_priority_goes_first_within_a_user_only():
+    waiting = [_queue(1, 1), _queue(2, 1, priority=5, head=99), _queue(3, 2)]
+    assert {one.queue_id: one.count for one in match(ROOMY, waiting, _even(), limit=4)} == {2: 2, 3: 2}
 
 
 def test_cached_disk_comes_first_within_a_user():
-    ask = Ask(ROOMY.free, ROOMY.drivers, frozenset({DISKS[1]}))
-    shares = match(ask, [_queue(1, 1, disk=DISKS[0], oldest=1), _queue(2, 1, disk=DISKS[1], oldest=9)], {}, limit=1)
-    assert [share.class_id for share in shares] == [2]
+    ask = msgspec.structs.replace(ROOMY, cached=frozenset({DISKS[1]}))
+    assert match(ask, [_queue(1, 1, disk=DISKS[0], head=1), _queue(2, 1, disk=DISKS[1], head=9)], _even(), limit=1) == [Share(2, 1)]
 
 
 def test_unusable_driver_gets_nothing():
     broken = Fingerprint(driver=DriverName.QEMU, kinds=(MachineKind.VM,), usable=False, reason="not installed")
-    assert match(Ask(ROOMY.free, (broken,), frozenset()), [_queue(1, 1)], {}, limit=5) == []
+    assert match(msgspec.structs.replace(ROOMY, drivers=(broken,)), [_queue(1, 1)], _even(), limit=5) == []
+
+
+def test_reserved_worker_serves_nobody_else():
+    waiting = [_queue(1, 1), _queue(2, 2)]
+    ask = msgspec.structs.replace(ROOMY, reserved_for="group:hep")
+    assert [one.queue_id for one in match(ask, waiting, _even(), limit=8, people=PEOPLE)] == [1]
+    assert match(msgspec.structs.replace(ask, accepts=("user:bob",)), waiting, _even(), limit=8, people=PEOPLE) == []
+
+
+def test_owner_takes_only_whose_jobs_he_says():
+    waiting = [_queue(1, 1), _queue(2, 2)]
+    ask = msgspec.structs.replace(ROOMY, owner_id=UserId(2), accepts=("mine",))
+    assert [one.queue_id for one in match(ask, waiting, _even(), limit=8, people=PEOPLE)] == [2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import random
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +33,7 @@ def functions(folder: Path) -> str:
         ("exec 3>/dev/null", f"exec 3>{folder}/channel"),
         ("CONTEXT=/context", f"CONTEXT={folder}/context"),
         ("ETC=/etc", f"ETC={folder}/etc"),
+        ("APP=/app", f"APP={folder}/app"),
         ("ROOT_HOME=/root", f"ROOT_HOME={folder}/root"),
         ("NET=/proc/net", f"NET={folder}/net"),
     ):
@@ -104,6 +106,24 @@ def test_context_script_gets_environment_folder_and_no_channel(shell: list[str],
     assert run(shell, tmp_path, "run_context; code=$?; exec 3>&-; exit $code") != 0
     assert (tmp_path / "scratch" / ".deskgrid" / "stdout").read_text() == f"a b\n{tmp_path}/scratch\n"
     assert (tmp_path / "channel").read_bytes() == b""
+
+
+def test_command_runs_in_the_place_of_the_script_with_its_arguments_as_they_are(shell: list[str], tmp_path: Path) -> None:
+    arguments = ["a b", "", "'", '"$(id)"', "*", "-n", "\\"]
+    own = tmp_path / "context" / ".deskgrid"
+    own.mkdir()
+    (own / "command").write_text(f"set -- {shlex.join(['printf', '%s|', *arguments])}\n")
+    (tmp_path / "context" / "context.sh").write_text("exit 7\n")
+    assert run(shell, tmp_path, "run_context") == 0
+    assert (tmp_path / "scratch" / ".deskgrid" / "stdout").read_text() == "".join(f"{one}|" for one in arguments)
+
+
+def test_files_of_an_app_are_at_one_place_for_all_jobs(shell: list[str], tmp_path: Path) -> None:
+    (tmp_path / "context" / "app").mkdir()
+    (tmp_path / "context" / "app" / "tool").write_text("tool\n")
+    (tmp_path / "context" / "context.sh").write_text(f"cat {tmp_path}/app/tool\n")
+    assert run(shell, tmp_path, "run_context") == 0
+    assert (tmp_path / "scratch" / ".deskgrid" / "stdout").read_text() == "tool\n"
 
 
 def test_exit_code_is_reported_whole(shell: list[str], tmp_path: Path) -> None:

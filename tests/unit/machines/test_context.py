@@ -50,6 +50,26 @@ def test_empty_context_has_only_our_files(tmp_path: Path) -> None:
     assert read(image, "/.deskgrid/agent.sh").startswith(b"#!/bin/sh\n")
 
 
+def test_command_and_files_of_the_app_are_on_it(tmp_path: Path) -> None:
+    (tmp_path / "program" / "bin").mkdir(parents=True)
+    (tmp_path / "program" / "bin" / "tool").write_bytes(b"tool")
+    spec = msgspec.structs.replace(spec_with(None), command=("/app/bin/tool", "a b"), program=tmp_path / "program")
+    create_context(tmp_path / "context.iso", spec, instance="token")
+    image = PyCdlib()
+    image.open(str(tmp_path / "context.iso"))
+    assert read(image, "/.deskgrid/command") == b"set -- /app/bin/tool 'a b'\n"
+    assert read(image, "/app/bin/tool") == b"tool"
+
+
+def test_context_with_a_file_where_the_app_goes_is_refused(tmp_path: Path) -> None:
+    for name in ("program", "context"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "context" / "app").touch()
+    spec = msgspec.structs.replace(spec_with(tmp_path / "context"), program=tmp_path / "program")
+    with pytest.raises(InvalidInput, match="app"):
+        create_context(tmp_path / "context.iso", spec, instance="token")
+
+
 @pytest.mark.parametrize("label", ContextLabel)
 def test_label_is_where_guests_look_for_it(tmp_path: Path, label: ContextLabel) -> None:
     make(tmp_path, None, label)

@@ -19,7 +19,7 @@ from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, Machine
 from deskgrid.model.workers import AttemptReport, Capacity, Profile
 from deskgrid.server import app
 from deskgrid.server.routes import data as data_routes
-from deskgrid.server.store import jobs
+from deskgrid.server.store import attempts
 from deskgrid.server.store.schema import attempt
 from deskgrid.testing.grids import TestGrid, running_grid
 from deskgrid.units import GIB
@@ -157,7 +157,7 @@ async def test_attempt_suspended_for_too_long_stays_lost_while_it_is_suspended(g
         await report(AttemptState.RUNNING)
         await report(AttemptState.SUSPENDED)
         await age_suspension(grid, one.attempt_id)
-        await grid.services.store.write(jobs.expire_leases)
+        await grid.services.store.write(attempts.expire_leases)
         assert not (await report(AttemptState.SUSPENDED)).cancelled
         assert (await user.job(job.id)).job.state is JobState.WAITING
         await report(AttemptState.RUNNING)
@@ -174,7 +174,7 @@ async def age_suspension(grid: TestGrid, attempt_id: int) -> None:
 
 async def test_worker_that_says_too_much_is_refused(grid: TestGrid):
     async with Transport(await grid.worker()) as worker:
-        reports = [AttemptReport(attempt_id=number, state=AttemptState.RUNNING) for number in range(2001)]
+        reports = [AttemptReport(attempt_id=number, state=AttemptState.RUNNING) for number in range(4001)]
         with pytest.raises(InvalidInput, match="more than a worker"):
             await worker.call(wire.SYNC, ask(*reports))
         long = msgspec.structs.replace(ask(), profile=msgspec.structs.replace(PROFILE, os="x" * (1 << 17)))

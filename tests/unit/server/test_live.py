@@ -35,3 +35,18 @@ async def test_topics_are_forgotten_without_a_change_being_missed():
     hints.notify([f"job:{number}" for number in range(1, 2 * live._MOST_MARKS)])
     assert len(hints._marks) == live._MOST_MARKS
     assert await hints.wait(changed, 0.01)
+
+
+async def test_everything_seems_changed_when_hints_may_have_been_lost():
+    hints = Live()
+    hints.notify(["job:1"])
+    before = {"job:1": hints.mark("job:1")}
+    never = {"job:2": hints.mark("job:2")}
+    waiting = [asyncio.create_task(hints.wait({topic: hints.mark(topic)}, 10)) for topic in ("job:1", "job:2")]
+    await asyncio.sleep(0)
+    hints.notify_all()
+    assert await asyncio.gather(*waiting) == [True, True]
+    assert await hints.wait(before, 10)
+    assert await hints.wait(never, 10)
+    now = {"job:1": hints.mark("job:1")}
+    assert not await hints.wait(now, 0.01)

@@ -27,7 +27,7 @@ from deskgrid.model.jobs import AttemptState, JobSpec, Machine
 from deskgrid.model.machines import Network
 from deskgrid.model.overlay import API_SERVICE, Connection, ConnectionPath, Hub, Offer, PeerKind, Reach, parse_service
 from deskgrid.model.users import Role
-from deskgrid.server.store import hubs, jobs
+from deskgrid.server.store import attempts, hubs
 from deskgrid.server.store.schema import attempt, peer
 from deskgrid.server.store.schema import hub as hub_table
 from deskgrid.settings import ServerSettings
@@ -297,7 +297,7 @@ async def test_peer_goes_with_its_attempt_whatever_ends_it(grid: TestGrid):
 async def age_lease(grid: TestGrid, job: PlayedJob) -> None:
     def age(tx):
         tx.run(attempt.update().where(attempt.c.id == job.assignment.attempt_id).values(lease_expires_at=tx.now - 1))
-        jobs.expire_leases(tx)
+        attempts.expire_leases(tx)
 
     await grid.services.store.write(age)
 
@@ -579,6 +579,19 @@ def test_job_may_call_exactly_these():
         "get_job",
         "cancel_job",
         "read_log",
+        "remove_job",
+        "remove_array",
+        "submit_array",
+        "list_arrays",
+        "get_array",
+        "cancel_array",
+        "submit_set",
+        "list_sets",
+        "get_set",
+        "cancel_set",
+        "register_app",
+        "list_apps",
+        "get_app",
     }
     assert {name for name, route in wire.ROUTES.items() if Role.HUB in route.roles} == {"who", "renew_hub"}
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deskgrid.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
-from deskgrid.server.repository import Repository
+from deskgrid.server.repository_local import LocalRepository as Repository
 
 
 def blob_of(content: bytes) -> Blob:
@@ -84,11 +84,11 @@ async def test_upload_at_another_offset_is_refused(tmp_path: Path):
 async def test_upload_larger_than_the_free_space_is_refused_at_its_beginning(tmp_path: Path):
     store = Repository(tmp_path, reserve_bytes=0, max_bytes=1 << 62)
     with pytest.raises(StoreUnavailable, match="full"):
-        store.admit(Blob(sha256=Sha256("0" * 64), size_bytes=1 << 60))
+        await store.standing(1, Blob(sha256=Sha256("0" * 64), size_bytes=1 << 60), None, direct=False)
 
 
 async def test_disk_that_fills_up_during_an_upload_is_told_and_the_upload_goes_on_later(tmp_path: Path, monkeypatch):
-    import deskgrid.server.repository as module
+    import deskgrid.server.repository_local as module
 
     store, blob = repository(tmp_path), blob_of(b"abcdef")
     real = module._append
@@ -119,7 +119,7 @@ async def test_repeated_finish_and_remove_do_no_harm(tmp_path: Path):
     await store.finish(1, blob)
     await store.remove(blob.sha256)
     await store.remove(blob.sha256)
-    assert not store.holds(blob)
+    assert not await store.holds(blob)
 
 
 class PartOfADisk:
@@ -134,6 +134,9 @@ class PartOfADisk:
             raise OSError(errno.ENOSPC, "No space left on device")
         self.full = True
         return self.file.write(piece[: len(piece) // 2])
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     def __enter__(self) -> PartOfADisk:
         return self
@@ -164,7 +167,7 @@ class FullPart(type(Path())):  # type: ignore[misc]
 async def test_uploads_begun_together_leave_the_reserve_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     content = b"x" * 100
     store, blob = repository(tmp_path), blob_of(content)
-    store.admit(blob)
+    await store.standing(1, blob, None, direct=False)
     monkeypatch.setattr(store, "free_bytes", lambda: 99)
     with pytest.raises(StoreUnavailable, match="full"):
         await store.receive(1, blob, 0, pieces(content, 100))
@@ -178,6 +181,29 @@ async def test_nothing_is_kept_in_memory_of_uploads_that_are_over(tmp_path: Path
         await store.finish(number, blob)
         await store.remove(blob.sha256)
     await store.receive(99, blob_of(b"never ends"), 0, pieces(b"never", 5))
-    store.forget_uploads([])
+    assert await store.upload_ids() == {99}
+    await store.forget_uploads([99])
     assert not store._locks
     assert not store._digests
+
+
+async def test_processes_that_share_a_folder_never_append_to_the_same_upload_at_once(tmp_path: Path):
+    here, elsewhere = repository(tmp_path), repository(tmp_path)
+    content, blob = b"abcdef", blob_of(b"abcdef")
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow():
+        yield content[:3]
+        begun.set()
+        await go_on.wait()
+        yield content[3:]
+
+    receiving = asyncio.create_task(here.receive(1, blob, 0, slow()))
+    await begun.wait()
+    with pytest.raises(Conflict, match="elsewhere"):
+        await elsewhere.receive(1, blob, 0, pieces(content, 6))
+    go_on.set()
+    assert await receiving == 6
+    assert await elsewhere.finish(1, blob)
+    assert await here.finish(1, blob)
+    assert here.path(blob.sha256).read_bytes() == content

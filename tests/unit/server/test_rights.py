@@ -29,6 +29,8 @@ _PATH = {
     "job": 0,
     "peer": 0,
     "hub": 0,
+    "array": 0,
+    "set": 0,
 }
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 import shutil
+import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -80,6 +81,7 @@ class PlayServer:
         self.final: dict[AttemptId, AttemptReport] = {}
         self.returned: list[AttemptId] = []
         self.cancelled: set[AttemptId] = set()
+        self.started: set[AttemptId] = set()
         self.syncs: list[wire.Sync] = []
         self.blobs: dict[str, bytes] = {blob_of(DISK).sha256: DISK}
         self.uploads: dict[str, bytes] = {}
@@ -97,11 +99,20 @@ class PlayServer:
     # ---- what a test does
 
     def submit(
-        self, *, limits: Limits | None = None, context: bytes | None = None, disk: DataRef | None = None, scratch_bytes: int = GIB
+        self,
+        *,
+        limits: Limits | None = None,
+        context: bytes | None = None,
+        disk: DataRef | None = None,
+        scratch_bytes: int = GIB,
+        spec: JobSpec | None = None,
+        **assigned: Any,
     ) -> AttemptId:
+        """Let a job wait: of a VM, or of a `spec`; `assigned` are fields of its Assignment."""
         number = self._next
         self._next += 1
-        spec = JobSpec(
+        needs_disk = spec is None or spec.machine.kind is not MachineKind.PROCESS
+        spec = spec or JobSpec(
             name=f"job {number}",
             machine=Machine(disk="tiny", memory_bytes=128 * MIB, scratch_bytes=scratch_bytes),
             limits=limits or Limits(),
@@ -113,8 +124,9 @@ class PlayServer:
             job_id=JobId(number),
             number=1,
             spec=spec,
-            disk=disk or disk_ref(),
+            disk=(disk or disk_ref()) if needs_disk else None,
             context=blob_of(context) if context is not None else None,
+            **assigned,
         )
         self.waiting.append(assignment)
         self.hint()
@@ -199,11 +211,13 @@ class PlayServer:
         for attempt_id in [one for one in self.leased if one not in listed]:
             self.returned.append(attempt_id)
             del self.leased[attempt_id]
-        assignments = () if sync.paused else tuple(self._lease(1 if self.ignores_free else sync.free.cpus))
+        wanted = sync.free.cpus + sum(sync.ahead.values())
+        assignments = () if sync.paused else tuple(self._lease(1 if self.ignores_free else wanted))
         return wire.SyncAnswer(
             assignments=assignments,
             acknowledged=tuple(acknowledged),
             cancelled=tuple(cancelled),
+            started=tuple(self.started),
             lease_s=60.0,
             interval_s=20.0,
         )
@@ -231,11 +245,15 @@ class PlayMachine:
         self.stops: list[float] = []
         self.happened: list[MachineEvent] = []
         self._news = asyncio.Condition()
+        self.outer, self.inner = socket.socketpair()
+        """The worker's end and the program's, of a program that is talked to."""
 
     async def tell(self, *events: MachineEvent) -> None:
         async with self._news:
             self.happened += events
             self.off = self.off or any(isinstance(event, Exited) for event in events)
+            if self.off:
+                self.inner.close()
             self._news.notify_all()
 
     async def finish(self, exit_code: int | None = 0, *, stdout: bytes = b"", cause: ExitCause = ExitCause.POWERED_OFF) -> None:
@@ -271,7 +289,7 @@ class Pc:
 
 
 class PlayDriver:
-    """Driver and Suspendable over a Pc."""
+    """Driver, Suspendable and Conversing over a Pc."""
 
     def __init__(self, pc: Pc) -> None:
         self.pc = pc
@@ -282,11 +300,11 @@ class PlayDriver:
         self.prepare_gate.set()
 
     async def fingerprint(self) -> Fingerprint:
-        return Fingerprint(DriverName.FAKE, (MachineKind.VM,), self.usable, "" if self.usable else "no CPU")
+        return Fingerprint(DriverName.FAKE, (MachineKind.VM, MachineKind.PROCESS), self.usable, "" if self.usable else "no CPU")
 
     async def prepare(self, spec: MachineSpec, workdir: Path) -> MachineHandle:
         self._raise("prepare")
-        assert spec.disk is not None and spec.disk.is_file()
+        assert spec.kind is MachineKind.PROCESS or (spec.disk is not None and spec.disk.is_file())
         workdir.mkdir(parents=True)
         try:
             await self.prepare_gate.wait()
@@ -314,7 +332,10 @@ class PlayDriver:
 
     async def destroy(self, handle: MachineHandle) -> None:
         self._raise("destroy")
-        self.pc.machines.pop(handle.workdir, None)
+        machine = self.pc.machines.pop(handle.workdir, None)
+        if machine is not None:
+            machine.outer.close()
+            machine.inner.close()
         self.pc.destroyed.append(handle.workdir)
         shutil.rmtree(handle.workdir, ignore_errors=True)
 
@@ -333,6 +354,10 @@ class PlayDriver:
 
     async def resume(self, handle: MachineHandle) -> None:
         self.pc.machines[handle.workdir].frozen = False
+
+    async def connect_program(self, handle: MachineHandle) -> socket.socket:
+        self._raise("connect_program")
+        return self.pc.machines[handle.workdir].outer.dup()
 
     def _raise(self, method: str) -> None:
         if method in self.errors:

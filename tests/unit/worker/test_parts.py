@@ -236,10 +236,10 @@ def found(exit_code: int | None, dropped: int = 0) -> ResultReport:
 
 def test_exit_code_counts_more_than_how_the_machine_ended() -> None:
     late = Verdict(AttemptState.FAILED, "wall time of 1m exceeded")
-    assert judge(ExitCause.STOPPED, found(0), late) == (AttemptState.SUCCEEDED, "")
-    assert judge(ExitCause.STOPPED, found(2), late) == (AttemptState.FAILED, "context.sh ended with 2")
-    assert judge(ExitCause.STOPPED, found(None), late) == (AttemptState.FAILED, "wall time of 1m exceeded")
-    assert judge(ExitCause.POWERED_OFF, found(0, dropped=3), None)[1] == "3 entries of the result were left out"
+    assert judge(Exited(ExitCause.STOPPED), found(0), late) == (AttemptState.SUCCEEDED, "")
+    assert judge(Exited(ExitCause.STOPPED), found(2), late) == (AttemptState.FAILED, "context.sh ended with 2")
+    assert judge(Exited(ExitCause.STOPPED), found(None), late) == (AttemptState.FAILED, "wall time of 1m exceeded")
+    assert judge(Exited(ExitCause.POWERED_OFF), found(0, dropped=3), None)[1] == "3 entries of the result were left out"
 
 
 # ---- waiting

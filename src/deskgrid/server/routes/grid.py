@@ -7,9 +7,10 @@ from starlette.responses import Response
 
 import deskgrid
 from deskgrid.model import wire
-from deskgrid.model.workers import Capacity, WorkerState
+from deskgrid.model.users import Role
+from deskgrid.model.workers import WorkerState
 from deskgrid.server.routes.handler import Call, Services, reads, serves
-from deskgrid.server.store import data, jobs, workers
+from deskgrid.server.store import data, jobs, queues, storage, workers
 from deskgrid.server.store.engine import Transaction
 
 
@@ -25,25 +26,24 @@ async def authority(services: Services, _call: Call[wire.Nothing], _http: HttpRe
 
 @serves(wire.STATUS)
 async def status(services: Services, call: Call[wire.Nothing], _http: HttpRequest) -> wire.GridStatus:
-    free_bytes = services.repository.free_bytes()
-    return await services.store.read(lambda tx: _status(tx, call, free_bytes))
+    free_bytes, place = services.repository.free_bytes(), services.repository.place
+    return await services.store.read(lambda tx: _status(tx, call, free_bytes, place))
 
 
-def _status(tx: Transaction, call: Call[wire.Nothing], free_bytes: int) -> wire.GridStatus:
-    everybody = workers.list_workers(tx, call.settings.lease_s)
-    online = [worker.profile.lent for worker in everybody if worker.state is WorkerState.ONLINE and worker.profile]
-    states = [worker.state for worker in everybody]
+def _status(tx: Transaction, call: Call[wire.Nothing], free_bytes: int, place: str) -> wire.GridStatus:
+    states, lent = workers.totals(tx, call.settings.lease_s)
+    kinds = storage.bytes_by_kind(tx)
     return wire.GridStatus(
-        workers_online=states.count(WorkerState.ONLINE),
-        workers_paused=states.count(WorkerState.PAUSED),
-        workers_offline=states.count(WorkerState.OFFLINE),
-        lent=Capacity(
-            cpus=sum(lent.cpus for lent in online),
-            memory_bytes=sum(lent.memory_bytes for lent in online),
-            disk_bytes=sum(lent.disk_bytes for lent in online),
-        ),
-        jobs=jobs.count_states(tx),
+        workers_online=states[WorkerState.ONLINE],
+        workers_paused=states[WorkerState.PAUSED],
+        workers_offline=states[WorkerState.OFFLINE],
+        lent=lent,
+        jobs=queues.count_states(tx),
         completed_last_hour=jobs.completed_since(tx, tx.now - 3600),
-        storage_bytes=data.storage_bytes(tx),
+        storage_bytes=sum(kinds.values()),
         storage_free_bytes=free_bytes,
+        storage_place=place,
+        storage=kinds,
+        storage_users=storage.bytes_by_user(tx) if call.caller.role is Role.ADMIN else {},
+        leaving=storage.leaving(tx, data.REMOVAL_WAIT_S),
     )

@@ -104,17 +104,12 @@ def _register(kind: Kind, route: wire.Route[Any, Any]) -> Callable[[Any], Any]:
     return keep
 
 
-def once(tx: Transaction, principal: str, key: str, function: Callable[[], Any], *, latest_only: bool = False) -> bytes:
-    """Return the encoded answer of `function`, or the stored one if this principal used the key before.
-
-    `latest_only` keeps one key per principal: for calls that come all the time, one after the other.
-    """
+def once(tx: Transaction, principal: str, key: str, function: Callable[[], Any]) -> bytes:
+    """Return the encoded answer of `function`, or the stored one if this principal used the key before."""
     mine = idempotency.c.principal == principal
     stored: bytes | None = tx.value(sa.select(idempotency.c.answer).where(mine, idempotency.c.key == key))
     if stored is not None:
         return stored
     answer = msgspec.json.encode(function())
-    if latest_only:
-        tx.run(sa.delete(idempotency).where(mine))
     tx.run(sa.insert(idempotency).values(principal=principal, key=key, answer=answer, created_at=tx.now))
     return answer

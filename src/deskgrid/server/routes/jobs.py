@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
 from starlette.requests import Request as HttpRequest
 
 from deskgrid.core.lifecycle import LIVE_STATES
-from deskgrid.core.submission import check_spec
+from deskgrid.core.submission import check_array, check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model import wire
-from deskgrid.model.ids import JobId
-from deskgrid.model.jobs import Job, JobState
+from deskgrid.model.data import Blob
+from deskgrid.model.ids import ArrayId, JobId
+from deskgrid.model.jobs import Array, Job, JobSpec, JobState
 from deskgrid.model.users import Role
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
-from deskgrid.server.store import accounts, data, jobs
+from deskgrid.server.store import accounts, apps, data, jobs, submissions
 from deskgrid.server.store.engine import Transaction
+from deskgrid.server.store.submissions import NewSubmission
 
+Found = TypeVar("Found")
 _LONGEST_HOLD_S = 60.0
 _LOG_CHUNK_BYTES = 1 << 18
 _STREAMS = ("stdout", "stderr", "console")
@@ -22,12 +29,77 @@ _STREAMS = ("stdout", "stderr", "console")
 
 @writes(wire.SUBMIT_JOB)
 def submit_job(tx: Transaction, call: Call[wire.SubmitJob]) -> Job:
-    check_spec(call.body.spec)
-    accounts.check_shares(tx, call.body.spec.machine.share, "machine.share")
-    disk = data.find_disk(tx, call.caller, call.body.spec.machine.disk)
-    if call.body.context is not None:
-        data.require_upload(tx, call.caller, call.body.context)
-    return jobs.add_job(tx, call.caller, call.body.spec, disk, call.body.context)
+    new = resolved(tx, call, call.body.spec, call.body.context)
+    job_id = submissions.submit_job(tx, call.caller, new, max_waiting=call.settings.max_waiting)
+    return jobs.get_job(tx, call.caller, job_id).job
+
+
+@writes(wire.SUBMIT_ARRAY)
+def submit_array(tx: Transaction, call: Call[wire.SubmitArray]) -> Array:
+    check_array(call.body.count, call.body.names, has_table=call.body.table is not None)
+    if call.body.table is not None:
+        data.require_upload(tx, call.caller, call.body.table)
+    new = resolved(tx, call, call.body.spec, call.body.context)
+    array_id = submissions.submit_array(
+        tx,
+        call.caller,
+        new,
+        call.body.count,
+        table=call.body.table,
+        names=call.body.names,
+        max_waiting=call.settings.max_waiting,
+    )
+    return submissions.get_array(tx, call.caller, array_id)
+
+
+def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | None, *, in_set: bool = False) -> NewSubmission:
+    """Check a spec and find what it refers to. Raise InvalidInput, NotFound, Conflict or Forbidden (no room)."""
+    caller = call.caller
+    check_spec(spec, in_set=in_set)
+    if not spec.retain_s:
+        # What holds now is kept with the job: a promise that later settings do not change.
+        spec = msgspec.structs.replace(spec, retain_s=call.settings.retain_s)
+    if caller.user_id is not None:
+        data.check_room(tx, caller.user_id, 0, call.settings.max_bytes)
+    accounts.check_shares(tx, spec.machine.share, "machine.share")
+    accounts.check_group(tx, caller, spec.group)
+    disk = data.find_disk(tx, caller, spec.machine.disk) if spec.machine.disk else None
+    if context is not None:
+        data.require_upload(tx, caller, context)
+    if not spec.app:
+        return NewSubmission(spec=spec, disk=disk, context=context)
+    app = apps.find_app(tx, caller, spec.app)
+    return NewSubmission(spec=spec, disk=disk, context=context, app_id=app.id, programs=app.files)
+
+
+@reads(wire.LIST_ARRAYS)
+def list_arrays(tx: Transaction, call: Call[wire.Nothing]) -> wire.ArrayList:
+    everyone = call.query.get("all", False) and call.caller.role is Role.ADMIN
+    found, more = submissions.list_arrays(
+        tx,
+        owner=None if everyone else call.caller.user_id,
+        before=call.query.get("before"),
+        limit=min(max(call.query.get("limit", 100), 1), 1000),
+    )
+    return wire.ArrayList(arrays=found, more=more)
+
+
+@serves(wire.GET_ARRAY)
+async def get_array(services: Services, call: Call[wire.Nothing], _http: HttpRequest) -> Array:
+    array_id = ArrayId(call.number("array"))
+    return await changed(
+        services,
+        call,
+        [submissions.array_topic(array_id)],
+        lambda tx: submissions.get_array(tx, call.caller, array_id),
+        wire.array_mark,
+    )
+
+
+@writes(wire.CANCEL_ARRAY)
+def cancel_array(tx: Transaction, call: Call[wire.Nothing]) -> Array:
+    array_id = ArrayId(call.number("array"))
+    return submissions.cancel_array(tx, call.caller, array_id, f"cancelled by {call.caller.name}")
 
 
 @reads(wire.LIST_JOBS)
@@ -39,6 +111,7 @@ def list_jobs(tx: Transaction, call: Call[wire.Nothing]) -> wire.JobList:
         state=_state(call.query.get("state")),
         before=call.query.get("before"),
         limit=min(max(call.query.get("limit", 100), 1), 1000),
+        array=call.query.get("array"),
     )
     return wire.JobList(jobs=found, more=more)
 
@@ -46,15 +119,27 @@ def list_jobs(tx: Transaction, call: Call[wire.Nothing]) -> wire.JobList:
 @serves(wire.GET_JOB)
 async def get_job(services: Services, call: Call[wire.Nothing], _http: HttpRequest) -> wire.JobDetail:
     job_id = JobId(call.number("job"))
-    topic = jobs.job_topic(job_id)
+    return await changed(
+        services, call, [submissions.job_topic(job_id)], lambda tx: jobs.get_job(tx, call.caller, job_id), wire.change_mark
+    )
+
+
+async def changed(
+    services: Services,
+    call: Call[wire.Nothing],
+    topics: Sequence[str],
+    read: Callable[[Transaction], Found],
+    mark_of: Callable[[Found], str],
+) -> Found:
+    """Return what `read` finds, at the latest after `wait_s`, but before only once its mark is not the one that the caller has seen."""
     deadline = services.clock.monotonic() + min(call.query.get("wait_s", 0.0), _LONGEST_HOLD_S)
     while True:
-        mark = services.live.mark(topic)
-        detail = await services.store.read(lambda tx: jobs.get_job(tx, call.caller, job_id))
+        marks = {topic: services.live.mark(topic) for topic in topics}
+        found = await services.store.read(read)
         remaining_s = deadline - services.clock.monotonic()
-        if remaining_s <= 0 or wire.change_mark(detail) != call.query.get("seen"):
-            return detail
-        await services.live.wait({topic: mark}, remaining_s)
+        if remaining_s <= 0 or mark_of(found) != call.query.get("seen"):
+            return found
+        await services.live.wait(marks, remaining_s)
 
 
 @writes(wire.CANCEL_JOB)

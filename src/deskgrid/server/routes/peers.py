@@ -12,14 +12,13 @@ from deskgrid.core.submission import MOST_SERVICES, check_shares
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
 from deskgrid.model import wire
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
-from deskgrid.model.jobs import AttemptState, JobSpec
 from deskgrid.model.machines import Network
 from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, attempt_peer, parse_service, user_peer, worker_peer
 from deskgrid.model.users import Role
 from deskgrid.server.authority import read_peer_key
 from deskgrid.server.grants import Waiting, Way, find_way
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
-from deskgrid.server.store import accounts, hubs, jobs, peers
+from deskgrid.server.store import accounts, attempts, hubs, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.peers import NewPeer
@@ -89,25 +88,25 @@ def _worker(caller: Caller, key: Sha256) -> NewPeer:
 
 
 def _attempt(tx: Transaction, caller: Caller, request: wire.RegisterPeer, attempt_id: AttemptId, key: Sha256) -> NewPeer:
-    row = jobs.attempt_row(tx, attempt_id, caller.worker_id) if caller.worker_id is not None else None
+    row = attempts.attempt_row(tx, attempt_id, caller.worker_id) if caller.worker_id is not None else None
     if row is None:
         raise Forbidden(f"attempt {attempt_id} is not this worker's")
-    if AttemptState(row.state) not in LIVE_STATES:
-        raise Conflict(f"attempt {row.number} of job {row.job_id} is {row.state}")
-    machine = msgspec.json.decode(row.job_spec, type=JobSpec).machine
+    if row.state not in LIVE_STATES:
+        raise Conflict(f"attempt {row.number} of job {row.job.id} is {row.state}")
+    machine = attempts.common(tx, row.job.submission_id).spec.machine
     if machine.network is Network.NONE:
-        raise Forbidden(f"job {row.job_id} has no network")
+        raise Forbidden(f"job {row.job.id} has no network")
     if request.job_token_hash is not None:
         if all(reach.service != API_SERVICE for reach in machine.reach):
-            raise Forbidden(f"job {row.job_id} does not reach {API_SERVICE}")
+            raise Forbidden(f"job {row.job.id} does not reach {API_SERVICE}")
         accounts.add_token_of_attempt(tx, request.job_token_hash, attempt_id)
     return NewPeer(
         kind=PeerKind.JOB,
-        name=attempt_peer(JobId(row.job_id), row.number),
+        name=attempt_peer(JobId(row.job.id), row.number),
         key=key,
-        user_id=UserId(row.job_owner_id),
+        user_id=row.job.owner_id,
         worker_id=caller.worker_id,
-        job_id=JobId(row.job_id),
+        job_id=JobId(row.job.id),
         attempt_id=attempt_id,
     )
 

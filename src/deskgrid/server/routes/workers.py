@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from deskgrid.errors import Forbidden, InvalidInput
 from deskgrid.model import wire
-from deskgrid.model.ids import Sha256
 from deskgrid.server import scheduler
-from deskgrid.server.routes.handler import Call, Services, once, reads, serves, writes
-from deskgrid.server.store import jobs, workers
+from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
+from deskgrid.server.store import attempts, jobs, workers
 from deskgrid.server.store.engine import Transaction
+from deskgrid.server.store.submissions import WORK
 
 _LONGEST_HOLD_S = 60.0
 _STREAMS = ("stdout", "stderr", "console")
@@ -21,34 +22,29 @@ _STREAMS = ("stdout", "stderr", "console")
 
 @serves(wire.SYNC)
 async def sync(services: Services, call: Call[wire.Sync], _http: HttpRequest) -> Response:
-    freed: list[Sha256] = []
     topics = _topics(call)
     marks = {topic: services.live.mark(topic) for topic in topics}
-
-    def decide(tx: Transaction) -> bytes:
-        def answer() -> wire.SyncAnswer:
-            found, late = scheduler.sync(tx, call.caller, call.body, services.settings)
-            freed.extend(late)
-            return found
-
-        return once(tx, call.caller.principal, call.key, answer, latest_only=True)
-
-    encoded = await services.store.write(decide)
+    answer = await services.store.write(
+        lambda tx: scheduler.sync(tx, call.caller, call.body, services.settings, f"sync:{call.key}"[:64])
+    )
     services.live.remember(call.caller.principal, marks)
-    for sha256 in freed:
-        await services.repository.remove(sha256)
-    return Response(encoded, media_type="application/json")
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 @serves(wire.WAKE)
 async def wake(services: Services, call: Call[wire.Nothing], _http: HttpRequest) -> wire.Wake:
     hold_s = min(max(call.query.get("wait_s", 0.0), 0.0), _LONGEST_HOLD_S)
-    seen = services.live.remembered(call.caller.principal) or {topic: services.live.mark(topic) for topic in _topics(call)}
-    return wire.Wake(changed=await services.live.wait(seen, hold_s))
+    live, principal = services.live, call.caller.principal
+    seen = live.remembered(principal)
+    # Not known: it last called another process, or before a restart. Whether something changed since is not known here.
+    changed = seen is None or await live.wait(seen, hold_s)
+    if changed:
+        live.remember(principal, {topic: live.mark(topic) for topic in _topics(call)})
+    return wire.Wake(changed=changed)
 
 
 def _topics(call: Call[Any]) -> tuple[str, str]:
-    return jobs.WORK, jobs.worker_topic(call.caller.worker_id or 0)
+    return WORK, attempts.worker_topic(call.caller.worker_id or 0)
 
 
 @writes(wire.APPEND_LOG)
@@ -56,7 +52,7 @@ def append_log(tx: Transaction, call: Call[wire.AppendLog]) -> wire.Nothing:
     chunk = call.body
     if chunk.stream not in _STREAMS or chunk.offset < 0:
         raise InvalidInput(f"there is no stream {chunk.stream[:20]!r} at {chunk.offset}")
-    if call.caller.worker_id is None or jobs.attempt_row(tx, chunk.attempt_id, call.caller.worker_id) is None:
+    if call.caller.worker_id is None or attempts.attempt_row(tx, chunk.attempt_id, call.caller.worker_id) is None:
         raise Forbidden(f"attempt {chunk.attempt_id} is not this worker's")
     jobs.append_log(tx, chunk.attempt_id, chunk.stream, chunk.offset, chunk.data, call.settings.max_log_bytes)
     return wire.Nothing()

@@ -24,6 +24,7 @@ __all__ = [
     "add_token",
     "add_token_of_attempt",
     "authenticate",
+    "check_group",
     "check_shares",
     "drop_tokens_of_ended_attempts",
     "find_account",
@@ -252,6 +253,12 @@ def check_shares(tx: Transaction, shares: Iterable[str], where: str) -> None:
         table = {"group": team, "user": account}.get(kind)
         if table is not None and tx.row(sa.select(table.c.name).where(table.c.name == name)) is None:
             raise InvalidInput(f"there is no {kind} {name!r}", where=where, hint=f"deskgrid {kind} list")
+
+
+def check_group(tx: Transaction, caller: Caller, name: str) -> None:
+    """Check that a user may have jobs done for a group. Raise InvalidInput if he is not in it."""
+    if name and (caller.user_id is None or name not in groups_of(tx, caller.user_id)):
+        raise InvalidInput(f"you are not in a group {name!r}", where="group", hint="deskgrid group list")
 
 
 def _user(row: sa.Row[tuple[object, ...]]) -> User:

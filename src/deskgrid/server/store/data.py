@@ -1,8 +1,19 @@
-"""Blobs, uploads and named data. Rights belong to references: knowing a sha256 grants nothing."""
+"""Blobs, uploads and named data. Rights belong to references: knowing a sha256 grants nothing.
+
+What nothing refers to is removed in steps, whoever else is at it (server/retention.py does them):
+    1. `mark_unused`: nobody refers to it, not even an upload: noted with the time.
+    2. `claim_unused`: still so REMOVAL_WAIT_S later: a process claims it. A transaction that referred to it meanwhile has ended by then.
+    3. Its bytes are removed, in the first CLAIM_S of the claim; after that this process must not any more.
+    4. `note_removed`: its row goes.
+Beginning an upload locks the blob's row, so either the upload is there in step 2 and the blob stays, or the upload waits until step 4 is done.
+After a kill between 2 and 4 another process claims it again, but only TAKE_OVER_S after the first.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -14,23 +25,40 @@ from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, attempt, blob, data, job, upload
+from deskgrid.server.store.schema import account, app_file, attempt, blob, data, job, submission, upload
+from deskgrid.server.store.storage import kept_bytes
+from deskgrid.units import format_size
 
 __all__ = [
+    "CLAIM_S",
+    "REMOVAL_WAIT_S",
+    "TAKE_OVER_S",
+    "adopt",
     "begin_upload",
-    "drop_unreferenced",
+    "check_room",
+    "claim_unused",
     "find_data",
     "find_disk",
     "finish_upload",
+    "forget_uploads",
+    "give_up_upload",
     "list_data",
+    "live_uploads",
+    "mark_unused",
     "may_read_blob",
+    "note_removed",
     "register_data",
     "remove_data",
     "require_upload",
-    "storage_bytes",
+    "set_remote",
     "stored_size",
     "upload_of",
 ]
+
+REMOVAL_WAIT_S = 600.0
+"""Seconds for which nothing must have referred to a blob before it is removed: longer than any transaction."""
+CLAIM_S = 30.0
+TAKE_OVER_S = 180.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -46,22 +74,44 @@ def check_sha256(text: str) -> Sha256:
 # Uploads
 
 
-def begin_upload(tx: Transaction, caller: Caller, wanted: Blob) -> Upload:
-    """Return the caller's upload of these bytes, new or begun earlier. `received_bytes` is the repository's to fill in."""
+def begin_upload(tx: Transaction, caller: Caller, wanted: Blob, *, max_bytes: int = 0) -> tuple[Upload, str | None]:
+    """Return the caller's upload of these bytes, new or begun earlier, and its name at the blob store.
+
+    `received_bytes` is the repository's to fill in. Raise Conflict while these bytes are being removed, Forbidden if the user has no room.
+    """
     check_sha256(wanted.sha256)
+    _hold_blob(tx, wanted.sha256)
     row = tx.row(sa.select(upload).where(upload.c.holder == caller.principal, upload.c.sha256 == wanted.sha256))
     if row is not None and row.size_bytes != wanted.size_bytes:
         raise InvalidInput(f"the upload of {wanted.sha256[:12]} was begun with {row.size_bytes} bytes, not {wanted.size_bytes}")
     if row is not None:
         complete = row.complete and stored_size(tx, wanted.sha256) is not None
         tx.run(sa.update(upload).where(upload.c.id == row.id).values(touched_at=tx.now, complete=complete))
-        return Upload(id=row.id, received_bytes=wanted.size_bytes if complete else 0, complete=complete)
-    added = tx.run(
-        sa.insert(upload).values(
-            holder=caller.principal, sha256=wanted.sha256, size_bytes=wanted.size_bytes, complete=False, touched_at=tx.now
-        )
-    )
-    return Upload(id=int(added.inserted_primary_key[0]), received_bytes=0, complete=False)  # type: ignore[index]
+        return Upload(id=row.id, received_bytes=wanted.size_bytes if complete else 0, complete=complete), row.remote
+    if caller.user_id is not None:
+        check_room(tx, caller.user_id, wanted.size_bytes, max_bytes)
+    mine = {"holder": caller.principal, "sha256": wanted.sha256}
+    insert = _insert_if_new(tx, upload, ["holder", "sha256"])
+    tx.run(insert.values(**mine, size_bytes=wanted.size_bytes, complete=False, touched_at=tx.now))
+    begun = tx.value(sa.select(upload.c.id).where(upload.c.holder == caller.principal, upload.c.sha256 == wanted.sha256))
+    return Upload(id=int(begun), received_bytes=0, complete=False), None
+
+
+def _hold_blob(tx: Transaction, sha256: str) -> None:
+    """Keep a blob that is there from being removed. Raise Conflict if that has begun."""
+    row = tx.row(sa.select(blob.c.removing, blob.c.unused_since).where(blob.c.sha256 == sha256).with_for_update())
+    if row is not None and row.removing:
+        raise Conflict(f"the old bytes of {sha256[:12]} are just being removed", hint="try again in some minutes")
+    if row is not None and row.unused_since is not None:
+        tx.run(sa.update(blob).where(blob.c.sha256 == sha256).values(unused_since=None))
+
+
+def _insert_if_new(tx: Transaction, table: sa.Table, unique: list[str]) -> Any:
+    """Return an insert that does nothing if another process has made the row."""
+    from sqlalchemy.dialects import postgresql, sqlite
+
+    dialect: Any = postgresql if tx.connection.dialect.name == "postgresql" else sqlite
+    return dialect.insert(table).on_conflict_do_nothing(index_elements=unique)
 
 
 def upload_of(tx: Transaction, caller: Caller, upload_id: int) -> tuple[Blob, bool]:
@@ -72,11 +122,42 @@ def upload_of(tx: Transaction, caller: Caller, upload_id: int) -> tuple[Blob, bo
     return Blob(sha256=Sha256(row.sha256), size_bytes=row.size_bytes), row.complete
 
 
+def set_remote(tx: Transaction, upload_id: int, old: str | None, new: str | None) -> str | None:
+    """Change an upload's name at the blob store from `old` to `new`; return what it is then: another process may have been quicker."""
+    same = upload.c.remote.is_(None) if old is None else upload.c.remote == old
+    tx.run(sa.update(upload).where(upload.c.id == upload_id, same).values(remote=new))
+    found: str | None = tx.value(sa.select(upload.c.remote).where(upload.c.id == upload_id))
+    return found
+
+
 def finish_upload(tx: Transaction, upload_id: int, sent: Blob) -> None:
-    """Note that an upload's bytes are in the repository. Idempotent."""
-    tx.run(sa.update(upload).where(upload.c.id == upload_id).values(complete=True, touched_at=tx.now))
-    if stored_size(tx, sent.sha256) is None:
-        tx.run(sa.insert(blob).values(sha256=sent.sha256, size_bytes=sent.size_bytes, created_at=tx.now))
+    """Note that an upload's bytes are in the repository. Idempotent. Raise Conflict if the upload has been forgotten meanwhile."""
+    known = tx.run(sa.update(upload).where(upload.c.id == upload_id).values(complete=True, touched_at=tx.now))
+    if not known.rowcount:
+        raise Conflict("this upload was forgotten: nothing was heard of it for too long", hint="begin it again")
+    new = _insert_if_new(tx, blob, ["sha256"])
+    tx.run(new.values(sha256=sent.sha256, size_bytes=sent.size_bytes, created_at=tx.now, removing=False))
+
+
+def give_up_upload(tx: Transaction, holder: str, sha256: str) -> None:
+    """Forget a holder's upload: it will not refer to it."""
+    tx.run(sa.delete(upload).where(upload.c.holder == holder, upload.c.sha256 == sha256))
+
+
+def live_uploads(tx: Transaction, upload_ids: Iterable[int]) -> set[int]:
+    """Return which of these uploads are known and not complete yet: the bytes of the others are nobody's any more."""
+    wanted = sorted(upload_ids)
+    found: set[int] = set()
+    for start in range(0, len(wanted), 500):
+        known = upload.c.id.in_(wanted[start : start + 500])
+        found |= {row.id for row in tx.rows(sa.select(upload.c.id).where(known, upload.c.complete.is_(False)))}
+    return found
+
+
+def forget_uploads(tx: Transaction, touched_before: float, limit: int) -> int:
+    """Forget uploads that were not touched since; return how many."""
+    old = sa.select(upload.c.id).where(upload.c.touched_at < touched_before).limit(limit)
+    return int(tx.run(sa.delete(upload).where(upload.c.id.in_(old.scalar_subquery()))).rowcount)
 
 
 def require_upload(tx: Transaction, caller: Caller, wanted: Blob) -> None:
@@ -97,15 +178,31 @@ def stored_size(tx: Transaction, sha256: str) -> int | None:
     return size
 
 
-def storage_bytes(tx: Transaction) -> int:
-    """Return the bytes of all blobs."""
-    return int(tx.value(sa.select(sa.func.coalesce(sa.func.sum(blob.c.size_bytes), 0))))
+def check_room(tx: Transaction, user_id: UserId, size_bytes: int, default: int) -> None:
+    """Raise Forbidden if a user may not keep so many bytes more. What he keeps is looked at every few seconds only."""
+    row = tx.row(sa.select(account.c.max_bytes).where(account.c.id == user_id))
+    most = row.max_bytes if row is not None and row.max_bytes is not None else default
+    if not most:
+        return
+    known: dict[int, tuple[float, int]] = tx.memo.setdefault("kept_bytes", {})
+    counted_at, kept = known.get(user_id, (-_COUNTED_S, 0))
+    if not counted_at <= tx.now < counted_at + _COUNTED_S:
+        counted_at, kept = tx.now, kept_bytes(tx, user_id)
+    if kept + size_bytes > most:
+        raise Forbidden(
+            f"you may keep {format_size(most)}, and have {format_size(kept)}: there is no room for {format_size(size_bytes)}",
+            hint="remove data and jobs that you do not need, or ask the admin for more",
+        )
+    known[user_id] = (counted_at, kept + size_bytes)
+
+
+_COUNTED_S = 10.0
 
 
 def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
     """Say whether the caller holds a reference: visible data, an own job, or (worker) a job that it was leased."""
     if caller.role is Role.WORKER:
-        leased = attempt.join(job, job.c.id == attempt.c.job_id)
+        leased = attempt.join(job, job.c.id == attempt.c.job_id).join(submission, submission.c.id == job.c.submission_id)
         query = (
             sa.select(attempt.c.id)
             .select_from(leased)
@@ -113,43 +210,82 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
                 attempt.c.worker_id == caller.worker_id,
                 attempt.c.state.in_(("leased", "running", "suspended", "lost")),
                 job.c.state.in_(("waiting", "active")),
-                sa.or_(job.c.disk_blob == sha256, job.c.context == sha256),
+                _needs(sha256),
             )
         )
         return tx.row(query.limit(1)) is not None
     if caller.role is Role.ADMIN:
         return True
     named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(caller))
-    used = sa.select(job.c.id).where(job.c.owner_id == caller.user_id, sa.or_(job.c.result == sha256, job.c.context == sha256))
-    return tx.row(named.limit(1)) is not None or tx.row(used.limit(1)) is not None
+    brought = sa.select(job.c.id).where(job.c.owner_id == caller.user_id, job.c.result == sha256)
+    sent = sa.select(submission.c.id).where(submission.c.owner_id == caller.user_id, submission.c.context == sha256)
+    return any(tx.row(query.limit(1)) is not None for query in (named, brought, sent))
 
 
-def drop_unreferenced(
-    tx: Transaction, touched_before: float, *, only: str | None = None, holder: str = "", limit: int = 100
-) -> list[Sha256]:
-    """Forget old uploads and blobs that nothing refers to; return the blobs whose bytes can be removed now.
+def _needs(sha256: str) -> sa.ColumnElement[bool]:
+    """Tell whether a worker needs a blob for a job of a submission."""
+    program = sa.exists().where(app_file.c.app_id == submission.c.app_id, app_file.c.sha256 == sha256)
+    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program)
 
-    With `only` and `holder`: forget just that holder's upload of that blob.
-    """
-    if only is None:
-        tx.run(sa.delete(upload).where(upload.c.touched_at < touched_before))
-    else:
-        tx.run(sa.delete(upload).where(upload.c.sha256 == only, upload.c.holder == holder))
+
+# Removing
+
+
+def _is_used() -> sa.ColumnElement[bool]:
+    """Tell whether anything refers to a blob."""
     column = blob.c.sha256
-    free = sa.select(column).where(
-        ~sa.exists().where(upload.c.sha256 == column),
-        ~sa.exists().where(data.c.sha256 == column),
-        ~sa.exists().where(job.c.disk_blob == column),
-        ~sa.exists().where(job.c.context == column),
-        ~sa.exists().where(job.c.result == column),
-        ~sa.exists().where(attempt.c.result == column),
+    return sa.or_(
+        sa.exists().where(upload.c.sha256 == column),
+        sa.exists().where(data.c.sha256 == column),
+        sa.exists().where(submission.c.disk_blob == column),
+        sa.exists().where(submission.c.context == column),
+        sa.exists().where(submission.c.parameters == column),
+        sa.exists().where(app_file.c.sha256 == column),
+        sa.exists().where(job.c.result == column),
+        sa.exists().where(attempt.c.result == column),
     )
-    if only is not None:
-        free = free.where(column == only)
-    found = [Sha256(row.sha256) for row in tx.rows(free.limit(limit))]
-    if found:
-        tx.run(sa.delete(blob).where(column.in_(found)))
-    return found
+
+
+def mark_unused(tx: Transaction, after: str, limit: int) -> str | None:
+    """Note of the next blobs after a sha256 whether anything refers to them; return where to go on, None at the end."""
+    window = sa.select(blob.c.sha256).where(blob.c.sha256 > after).order_by(blob.c.sha256).limit(limit)
+    found = [row.sha256 for row in tx.rows(window)]
+    if not found:
+        return None
+    these = (blob.c.sha256 >= found[0], blob.c.sha256 <= found[-1], blob.c.removing.is_(False))
+    used = _is_used()
+    tx.run(sa.update(blob).where(*these, blob.c.unused_since.is_(None), ~used).values(unused_since=tx.now))
+    tx.run(sa.update(blob).where(*these, blob.c.unused_since.is_not(None), used).values(unused_since=None))
+    return str(found[-1]) if len(found) == limit else None
+
+
+def claim_unused(tx: Transaction, limit: int, *, wait_s: float = REMOVAL_WAIT_S) -> list[Sha256]:
+    """Claim blobs that nothing has referred to for `wait_s`, or whose claim was left by a process that is gone; return them."""
+    unused = sa.and_(blob.c.removing.is_(False), blob.c.unused_since <= tx.now - wait_s, ~_is_used())
+    left = sa.and_(blob.c.removing.is_(True), blob.c.unused_since <= tx.now - TAKE_OVER_S)
+    wanted = sa.or_(unused, left)
+    due = sa.select(blob.c.sha256).where(wanted).limit(limit).with_for_update(skip_locked=True)
+    found = [row.sha256 for row in tx.rows(due)]
+    if not found:
+        return []
+    # Asked once more: what changed while the row was waited for is seen only now.
+    claimed = sa.update(blob).where(blob.c.sha256.in_(found), wanted).values(removing=True, unused_since=tx.now)
+    return [Sha256(row.sha256) for row in tx.rows(claimed.returning(blob.c.sha256))]
+
+
+def note_removed(tx: Transaction, removed: Iterable[Sha256]) -> None:
+    """Forget claimed blobs whose bytes have gone."""
+    tx.run(sa.delete(blob).where(blob.c.sha256.in_(list(removed)), blob.c.removing.is_(True)))
+
+
+def adopt(tx: Transaction, found: Iterable[Blob]) -> int:
+    """Make blobs known whose bytes are there, as after a kill between storing and noting them: unused, they go like others. Return how many."""
+    wanted = {one.sha256: one.size_bytes for one in found}
+    strays = wanted.keys() - {row.sha256 for row in tx.rows(sa.select(blob.c.sha256).where(blob.c.sha256.in_(list(wanted))))}
+    for sha256 in sorted(strays):
+        new = _insert_if_new(tx, blob, ["sha256"])
+        tx.run(new.values(sha256=sha256, size_bytes=wanted[sha256], created_at=tx.now, removing=False))
+    return len(strays)
 
 
 # Named data
@@ -230,6 +366,7 @@ def remove_data(tx: Transaction, caller: Caller, reference: str) -> None:
     if found.owner_id != caller.user_id and caller.role is not Role.ADMIN:
         raise Forbidden(f"{reference} belongs to {found.owner}")
     tx.run(sa.delete(data).where(data.c.id == found.id))
+    give_up_upload(tx, f"user:{found.owner_id}", found.blob.sha256)  # otherwise it would keep the bytes for its lifetime
 
 
 def _same(newest: Data, request: RegisterData) -> bool:

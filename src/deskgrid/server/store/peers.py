@@ -20,7 +20,7 @@ from deskgrid.model.users import Role
 from deskgrid.model.wire import PeerOffer
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, attempt, hub, job, peer, worker
+from deskgrid.server.store.schema import account, attempt, hub, job, peer, submission, worker
 
 __all__ = [
     "NewPeer",
@@ -197,13 +197,14 @@ def _peers(tx: Transaction) -> sa.Select[tuple[Any, ...]]:
     joined = (
         _joined()
         .outerjoin(job, job.c.id == attempt.c.job_id)
+        .outerjoin(submission, submission.c.id == job.c.submission_id)
         .outerjoin(account, account.c.id == peer.c.account_id)
         .outerjoin(worker, worker.c.id == peer.c.worker_id)
         .outerjoin(hub, sa.and_(hub.c.id == peer.c.hub_id, hub.c.expires_at > tx.now))
     )
     columns = (
         attempt.c.job_id,
-        job.c.spec,
+        submission.c.spec,
         account.c.name.label("owner"),
         worker.c.name.label("worker"),
         hub.c.address.label("hub_address"),

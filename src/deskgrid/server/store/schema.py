@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import sqlalchemy as sa
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -18,14 +21,21 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
+from deskgrid.model.jobs import JobState
+
 __all__ = [
     "account",
+    "app",
+    "app_file",
     "attempt",
+    "audit",
     "blob",
     "data",
+    "dependency",
     "hub",
     "idempotency",
     "job",
+    "job_set",
     "log_chunk",
     "membership",
     "metadata",
@@ -33,9 +43,11 @@ __all__ = [
     "queue",
     "requirement",
     "secret",
+    "submission",
     "team",
     "token",
     "upload",
+    "use",
     "worker",
 ]
 
@@ -52,7 +64,7 @@ metadata = MetaData(
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 
-def _numbered(name: str, *columns: Column[object] | UniqueConstraint) -> Table:
+def _numbered(name: str, *columns: Column[Any] | UniqueConstraint) -> Table:
     """Return a table whose ids are given out by the store and never used twice."""
     return Table(name, metadata, Column("id", _Id, primary_key=True, autoincrement=True), *columns, sqlite_autoincrement=True)
 
@@ -62,10 +74,30 @@ account = _numbered(
     Column("name", String(64), nullable=False, unique=True),
     Column("admin", Boolean, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("weight", Float, nullable=False, server_default="1"),
+    Column("max_waiting", BigInteger),
+    Column("max_running", BigInteger),
+    Column("max_bytes", BigInteger),
 )
+"""`weight`: its part of the grid against others'. The bounds are for jobs waiting, jobs running and bytes kept; NULL: what the server says."""
 
-team = Table("team", metadata, Column("name", String(64), primary_key=True))
+team = Table(
+    "team",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("weight", Float, nullable=False, server_default="1"),
+)
 """A group; `group` is a word of SQL."""
+
+use = Table(
+    "use",
+    metadata,
+    Column("account_id", ForeignKey("account.id", ondelete="CASCADE"), primary_key=True),
+    Column("team", String(64), primary_key=True),
+    Column("cpu_s", Float, nullable=False),
+    Column("at", Float, nullable=False),
+)
+"""CPU seconds that a user has used for a group ("": for himself), fading: worth `cpu_s` at the time `at` (core/shares.py)."""
 
 membership = Table(
     "membership",
@@ -83,7 +115,14 @@ worker = _numbered(
     Column("paused", Boolean, nullable=False, default=False),
     Column("profile", Text),
     Column("cached", Text, nullable=False, default="[]"),
+    Column("told", String(64), nullable=False, server_default=""),
+    Column("call", String(64), nullable=False, server_default=""),
+    Column("owner_id", ForeignKey("account.id", ondelete="SET NULL"), index=True),
+    Column("reserved_for", String(80), nullable=False, server_default=""),
+    Column("reserved_until", Float),
 )
+"""`told`: hash of profile and cache, so that what did not change is not written again. `call`: the key of its last call that leased
+something. `reserved_for`: user:NAME or group:NAME."""
 
 secret = Table(
     "secret",
@@ -101,7 +140,11 @@ blob = Table(
     Column("sha256", String(64), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("unused_since", Float),
+    Column("removing", Boolean, nullable=False, server_default=sa.false()),
 )
+"""`unused_since`: nothing referred to it then; once that has been so for long enough a process claims it (`removing`, since then) and
+removes its bytes (server/retention.py)."""
 
 upload = _numbered(
     "upload",
@@ -110,9 +153,10 @@ upload = _numbered(
     Column("size_bytes", BigInteger, nullable=False),
     Column("complete", Boolean, nullable=False),
     Column("touched_at", Float, nullable=False, index=True),
+    Column("remote", Text),
     UniqueConstraint("holder", "sha256"),
 )
-"""Who sent (or is sending) which bytes: having sent them is the right to refer to them."""
+"""Who sent (or is sending) which bytes: having sent them is the right to refer to them. `remote`: the upload's name at an S3 store."""
 
 data = _numbered(
     "data",
@@ -123,46 +167,139 @@ data = _numbered(
     Column("size_bytes", BigInteger, nullable=False),
     Column("owner_id", ForeignKey("account.id"), nullable=False),
     Column("visibility", String(16), nullable=False),
+    Column("team", String(64), nullable=False, server_default=""),
     Column("created_at", Float, nullable=False),
     Column("disk", Text),
     Column("disk_sha256", String(64), index=True),
     UniqueConstraint("owner_id", "name", "version"),
 )
 
-requirement = _numbered("requirement", Column("key", String(400), nullable=False, unique=True))
+app = _numbered(
+    "app",
+    Column("name", String(200), nullable=False, index=True),
+    Column("version", Integer, nullable=False),
+    Column("owner_id", ForeignKey("account.id"), nullable=False),
+    Column("visibility", String(16), nullable=False),
+    Column("team", String(64), nullable=False, server_default=""),
+    Column("created_at", Float, nullable=False),
+    Column("defaults", Text, nullable=False),
+    UniqueConstraint("owner_id", "name", "version"),
+)
+"""A named, versioned thing to run. `defaults`: JSON of what a job has where it says nothing."""
+
+app_file = Table(
+    "app_file",
+    metadata,
+    Column("app_id", ForeignKey("app.id", ondelete="CASCADE"), primary_key=True),
+    Column("platform", String(40), primary_key=True),
+    Column("sha256", String(64), nullable=False, index=True),
+    Column("size_bytes", BigInteger, nullable=False),
+)
+"""The archive of an app's files for a platform."""
+
+requirement = _numbered("requirement", Column("key", Text, nullable=False, unique=True))
 """A requirement class: the JSON of core.matching.Requirement."""
 
-queue = Table(
+queue = _numbered(
     "queue",
-    metadata,
-    Column("class_id", ForeignKey("requirement.id"), primary_key=True),
-    Column("owner_id", ForeignKey("account.id"), primary_key=True),
-    Column("waiting", Integer, nullable=False),
+    Column("class_id", ForeignKey("requirement.id"), nullable=False),
+    Column("owner_id", ForeignKey("account.id"), nullable=False),
+    Column("team", String(64), nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("array_id", BigInteger, nullable=False),
+    Column("open", Boolean, nullable=False),
+    *(Column(state, BigInteger, nullable=False, server_default="0") for state in JobState),
+    UniqueConstraint("class_id", "owner_id", "team", "priority", "array_id"),
 )
-"""How many jobs of a class and a user wait: changed in the same transaction as the job."""
+"""Jobs of one class, user, group and priority; an array (`array_id`, else 0) has its own, so opening it (`open`) lets all its jobs go at
+once. The counts are of its jobs by state and change in the same transaction as they."""
+_on_board = sa.and_(queue.c.open.is_(True), queue.c.waiting > 0)
+Index("ix_queue_waiting", queue.c.id, sqlite_where=_on_board, postgresql_where=_on_board)
+Index("ix_queue_owner", queue.c.owner_id)
+Index("ix_queue_array", queue.c.array_id)
+
+job_set = _numbered(
+    "job_set",
+    Column("owner_id", ForeignKey("account.id"), nullable=False, index=True),
+    Column("name", String(200), nullable=False),
+    Column("together", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("opened_at", Float),
+    Column("try_at", Float),
+    Column("tries", Integer, nullable=False, server_default="0"),
+)
+_unstarted = job_set.c.try_at.is_not(None)
+Index("ix_job_set_try_at", job_set.c.try_at, sqlite_where=_unstarted, postgresql_where=_unstarted)
+"""Several submissions of one file that belong together. `together`: none starts before all can; until then its queues are opened for a while
+at `opened_at`, and if not all jobs find workers in that time they are closed and opened again after `try_at`."""
+
+submission = _numbered(
+    "submission",
+    Column("owner_id", ForeignKey("account.id"), nullable=False),
+    Column("queue_id", ForeignKey("queue.id")),
+    Column("spec", Text, nullable=False),
+    Column("disk", Text),
+    Column("disk_blob", String(64), index=True),
+    Column("disk_sha256", String(64)),
+    Column("context", String(64), index=True),
+    Column("context_bytes", BigInteger),
+    Column("app_id", ForeignKey("app.id", ondelete="SET NULL"), index=True),
+    Column("programs", Text),
+    Column("set_id", ForeignKey("job_set.id", ondelete="SET NULL"), index=True),
+    Column("member", String(64), nullable=False, server_default=""),
+    Column("size", BigInteger),
+    Column("filled", BigInteger, nullable=False, server_default="0"),
+    Column("state", String(16), nullable=False),
+    Column("parameters", String(64), index=True),
+    Column("parameters_bytes", BigInteger),
+    Column("names", Text),
+    Column("reads_at", BigInteger, nullable=False, server_default="0"),
+    Column("created_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Column("message", Text, nullable=False, server_default=""),
+)
+"""What one call submitted: a job, or an array of `size` jobs. All that its jobs have in common is here. An array is filled little by
+little: `filled` jobs are there; of its table (the blob `parameters`, columns `names`) `reads_at` bytes were read. `programs`: its app's
+files by platform, JSON."""
+_unfinished = submission.c.state.in_(("filling", "cancelling"))
+Index("ix_submission_unfinished", submission.c.id, sqlite_where=_unfinished, postgresql_where=_unfinished)
+_array = submission.c.size.is_not(None)
+Index("ix_submission_owner", submission.c.owner_id, submission.c.id, sqlite_where=_array, postgresql_where=_array)
+
+dependency = Table(
+    "dependency",
+    metadata,
+    Column("submission_id", ForeignKey("submission.id", ondelete="CASCADE"), primary_key=True),
+    Column("on_submission_id", ForeignKey("submission.id", ondelete="CASCADE"), primary_key=True, index=True),
+    Column("any_end", Boolean, nullable=False),
+)
+"""What a submission waits for, while it does: one that has ended as wished leaves no row."""
 
 job = _numbered(
     "job",
+    Column("submission_id", ForeignKey("submission.id"), nullable=False),
+    Column("queue_id", ForeignKey("queue.id"), nullable=False),
     Column("owner_id", ForeignKey("account.id"), nullable=False),
-    Column("class_id", ForeignKey("requirement.id"), nullable=False),
     Column("state", String(16), nullable=False),
-    Column("spec", Text, nullable=False),
-    Column("disk", Text, nullable=False),
-    Column("disk_blob", String(64), nullable=False, index=True),
-    Column("disk_sha256", String(64), nullable=False),
-    Column("context", String(64), index=True),
-    Column("context_bytes", BigInteger),
-    Column("result", String(64), index=True),
+    Column("position", BigInteger),
+    Column("parameters", Text),
+    Column("result", String(64)),
     Column("result_bytes", BigInteger),
+    Column("result_until", Float),
+    Column("value", LargeBinary),
     Column("exit_code", Integer),
     Column("message", Text, nullable=False, default=""),
-    Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
 )
+"""`position`: in its array; NULL for a job by itself. `parameters`: its line of the array's table, as a JSON list."""
 _waiting = job.c.state == "waiting"
-Index("ix_job_waiting", job.c.class_id, job.c.owner_id, job.c.id, sqlite_where=_waiting, postgresql_where=_waiting)
-Index("ix_job_owner", job.c.owner_id, job.c.id)
-Index("ix_job_state", job.c.state, job.c.finished_at)
+Index("ix_job_waiting", job.c.queue_id, job.c.id, sqlite_where=_waiting, postgresql_where=_waiting)
+_single = job.c.position.is_(None)
+Index("ix_job_owner", job.c.owner_id, job.c.id, sqlite_where=_single, postgresql_where=_single)
+Index("ix_job_submission", job.c.submission_id, job.c.position, unique=True)
+for _column in (job.c.result, job.c.result_until, job.c.finished_at):
+    Index(f"ix_job_{_column.name}", _column, sqlite_where=_column.is_not(None), postgresql_where=_column.is_not(None))
 
 attempt = _numbered(
     "attempt",
@@ -177,9 +314,11 @@ attempt = _numbered(
     Column("ended_at", Float),
     Column("exit_code", Integer),
     Column("reason", Text, nullable=False, default=""),
-    Column("result", String(64), index=True),
+    Column("result", String(64)),
     UniqueConstraint("job_id", "number"),
 )
+_taken_out = attempt.c.result.is_not(None)
+Index("ix_attempt_result", attempt.c.result, sqlite_where=_taken_out, postgresql_where=_taken_out)
 _live = attempt.c.state.in_(("leased", "running", "suspended"))
 Index("ix_attempt_lease", attempt.c.lease_expires_at, sqlite_where=_live, postgresql_where=_live)
 Index("ix_attempt_live_worker", attempt.c.worker_id, sqlite_where=_live, postgresql_where=_live)
@@ -208,8 +347,9 @@ token = _numbered(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float),
     Column("revoked_at", Float),
+    Column("rights", Text, nullable=False, server_default=""),
 )
-"""Of a user, a worker, an attempt (the job's own token) or a hub."""
+"""`rights`: what it is narrowed to, as a JSON list; "": all that its holder may. Of a user, a worker, an attempt (the job's own token) or a hub."""
 
 peer = _numbered(
     "peer",
@@ -229,6 +369,18 @@ peer = _numbered(
 Index("ix_peer_account", peer.c.account_id, peer.c.kind)
 """One end of the overlay. It is there while it has not expired and, of an attempt, while that is live; `account_id` is the user whom it
 acts for, `worker_id` the worker that holds it. A key is not enough to name it: anybody may send a public key that is not his."""
+
+audit = _numbered(
+    "audit",
+    Column("at", Float, nullable=False, index=True),
+    Column("principal", String(80), nullable=False, index=True),
+    Column("name", String(128), nullable=False),
+    Column("action", String(40), nullable=False),
+    Column("object", String(200), nullable=False),
+    Column("detail", Text, nullable=False, server_default=""),
+    Column("request", String(64), nullable=False, server_default=""),
+)
+"""Who did what to which object; `action` is a route's name, `request` the id that the logs have too."""
 
 log_chunk = Table(
     "log_chunk",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any, NamedTuple
+
 import msgspec
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import LIVE_STATES
-from deskgrid.model.ids import Sha256, WorkerId
+from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.wire import Sync
-from deskgrid.model.workers import Profile, Worker, WorkerState
+from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
+from deskgrid.server.store.accounts import groups_of
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import attempt, worker
+from deskgrid.server.store.statement import Statement
 
-__all__ = ["add_worker", "leave", "list_workers", "seen"]
+__all__ = ["Known", "add_worker", "how_many", "leave", "list_workers", "note_call", "seen", "totals"]
 
 
 def add_worker(tx: Transaction, name: str) -> WorkerId:
@@ -22,18 +27,63 @@ def add_worker(tx: Transaction, name: str) -> WorkerId:
     return WorkerId(int(added.inserted_primary_key[0]))  # type: ignore[index]
 
 
-def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> None:
-    """Note what a worker said of itself."""
-    tx.run(
-        sa.update(worker)
-        .where(worker.c.id == worker_id)
-        .values(
-            seen_at=tx.now,
-            paused=sync.paused,
-            profile=msgspec.json.encode(sync.profile).decode(),
-            cached=msgspec.json.encode(sync.cached[:1000]).decode(),
-        )
-    )
+class Known(NamedTuple):
+    """What the store knows of a worker that matching needs."""
+
+    told: str
+    """Hash of its profile."""
+    call: str
+    """Key of its last call that leased something."""
+    owner_id: UserId | None
+    owner_groups: frozenset[str]
+    reserved_for: str
+
+
+_LOOK = Statement(
+    sa.select(worker.c.told, worker.c.call, worker.c.owner_id, worker.c.reserved_for, worker.c.reserved_until)
+    .where(worker.c.id == sa.bindparam("worker_id"))
+    .with_for_update(key_share=True)  # a call that it repeats at another process waits for the first, and finds what that leased
+)
+_SEEN = Statement(
+    sa.update(worker)
+    .where(worker.c.id == sa.bindparam("worker_id"))
+    .values(seen_at=sa.bindparam("at"), paused=sa.bindparam("is_paused", type_=sa.Boolean()))
+)
+
+
+def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
+    """Note what a worker said of itself, and return what is known of it. What it says again is not written again."""
+    profile, cached = msgspec.json.encode(sync.profile), msgspec.json.encode(sync.cached[:1000])
+    told = hashlib.sha256(profile).hexdigest()[:32] + hashlib.sha256(cached).hexdigest()[:32]
+    [(before, call, owner_id, reserved_for, reserved_until)] = tx.fast(_LOOK, worker_id=worker_id)
+    tx.change(_SEEN, worker_id=worker_id, at=tx.now, is_paused=sync.paused)
+    if told != before:
+        values = {"told": told, "profile": profile.decode(), "cached": cached.decode()}
+        tx.run(sa.update(worker).where(worker.c.id == worker_id).values(**values))
+    reserved = reserved_for if reserved_until is None or reserved_until > tx.now else ""
+    return Known(told[:32], call, owner_id, groups_of(tx, owner_id) if owner_id is not None else frozenset(), reserved)
+
+
+_COUNTED_S = 10.0
+
+
+def how_many(tx: Transaction, interval_s: float) -> tuple[int, int]:
+    """Return how many workers call (within the longest interval), and how many of them hold attempts; as of a few seconds ago."""
+    kept: tuple[float, int, int] | None = tx.memo.get("workers")
+    if kept is None or not kept[0] <= tx.now < kept[0] + _COUNTED_S:
+        calling = sa.select(sa.func.count()).where(worker.c.left_at.is_(None), worker.c.seen_at > tx.now - 1.2 * interval_s)
+        live = attempt.c.state.in_([state.value for state in LIVE_STATES])
+        busy = sa.select(sa.func.count(sa.distinct(attempt.c.worker_id))).where(live)
+        kept = tx.memo["workers"] = (tx.now, int(tx.value(calling)), int(tx.value(busy)))
+    return kept[1], kept[2]
+
+
+_NOTE_CALL = Statement(sa.update(worker).where(worker.c.id == sa.bindparam("worker_id")).values(call=sa.bindparam("key")))
+
+
+def note_call(tx: Transaction, worker_id: WorkerId, key: str) -> None:
+    """Note the key of a call that leased something."""
+    tx.change(_NOTE_CALL, worker_id=worker_id, key=key[:64])
 
 
 def leave(tx: Transaction, worker_id: WorkerId) -> None:
@@ -62,6 +112,30 @@ def list_workers(tx: Transaction, offline_after_s: float) -> tuple[Worker, ...]:
         )
         for row in rows
     )
+
+
+def totals(tx: Transaction, offline_after_s: float) -> tuple[dict[WorkerState, int], Capacity]:
+    """Return how many workers there are in each state, and what those online lend; summed up by the database: there may be very many."""
+    silent, there = worker.c.seen_at < tx.now - offline_after_s, worker.c.left_at.is_(None)
+    state = sa.case(
+        (silent, WorkerState.OFFLINE.value), (worker.c.paused, WorkerState.PAUSED.value), else_=WorkerState.ONLINE.value
+    )
+    each = sa.select(state.label("state")).where(there).subquery()
+    found = {WorkerState(row[0]): int(row[1]) for row in tx.rows(sa.select(each.c.state, sa.func.count()).group_by(each.c.state))}
+    sums = [
+        sa.cast(sa.func.coalesce(sa.func.sum(_lent(tx, name)), 0), sa.BigInteger())
+        for name in ("cpus", "memory_bytes", "disk_bytes")
+    ]
+    online = sa.select(*sums).where(there, ~silent, worker.c.paused.is_(False), worker.c.profile.is_not(None))
+    cpus, memory_bytes, disk_bytes = tx.rows(online)[0]
+    counted = {one: found.get(one, 0) for one in WorkerState}
+    return counted, Capacity(cpus=int(cpus), memory_bytes=int(memory_bytes), disk_bytes=int(disk_bytes))
+
+
+def _lent(tx: Transaction, name: str) -> Any:
+    if tx.connection.dialect.name == "postgresql":
+        return sa.cast(sa.cast(worker.c.profile, sa.JSON())[("lent", name)].as_string(), sa.BigInteger())
+    return sa.func.json_extract(worker.c.profile, f"$.lent.{name}")
 
 
 def _state(row: sa.Row[tuple[object, ...]], silent_since: float) -> WorkerState:

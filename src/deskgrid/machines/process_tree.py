@@ -1,0 +1,139 @@
+"""The processes below one, and what they use; read from /proc (proc(5)). Standard library only: process_machine.py runs without more.
+
+What is read changes while it is read, and is made by hostile programs: whatever is gone or odd counts as nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+__all__ = ["Usage", "deleted_bytes", "descendants", "freeze", "proportional_bytes", "send", "thaw", "usage"]
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_QUIET = frozenset("TtZXD")
+"""States in which a process runs no instruction of its own; D is one that waits for its vforked child, which is stopped itself."""
+_FREEZE_ROUNDS = 1000
+_BLOCK_BYTES = 512
+"""Of st_blocks (stat(2))."""
+
+
+class Usage(NamedTuple):
+    """What a tree uses."""
+
+    memory_bytes: int
+    """Resident; what several share is counted for each."""
+    cpu_s: float
+    """Of all, also of those that ended and were waited for."""
+    threads: int
+
+
+class _Stat(NamedTuple):
+    state: str
+    cpu_ticks: int
+    threads: int
+    pages: int
+
+
+def descendants(root: int) -> list[int]:
+    """Return the ids of all processes below `root`, without it, parents first."""
+    found = [root]
+    for pid in found:
+        found.extend(_children(pid))
+    return found[1:]
+
+
+def usage(pids: list[int]) -> Usage:
+    """Return what these processes use together."""
+    stats = [stat for pid in pids if (stat := _stat(pid)) is not None]
+    return Usage(
+        sum(stat.pages for stat in stats) * _PAGE_BYTES,
+        sum(stat.cpu_ticks for stat in stats) / _TICKS_PER_S,
+        sum(stat.threads for stat in stats),
+    )
+
+
+def proportional_bytes(pids: list[int]) -> int:
+    """Return the memory of these processes with what they share counted once (PSS); takes milliseconds for each GiB."""
+    return sum(_proportional(pid) for pid in pids)
+
+
+def deleted_bytes(pids: list[int], device: int) -> int:
+    """Return what files on a device take that have no name any more, but are held open by these processes."""
+    files = {(found.st_ino): found.st_blocks * _BLOCK_BYTES for pid in pids for found in _open_files(pid)
+             if found.st_nlink == 0 and found.st_dev == device}  # fmt: skip
+    return sum(files.values())
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    """Send a signal to each that is still there."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except OSError:
+            continue
+
+
+def freeze(find: Callable[[], list[int]]) -> bool:
+    """Stop all processes that `find` returns, until it finds none that runs. False if new ones come faster than that."""
+    for _ in range(_FREEZE_ROUNDS):
+        running = [pid for pid in find() if (stat := _stat(pid)) is not None and stat.state not in _QUIET]
+        if not running:
+            return True
+        send(running, signal.SIGSTOP)
+    return False
+
+
+def thaw(pids: list[int]) -> None:
+    """Let all of them run on."""
+    send(pids, signal.SIGCONT)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in _names(f"/proc/{pid}/task"):
+        found.extend(map(int, _read(f"/proc/{pid}/task/{thread}/children").split()))
+    return found
+
+
+def _stat(pid: int) -> _Stat | None:
+    text = _read(f"/proc/{pid}/stat")
+    # The name in parentheses may itself have blanks and parentheses; the state follows it.
+    fields = text[text.rfind(b")") + 2 :].split()
+    if len(fields) < 22:
+        return None
+    return _Stat(fields[0].decode(), sum(map(int, fields[11:15])), int(fields[17]), int(fields[21]))
+
+
+def _proportional(pid: int) -> int:
+    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) << 10
+    stat = _stat(pid)
+    return stat.pages * _PAGE_BYTES if stat is not None else 0
+
+
+def _open_files(pid: int) -> Iterator[os.stat_result]:
+    for name in _names(f"/proc/{pid}/fd"):
+        try:
+            yield os.stat(f"/proc/{pid}/fd/{name}")  # noqa: PTH116
+        except OSError:
+            continue
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""

@@ -1,0 +1,255 @@
+"""Jobs that are native programs in a sandbox, with a real server, a real worker and real sandboxes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from deskgrid import archive
+from deskgrid.client.grid import Grid, describe_file
+from deskgrid.model import wire
+from deskgrid.model.data import Blob
+from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState, Limits, Machine, Results
+from deskgrid.model.machines import MachineKind
+from deskgrid.units import MIB
+from tests.system.harness import System, until, wait
+
+PROCESS = Machine(kind=MachineKind.PROCESS, memory_bytes=128 * MIB, scratch_bytes=64 * MIB)
+
+
+@pytest.fixture
+def processes(system: System) -> System:
+    system.add_worker(DESKGRID_WORKER_DRIVERS="process")
+    return system
+
+
+def with_grid(system: System, work: Any) -> Any:
+    async def do() -> Any:
+        async with system.grid() as grid:
+            return await work(grid)
+
+    coroutine: Coroutine[Any, Any, Any] = do()
+    return wait(coroutine)
+
+
+def submit(system: System, spec: JobSpec, context: Path | None = None) -> Job:
+    return with_grid(system, lambda grid: grid.submit(spec, context=context))  # type: ignore[no-any-return]
+
+
+def spec(*command: str, **more: Any) -> JobSpec:
+    return JobSpec(machine=PROCESS, command=command, limits=Limits(attempts=1), **more)
+
+
+def folder(system: System, name: str, **files: str) -> Path:
+    made = system.folder / name
+    made.mkdir()
+    for file, text in files.items():
+        (made / file.replace("_", ".")).write_text(text)
+    return made
+
+
+async def send_folder(grid: Grid, source: Path) -> Blob:
+    packed = source.with_suffix(".tar.zst")
+    archive.pack_folder(source, packed)
+    blob = describe_file(packed)
+    await grid.transport.upload(packed, blob)
+    return blob
+
+
+def results(system: System, job: int) -> Path:
+    destination = system.folder / f"out-{job}"
+    with_grid(system, lambda grid: grid.results(job, destination))
+    return destination
+
+
+def ended(system: System, array_id: int) -> Array:
+    async def look(grid: Grid) -> Array:
+        return await grid.transport.call(wire.GET_ARRAY, path={"array": array_id})
+
+    found: Array = until(lambda: _if_over(with_grid(system, look)), what=f"array {array_id} ends")
+    return found
+
+
+def _if_over(array: Array) -> Array | None:
+    return array if array.state in (ArrayState.ENDED, ArrayState.CANCELLED) else None
+
+
+def test_context_script_runs_as_a_process_and_its_files_come_back(processes: System):
+    context = folder(
+        processes, "context", context_sh="echo hello; cp /context/input.txt result.txt; echo $DESKGRID_JOB >&2\n", input_txt="42\n"
+    )
+    job = submit(processes, spec(), context)
+    processes.wait_for(job.id, "completed")
+    found = results(processes, job.id)
+    assert (found / "result.txt").read_text() == "42\n"
+    assert processes.cli("job", "logs", str(job.id)).stdout == "hello\n"
+    processes.nothing_left()
+
+
+def test_command_that_fails_says_so(processes: System):
+    job = submit(processes, spec("/bin/sh", "-c", "echo why >&2; exit 3"))
+    detail = processes.wait_for(job.id, "failed")
+    assert detail["job"]["exit_code"] == 3
+    processes.nothing_left()
+
+
+def test_array_fills_in_command_environment_and_files(processes: System):
+    rows = [["red", "1"], ["green", "2"], ["blue", "3"]]
+    context = folder(
+        processes, "context", run_sh='echo "$1 $SHADE $(cat /context/params.txt)" > out.txt\n', params_txt="{number}/{index}\n"
+    )
+    table = processes.folder / "table"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    async def send(grid: Grid) -> Array:
+        blob = describe_file(table)
+        await grid.transport.upload(table, blob)
+        wanted = msgspec.structs.replace(
+            spec("/bin/sh", "/context/run.sh", "job {index}"), environment=(("SHADE", "{color}"),), fill=("params.txt",)
+        )
+        request = wire.SubmitArray(
+            spec=wanted, count=3, context=await send_folder(grid, context), table=blob, names=("color", "number")
+        )
+        return await grid.transport.call(wire.SUBMIT_ARRAY, request)
+
+    array = with_grid(processes, send)
+    assert ended(processes, array.id).jobs[JobState.COMPLETED] == 3
+    listed = with_grid(processes, lambda grid: grid.transport.call(wire.LIST_JOBS, query={"array": array.id})).jobs
+    texts = {job.index: (results(processes, job.id) / "out.txt").read_text() for job in listed}
+    assert texts == {index: f"job {index} {color} {number}/{index}\n" for index, (color, number) in enumerate(rows)}
+    processes.nothing_left()
+
+
+def test_placeholder_that_nobody_fills_in_fails_the_job_with_its_name(processes: System):
+    async def send(grid: Grid) -> Array:
+        return await grid.transport.call(wire.SUBMIT_ARRAY, wire.SubmitArray(spec=spec("echo", "{nobody}"), count=1))
+
+    array = with_grid(processes, send)
+    assert ended(processes, array.id).jobs[JobState.FAILED] == 1
+    [job] = with_grid(processes, lambda grid: grid.transport.call(wire.LIST_JOBS, query={"array": array.id})).jobs
+    assert "{nobody}" in job.message
+
+
+def test_app_brings_its_program_for_the_workers_platform(processes: System):
+    program = folder(processes, "program", tool_sh="echo tool of $1 > out.txt\n")
+
+    async def publish(grid: Grid) -> Job:
+        blob = await send_folder(grid, program)
+        await grid.transport.call(wire.REGISTER_APP, wire.RegisterApp(name="tool", files={"any": blob}))
+        return await grid.submit(msgspec.structs.replace(spec("/bin/sh", "/app/tool.sh", "ann"), app="tool"))
+
+    job = with_grid(processes, publish)
+    processes.wait_for(job.id, "completed")
+    assert (results(processes, job.id) / "out.txt").read_text() == "tool of ann\n"
+    processes.nothing_left()
+
+
+def test_job_that_wants_no_files_sends_none(processes: System):
+    job = submit(processes, spec("true", results=Results(paths=())))
+    detail = processes.wait_for(job.id, "completed")
+    assert detail["job"]["result"] is None
+    processes.nothing_left()
+
+
+def test_set_starts_together_on_two_workers(processes: System):
+    processes.add_worker("other", DESKGRID_WORKER_DRIVERS="process")
+    machine = msgspec.structs.replace(PROCESS, cpus=2)
+    member = msgspec.structs.replace(spec("true"), machine=machine)
+    members = (wire.SetMember(name="a", spec=member), wire.SetMember(name="b", spec=member))
+
+    async def send(grid: Grid) -> wire.JobSet:
+        return await grid.transport.call(wire.SUBMIT_SET, wire.SubmitSet(name="pair", members=members, together=True))
+
+    found = with_grid(processes, send)
+    for one in found.members:
+        processes.wait_for(one.job.id, "completed")
+    details = [processes.job(one.job.id) for one in found.members]
+    assert len({detail["attempts"][-1]["worker"] for detail in details}) == 2
+    first, second = (detail["attempts"][-1] for detail in details)
+    assert first["started_at"] < second["ended_at"] and second["started_at"] < first["ended_at"]
+
+
+SWEEP = """
+name = "sweep"
+command = ["/bin/sh", "-c", "echo $0 > out.txt", "{color} {index}"]
+[machine]
+kind = "process"
+scratch = "64MiB"
+[array]
+table = "colors.csv"
+"""
+
+
+def test_sweep_of_a_job_file_is_run_and_fetched_by_one_command(processes: System):
+    (processes.folder / "sweep.toml").write_text(SWEEP)
+    (processes.folder / "colors.csv").write_text('color\nred\n"dark, blue"\n')
+    done = processes.cli("run", "sweep.toml", "-o", "out", "--json")
+    assert json.loads(done.stdout)["array"]["jobs"]["completed"] == 2
+    texts = [(processes.folder / "out" / str(index) / "out.txt").read_text() for index in range(2)]
+    assert texts == ["red 0\n", "dark, blue 1\n"]
+    [array] = processes.json("array", "list")
+    assert processes.cli("job", "list", "--array", f"array-{array['id']}", "--state", "completed").stdout.count("sweep") == 2
+    assert (
+        f"array-{array['id']}, index=0, color=red"
+        in processes.cli("job", "show", str(processes.json("job", "list", "--array", str(array["id"]))[-1]["id"])).stdout
+    )
+
+
+def test_app_is_published_and_its_defaults_hold_where_a_job_says_nothing(processes: System):
+    folder(processes, "tool", tool_sh="echo tool $1 > out.txt\n")
+    (processes.folder / "defaults.toml").write_text(
+        'command = ["/bin/sh", "/app/tool.sh", "default"]\n[machine]\nkind = "process"\nscratch = "64MiB"\n'
+    )
+    assert processes.cli("app", "publish", "tool", "--name", "tool", "--defaults", "defaults.toml").stdout == "tool@1\n"
+    (processes.folder / "plain.toml").write_text('app = "tool"\n')
+    (processes.folder / "own.toml").write_text('app = "tool@1"\ncommand = ["/bin/sh", "/app/tool.sh", "own"]\n')
+    for name, text in (("plain", "default"), ("own", "own")):
+        processes.cli("run", f"{name}.toml", "-o", name)
+        assert (processes.folder / name / "out.txt").read_text() == f"tool {text}\n"
+    assert "tool" in processes.cli("app", "list").stdout
+
+
+SET = """
+[set]
+name = "pipeline"
+[job.first]
+command = ["/bin/sh", "-c", "echo first > out.txt"]
+[job.first.machine]
+kind = "process"
+scratch = "64MiB"
+[job.second]
+command = ["/bin/sh", "-c", "echo second > out.txt"]
+after = ["first"]
+[job.second.machine]
+kind = "process"
+scratch = "64MiB"
+[job.many]
+command = ["/bin/sh", "-c", "echo $0 > out.txt", "{index}"]
+after_end = ["second"]
+[job.many.machine]
+kind = "process"
+scratch = "64MiB"
+[job.many.array]
+count = 3
+"""
+
+
+def test_set_of_one_file_runs_in_its_order_and_all_results_come(processes: System):
+    (processes.folder / "set.toml").write_text(SET)
+    processes.cli("run", "set.toml", "-o", "out")
+    found = {
+        str(file.relative_to(processes.folder / "out")): file.read_text() for file in (processes.folder / "out").rglob("out.txt")
+    }
+    assert found == {
+        "first/out.txt": "first\n",
+        "second/out.txt": "second\n",
+        **{f"many/{index}/out.txt": f"{index}\n" for index in range(3)},
+    }
+    [listed] = processes.json("set", "list")
+    assert processes.cli("set", "show", str(listed["id"])).stdout.count("completed") == 3
+    processes.nothing_left()
