@@ -66,7 +66,7 @@ def load_credentials(file: Path) -> Credentials:
         raise InvalidInput(
             f"no grid is known here ({file} is missing)", hint="deskgrid login LINK, or deskgrid worker join LINK"
         ) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(str(error), where=str(file)) from error
 
 
@@ -379,7 +379,7 @@ def _decode(route: wire.Route[Any, A], body: bytes) -> A:
         return body  # type: ignore[return-value]
     try:
         return msgspec.json.decode(body, type=route.answer)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"the answer to {route.name} is not understood: {error}") from error
 
 

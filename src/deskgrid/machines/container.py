@@ -163,7 +163,7 @@ def unpack_image(image: Path, workdir: Path) -> _Config:
         unpacked.chmod(0o755)  # images often have none of the right to write
         unpacked.rename(workdir / _ROOT)
         return msgspec.json.decode(rest, type=_Config)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadImage(f"has a strange configuration: {error}", where=str(image)) from error
     finally:
         for folder in (storage, work):

@@ -154,5 +154,5 @@ def _json(found: dict[str, _Member], name: str, read_at: ReadAt, kind: type[T]) 
         raise BadImage(f"has no {name}")
     try:
         return msgspec.json.decode(read_at(member.at, member.size), type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadImage(f"has a bad {name}: {error}") from error

@@ -130,7 +130,7 @@ def journal_event(event: str, **data: object) -> bytes:
 def _account(journal: Journal, line: bytes) -> Journal:
     try:
         event = msgspec.json.decode(line, type=_Event)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return journal
     change = msgspec.structs.replace
     if event.QMP is not None:

@@ -192,7 +192,7 @@ def _judge(finished: Finished, archive_bytes: int, limits: ExtractLimits) -> Res
         raise BadImage(f"taking out the results used more than {_cpu_s(limits)} s of CPU time")
     try:
         outcome = msgspec.json.decode(finished.errors, type=_Outcome)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         words = printable(finished.errors[-200:].strip().rpartition(b"\n")[2])
         raise MachineFailed(f"the process that takes out results ended with {finished.code}: {words}") from error
     if outcome.report is None:

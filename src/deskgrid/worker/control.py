@@ -154,7 +154,7 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tok
 async def _reply(line: bytes, token: str, answer: Answer) -> _Reply:
     try:
         command = msgspec.json.decode(line, type=_Command)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return _Reply(error="InvalidInput", message="this is no command")
     if not hmac.compare_digest(command.token.encode(), token.encode()):
         return _Reply(error="Unauthenticated", message="this is another worker's token")

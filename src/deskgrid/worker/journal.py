@@ -130,7 +130,7 @@ class Journal:
     def _read_one(self, path: Path) -> Entry | None:
         try:
             entry = msgspec.json.decode(path.read_bytes(), type=Entry, dec_hook=_decode)
-        except (msgspec.DecodeError, OSError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
             _log.warning("journal_entry_damaged", file=path.name, error=str(error))
             path.replace(path.with_suffix(".bad"))
             return None
