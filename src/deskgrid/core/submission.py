@@ -113,9 +113,21 @@ def _check_machine(machine: Machine) -> None:
         raise InvalidInput(f"{machine.on[:40]!r} is neither a worker nor a group", where="machine.on", hint="worker:7 or group:hep")
 
 
-def _check_command(spec: JobSpec) -> None:
-    if spec.machine.warm and not spec.command:
+def _check_warm(spec: JobSpec) -> None:
+    """Check that all jobs of a warm program can be told in a line each."""
+    if not spec.command:
         raise InvalidInput("a warm program is a command", where="command", hint='command = ["/app/program"]')
+    if spec.results.paths:
+        raise InvalidInput("jobs of a warm program answer with a value, and bring no files", where="results.paths", hint="paths = []")
+    if spec.machine.network is not Network.NONE:
+        raise InvalidInput("a warm program has no network", where="machine.network", hint='network = "none"')
+    if spec.fill:
+        raise InvalidInput("nothing is filled in for a warm program: it is told its parameters", where="fill")
+
+
+def _check_command(spec: JobSpec) -> None:
+    if spec.machine.warm:
+        _check_warm(spec)
     if sum(len(part.encode()) for part in spec.command) > _MOST_COMMAND_BYTES or any("\0" in part for part in spec.command):
         raise InvalidInput("a command has no NUL", where="command", hint=f"and at most {_MOST_COMMAND_BYTES} bytes")
     if spec.command and not spec.command[0]:

@@ -19,7 +19,6 @@ from starlette.routing import Route as HttpRoute
 
 from deskgrid.errors import (
     DeskgridError,
-    Forbidden,
     InvalidInput,
     OperatorError,
     ProtocolError,
@@ -30,8 +29,8 @@ from deskgrid.model import wire
 from deskgrid.model.users import Role
 from deskgrid.server import routes
 from deskgrid.server.openapi import openapi_document, openapi_page
-from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, once
-from deskgrid.server.store import accounts, attempts, peers
+from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, caller_of, once
+from deskgrid.server.store import attempts, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
@@ -90,10 +89,12 @@ def _endpoint(services: Services, handler: Handler) -> Any:
 async def _answer(services: Services, handler: Handler, http: HttpRequest) -> Response:
     route = handler.route
     _check_wire_version(http)
-    caller = await _authorise(services, route, http)
+    token = _token(http)
+    caller = _NOBODY if handler.knows_callers and token else await _authorise(services, route, token)
     call: Call[Any] = Call(
         caller=caller,
-        body=None if route.raw else await _decode_body(route, http),
+        token=token if handler.knows_callers else "",
+        body=None if route.raw else await _body(services, handler, http, token),
         path=dict(http.path_params),
         query=_decode_query(route, http),
         key=http.headers.get(wire.IDEMPOTENCY_HEADER, "")[:64] or uuid.uuid4().hex,
@@ -128,16 +129,27 @@ def _check_wire_version(http: HttpRequest) -> None:
         )
 
 
-async def _authorise(services: Services, route: wire.Route[Any, Any], http: HttpRequest) -> Caller:
+def _token(http: HttpRequest) -> str:
+    scheme, _, token = http.headers.get("authorization", "").partition(" ")
+    return token if scheme.lower() == "bearer" else ""
+
+
+async def _authorise(services: Services, route: wire.Route[Any, Any], token: str) -> Caller:
     if route.roles == wire.ANYBODY:
         return _NOBODY
-    scheme, _, token = http.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
+    if not token:  # not worth a transaction
         raise Unauthenticated("this call needs a token", hint="deskgrid login LINK")
-    caller = await services.store.read(lambda tx: accounts.authenticate(tx, token))
-    if caller.role not in route.roles:
-        raise Forbidden(f"{caller.role.value} {caller.name} may not call {route.name}")
-    return caller
+    return await services.store.read(lambda tx: caller_of(tx, route, token))
+
+
+async def _body(services: Services, handler: Handler, http: HttpRequest, token: str) -> Any:
+    """Return the message. Who may not call is told that first, whatever he sent."""
+    try:
+        return await _decode_body(handler.route, http)
+    except InvalidInput:
+        if handler.knows_callers:
+            await _authorise(services, handler.route, token)
+        raise
 
 
 async def _decode_body(route: wire.Route[Any, Any], http: HttpRequest) -> Any:

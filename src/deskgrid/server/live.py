@@ -48,6 +48,11 @@ class Live:
                 if not future.done():
                     future.set_result(None)
 
+    @property
+    def count(self) -> int:
+        """How many changes there were. A topic that changes from now on has a greater mark."""
+        return self._count
+
     def mark(self, topic: str) -> int:
         """Return a number that grows with each change of a topic."""
         return self._marks.get(topic, self._forgotten)
@@ -61,8 +66,8 @@ class Live:
         return self._seen.get(principal)
 
     async def wait(self, seen: dict[str, int], timeout_s: float) -> bool:
-        """Return True once a topic's mark differs from `seen`, or False after `timeout_s`."""
-        if any(self.mark(topic) != mark for topic, mark in seen.items()):
+        """Return True once a topic's mark is greater than in `seen`, or False after `timeout_s`."""
+        if any(self.mark(topic) > mark for topic, mark in seen.items()):
             return True
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for topic in seen:

@@ -59,7 +59,7 @@ __all__ = ["Agent", "run_worker"]
 _log = structlog.get_logger()
 
 _WAKE_HOLD_S = 25.0
-_WAKE_GAP_S = 0.1
+_WAKE_GAP_S = 0.02
 _BUSY_WAKE_GAP_S = 1.0
 """Least time between syncs that only a hint asked for, with and without a free slot."""
 _MEASURE_S = 3.0
@@ -329,6 +329,7 @@ class Agent:
             attempts=tuple(reports.values()),
             free=self._free() if taking else NOTHING,
             cached=self._cache.entries(),
+            ahead=self._ahead() if taking else {},
         )
         answer = await self._connection.call(wire.SYNC, request)
         self._note_contact(asked_at, answer.lease_s)
@@ -339,6 +340,7 @@ class Agent:
         for attempt_id in answer.started:
             if attempt_id in self._runners:
                 self._runners[attempt_id].release()
+            self._warm.release(attempt_id)
         self._hold_s = min(answer.hold_s, _WAKE_HOLD_S)
         if taking:
             await self._take(answer.assignments)

@@ -17,17 +17,18 @@ from msgspec import Struct
 from starlette.requests import Request as HttpRequest
 
 from deskgrid.clock import Clock
-from deskgrid.errors import InvalidInput
+from deskgrid.errors import Forbidden, InvalidInput, Unauthenticated
 from deskgrid.model import wire
 from deskgrid.server.authority import Authority
 from deskgrid.server.live import Live
 from deskgrid.server.repository import Repository
+from deskgrid.server.store import accounts
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Store, Transaction
 from deskgrid.server.store.schema import idempotency
 from deskgrid.settings import ServerSettings
 
-__all__ = ["HANDLERS", "Call", "Handler", "Kind", "Services", "once", "reads", "serves", "writes"]
+__all__ = ["HANDLERS", "Call", "Handler", "Kind", "Services", "caller_of", "once", "reads", "serves", "writes"]
 
 Body = TypeVar("Body")
 
@@ -52,6 +53,8 @@ class Call(Struct, Generic[Body], frozen=True):
     query: dict[str, Any]
     key: str
     settings: ServerSettings
+    token: str = ""
+    """Only where the handler itself finds out whose it is (`serves(..., knows_callers=True)`)."""
 
     def number(self, name: str) -> int:
         """Return a path parameter that is a number. Raise InvalidInput otherwise."""
@@ -73,6 +76,8 @@ class Handler(Struct, frozen=True):
     kind: Kind
     route: wire.Route[Any, Any]
     function: Callable[..., Any]
+    knows_callers: bool = False
+    """It authenticates its caller itself, with `caller_of`, in the transaction that it needs anyway."""
 
 
 HANDLERS: dict[str, Handler] = {}
@@ -91,17 +96,27 @@ def writes(route: wire.Route[Any, Any]) -> Callable[[ReadOrWrite], ReadOrWrite]:
     return _register(Kind.WRITE, route)
 
 
-def serves(route: wire.Route[Any, Any]) -> Callable[[Serve], Serve]:
-    """Let an async function answer a route."""
-    return _register(Kind.SERVE, route)
+def serves(route: wire.Route[Any, Any], *, knows_callers: bool = False) -> Callable[[Serve], Serve]:
+    """Let an async function answer a route. With `knows_callers` it must call `caller_of` before it does anything."""
+    return _register(Kind.SERVE, route, knows_callers=knows_callers)
 
 
-def _register(kind: Kind, route: wire.Route[Any, Any]) -> Callable[[Any], Any]:
+def _register(kind: Kind, route: wire.Route[Any, Any], *, knows_callers: bool = False) -> Callable[[Any], Any]:
     def keep(function: Any) -> Any:
-        HANDLERS[route.name] = Handler(kind, route, function)
+        HANDLERS[route.name] = Handler(kind, route, function, knows_callers)
         return function
 
     return keep
+
+
+def caller_of(tx: Transaction, route: wire.Route[Any, Any], token: str) -> Caller:
+    """Return whose token it is. Raise Unauthenticated, or Forbidden if he may not call the route."""
+    if not token:
+        raise Unauthenticated("this call needs a token", hint="deskgrid login LINK")
+    caller = accounts.authenticate(tx, token)
+    if caller.role not in route.roles:
+        raise Forbidden(f"{caller.role.value} {caller.name} may not call {route.name}")
+    return caller
 
 
 def once(tx: Transaction, principal: str, key: str, function: Callable[[], Any]) -> bytes:

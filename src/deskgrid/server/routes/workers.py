@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -11,8 +9,9 @@ from starlette.responses import Response
 from deskgrid.errors import Forbidden, InvalidInput
 from deskgrid.model import wire
 from deskgrid.server import scheduler
-from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
+from deskgrid.server.routes.handler import Call, Services, caller_of, reads, serves, writes
 from deskgrid.server.store import attempts, jobs, workers
+from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.submissions import WORK
 
@@ -20,14 +19,17 @@ _LONGEST_HOLD_S = 60.0
 _STREAMS = ("stdout", "stderr", "console")
 
 
-@serves(wire.SYNC)
+@serves(wire.SYNC, knows_callers=True)
 async def sync(services: Services, call: Call[wire.Sync], _http: HttpRequest) -> Response:
-    topics = _topics(call)
-    marks = {topic: services.live.mark(topic) for topic in topics}
-    answer = await services.store.write(
-        lambda tx: scheduler.sync(tx, call.caller, call.body, services.settings, f"sync:{call.key}"[:64])
-    )
-    services.live.remember(call.caller.principal, marks)
+    """The most frequent call: its caller is looked up in the transaction that it needs anyway."""
+    seen = services.live.count
+
+    def decide(tx: Transaction) -> tuple[Caller, wire.SyncAnswer]:
+        caller = caller_of(tx, wire.SYNC, call.token)
+        return caller, scheduler.sync(tx, caller, call.body, services.settings, f"sync:{call.key}"[:64])
+
+    caller, answer = await services.store.write(decide)
+    services.live.remember(caller.principal, dict.fromkeys(_topics(caller), seen))
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
@@ -39,12 +41,12 @@ async def wake(services: Services, call: Call[wire.Nothing], _http: HttpRequest)
     # Not known: it last called another process, or before a restart. Whether something changed since is not known here.
     changed = seen is None or await live.wait(seen, hold_s)
     if changed:
-        live.remember(principal, {topic: live.mark(topic) for topic in _topics(call)})
+        live.remember(principal, {topic: live.mark(topic) for topic in _topics(call.caller)})
     return wire.Wake(changed=changed)
 
 
-def _topics(call: Call[Any]) -> tuple[str, str]:
-    return WORK, attempts.worker_topic(call.caller.worker_id or 0)
+def _topics(caller: Caller) -> tuple[str, str]:
+    return WORK, attempts.worker_topic(caller.worker_id or 0)
 
 
 @writes(wire.APPEND_LOG)

@@ -94,6 +94,7 @@ class Outcome(Struct, frozen=True):
 class Common(Struct, frozen=True):
     """What leasing and ending a job needs of its submission, which never changes."""
 
+    owner_id: UserId
     spec: JobSpec
     disk: DataRef | None
     context: Blob | None
@@ -112,6 +113,7 @@ def common(tx: Transaction, submission_id: int) -> Common:
     if found is None:
         row: Any = tx.row(sa.select(submission).where(submission.c.id == submission_id))
         found = Common(
+            owner_id=UserId(row.owner_id),
             spec=msgspec.json.decode(row.spec, type=JobSpec),
             disk=msgspec.json.decode(row.disk, type=DataRef) if row.disk else None,
             context=Blob(sha256=row.context, size_bytes=row.context_bytes) if row.context else None,
@@ -207,6 +209,7 @@ def _assignment(
         attempt_id=AttemptId(attempt_id),
         job_id=JobId(job_id),
         number=number,
+        owner_id=shared.owner_id,
         spec=shared.spec,
         disk=shared.disk,
         context=shared.context,
