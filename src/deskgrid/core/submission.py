@@ -118,7 +118,9 @@ def _check_warm(spec: JobSpec) -> None:
     if not spec.command:
         raise InvalidInput("a warm program is a command", where="command", hint='command = ["/app/program"]')
     if spec.results.paths:
-        raise InvalidInput("jobs of a warm program answer with a value, and bring no files", where="results.paths", hint="paths = []")
+        raise InvalidInput(
+            "jobs of a warm program answer with a value, and bring no files", where="results.paths", hint="paths = []"
+        )
     if spec.machine.network is not Network.NONE:
         raise InvalidInput("a warm program has no network", where="machine.network", hint='network = "none"')
     if spec.fill:
