@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Iterable
 
 __all__ = ["Live"]
 
 _MOST_MARKS = 10_000
+_FIRST_WOKEN, _WAKE_ON_S = 16, 0.1
 
 
 class Live:
     """Counts changes, notes the last of each topic and wakes those who wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, spread: Iterable[str] = ()) -> None:
+        """`spread`: topics whose waiters are woken a few at a time, until `settle` says that those were enough."""
+        self._spread = frozenset(spread)
+        self._settled: dict[str, int] = {}
         self._marks: dict[str, int] = {}
         """Of the topics that changed last, the one longest ago first."""
         self._count = 0
@@ -31,11 +36,33 @@ class Live:
             self._count += 1
             self._marks.pop(topic, None)
             self._marks[topic] = self._count
+            if topic in self._spread:
+                self._wake_some(topic, self._count, _FIRST_WOKEN)
+                continue
             for future in self._waiting.pop(topic, ()):
                 if not future.done():
                     future.set_result(None)
         while len(self._marks) > _MOST_MARKS:
             self._forgotten = self._marks.pop(next(iter(self._marks)))
+
+    def settle(self, topic: str, count: int) -> None:
+        """Note that whoever looked when there were `count` changes left nothing to do: nobody else need be woken for those."""
+        self._settled[topic] = max(count, self._settled.get(topic, 0))
+
+    def _wake_some(self, topic: str, count: int, number: int) -> None:
+        """Wake some waiters, those who have waited longest first, and later twice as many, unless it is settled by then.
+
+        One new job must not make a thousand idle workers call at once.
+        """
+        waiting = self._waiting.get(topic, [])
+        if self._settled.get(topic, 0) >= count or self._marks.get(topic) != count or not waiting:
+            return  # done, or a later change wakes on
+        woken, self._waiting[topic] = waiting[:number], waiting[number:]
+        for future in woken:
+            if not future.done():
+                future.set_result(None)
+        if self._waiting[topic]:
+            asyncio.get_running_loop().call_later(_WAKE_ON_S, self._wake_some, topic, count, 2 * number)
 
     def notify_all(self) -> None:
         """Let every topic seem to have changed and wake all who wait: hints may have been lost."""

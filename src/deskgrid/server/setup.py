@@ -44,6 +44,7 @@ from deskgrid.server.routes.handler import Services
 from deskgrid.server.store import accounts
 from deskgrid.server.store.engine import SqlStore, Transaction, is_shared, sqlite_url
 from deskgrid.server.store.migrate import migrate
+from deskgrid.server.store.submissions import WORK
 from deskgrid.settings import ServerSettings
 
 __all__ = [
@@ -143,7 +144,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 @contextlib.asynccontextmanager
 async def open_services(home: Path, settings: ServerSettings, clock: Clock) -> AsyncIterator[Services]:
     """Open store and repository for one server process."""
-    live = Live()
+    live = Live(spread=[WORK])
     repository = await open_repository(home, settings)
     url = database_url(home, settings)
     store = SqlStore(url, clock, live.notify)

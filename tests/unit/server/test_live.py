@@ -50,3 +50,41 @@ async def test_everything_seems_changed_when_hints_may_have_been_lost():
     assert await hints.wait(never, 10)
     now = {"job:1": hints.mark("job:1")}
     assert not await hints.wait(now, 0.01)
+
+
+async def _wait_all(hints: Live, number: int) -> list[asyncio.Task[bool]]:
+    waiting = [asyncio.create_task(hints.wait({"work": hints.mark("work")}, 10)) for _ in range(number)]
+    await asyncio.sleep(0)
+    return waiting
+
+
+async def test_one_new_job_wakes_a_few_and_no_more_once_it_is_taken():
+    hints = Live(spread=["work"])
+    waiting = await _wait_all(hints, 100)
+    hints.notify(["work"])
+    await asyncio.sleep(0)
+    woken = [task for task in waiting if task.done()]
+    assert 0 < len(woken) < 50
+    assert woken == waiting[: len(woken)]
+    hints.settle("work", hints.count)
+    done, _ = await asyncio.wait(waiting, timeout=3 * live._WAKE_ON_S)
+    assert len(done) == len(woken)
+    for task in waiting:
+        task.cancel()
+
+
+async def test_all_are_woken_in_the_end_while_work_is_left():
+    hints = Live(spread=["work"])
+    waiting = await _wait_all(hints, 100)
+    hints.notify(["work"])
+    hints.settle("work", hints.count - 1)
+    assert all(await asyncio.gather(*waiting))
+
+
+async def test_later_work_is_told_although_earlier_was_settled():
+    hints = Live(spread=["work"])
+    hints.notify(["work"])
+    hints.settle("work", hints.count)
+    waiting = await _wait_all(hints, 40)
+    hints.notify(["work"])
+    assert all(await asyncio.gather(*waiting))

@@ -10,7 +10,7 @@ from deskgrid.errors import Forbidden, InvalidInput
 from deskgrid.model import wire
 from deskgrid.server import scheduler
 from deskgrid.server.routes.handler import Call, Services, caller_of, reads, serves, writes
-from deskgrid.server.store import attempts, jobs, workers
+from deskgrid.server.store import attempts, jobs, queues, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.submissions import WORK
@@ -24,11 +24,14 @@ async def sync(services: Services, call: Call[wire.Sync], _http: HttpRequest) ->
     """The most frequent call: its caller is looked up in the transaction that it needs anyway."""
     seen = services.live.count
 
-    def decide(tx: Transaction) -> tuple[Caller, wire.SyncAnswer]:
+    def decide(tx: Transaction) -> tuple[Caller, wire.SyncAnswer, bool]:
         caller = caller_of(tx, wire.SYNC, call.token)
-        return caller, scheduler.sync(tx, caller, call.body, services.settings, f"sync:{call.key}"[:64])
+        answer = scheduler.sync(tx, caller, call.body, services.settings, f"sync:{call.key}"[:64])
+        return caller, answer, queues.nothing_waits(tx)
 
-    caller, answer = await services.store.write(decide)
+    caller, answer, is_settled = await services.store.write(decide)
+    if is_settled:
+        services.live.settle(WORK, seen)
     services.live.remember(caller.principal, dict.fromkeys(_topics(caller), seen))
     return Response(msgspec.json.encode(answer), media_type="application/json")
 

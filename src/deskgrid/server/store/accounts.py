@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from msgspec import Struct
@@ -15,6 +16,7 @@ from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import account, attempt, job, membership, secret, team, token, worker
+from deskgrid.server.store.statement import Statement
 
 __all__ = [
     "Caller",
@@ -134,24 +136,54 @@ def drop_tokens_of_ended_attempts(tx: Transaction, ended_before: float) -> None:
     tx.run(sa.delete(token).where(token.c.attempt_id.is_not(None), sa.exists(over)))
 
 
+class _Known(NamedTuple):
+    """What decides whom a token stands for."""
+
+    label: str
+    expires_at: float | None
+    revoked_at: float | None
+    account_id: int | None
+    user_name: str | None
+    admin: bool | None
+    worker_id: int | None
+    worker_name: str | None
+    left_at: float | None
+    attempt_id: int | None
+    hub_id: int | None
+
+
+_TOKEN = Statement(
+    sa.select(
+        token.c.label,
+        token.c.expires_at,
+        token.c.revoked_at,
+        token.c.account_id,
+        account.c.name,
+        account.c.admin,
+        token.c.worker_id,
+        worker.c.name,
+        worker.c.left_at,
+        token.c.attempt_id,
+        token.c.hub_id,
+    )
+    .select_from(token.outerjoin(account, account.c.id == token.c.account_id).outerjoin(worker, worker.c.id == token.c.worker_id))
+    .where(token.c.hash == sa.bindparam("hashed"))
+)
+
+
 def authenticate(tx: Transaction, text: str) -> Caller:
     """Return who a token stands for. Raise Unauthenticated if it is unknown, expired, revoked, or its worker has left."""
-    row = tx.row(
-        sa.select(token, account.c.name.label("user_name"), account.c.admin, worker.c.name.label("worker_name"), worker.c.left_at)
-        .select_from(
-            token.outerjoin(account, account.c.id == token.c.account_id).outerjoin(worker, worker.c.id == token.c.worker_id)
-        )
-        .where(token.c.hash == hash_secret(text))
-    )
-    if row is None or row.revoked_at is not None or row.left_at is not None or (row.expires_at or tx.now + 1) <= tx.now:
+    rows = tx.fast(_TOKEN, hashed=hash_secret(text))
+    known = _Known(*rows[0]) if rows else None
+    if known is None or known.revoked_at is not None or known.left_at is not None or (known.expires_at or tx.now + 1) <= tx.now:
         raise Unauthenticated("this token is not valid (any more)", hint="deskgrid login LINK, or deskgrid worker join LINK")
-    if row.worker_id is not None:
-        return Caller(Role.WORKER, row.worker_name, worker_id=WorkerId(row.worker_id))
-    if row.attempt_id is not None:
-        return _job_caller(tx, AttemptId(row.attempt_id))
-    if row.hub_id is not None:
-        return Caller(Role.HUB, row.label, hub_id=row.hub_id)
-    return Caller(Role.ADMIN if row.admin else Role.USER, row.user_name, user_id=UserId(row.account_id))
+    if known.worker_id is not None:
+        return Caller(Role.WORKER, known.worker_name or "", worker_id=WorkerId(known.worker_id))
+    if known.attempt_id is not None:
+        return _job_caller(tx, AttemptId(known.attempt_id))
+    if known.hub_id is not None:
+        return Caller(Role.HUB, known.label, hub_id=known.hub_id)
+    return Caller(Role.ADMIN if known.admin else Role.USER, known.user_name or "", user_id=UserId(known.account_id or 0))
 
 
 def _job_caller(tx: Transaction, attempt_id: AttemptId) -> Caller:

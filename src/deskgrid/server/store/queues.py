@@ -33,6 +33,7 @@ __all__ = [
     "count_states",
     "find_queue",
     "note_use",
+    "nothing_waits",
     "open_queue",
     "queue_counts",
     "waiting_of",
@@ -205,6 +206,12 @@ def board(tx: Transaction) -> Board:
         found = _read_board(tx)
         tx.memo["board"] = found
     return found
+
+
+def nothing_waits(tx: Transaction) -> bool:
+    """Tell whether no job waits, as far as this process knows without looking."""
+    known = _kept_board(tx)
+    return known is not None and known.until > tx.now and not known.queues()
 
 
 def _read_board(tx: Transaction) -> Board:
