@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from cyclopts import App, Parameter
 
 from deskgrid.cli.connection import connected
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, make_reporter, print_json, print_lines, print_table
-from deskgrid.client.jobfile import parse_defaults
+from deskgrid.client.jobfile import parse_defaults, read_text_file, read_toml
 from deskgrid.errors import InvalidInput
 from deskgrid.model.apps import ANY_PLATFORM
 from deskgrid.model.data import Visibility
@@ -75,12 +74,7 @@ async def publish(
 
 
 def _read_defaults(file: Path) -> dict[str, Any]:
-    try:
-        return parse_defaults(tomllib.loads(file.read_text(encoding="utf-8")), str(file))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"not TOML: {error}", where=str(file)) from error
-    except OSError as error:
-        raise InvalidInput(f"cannot be read: {error.strerror}", where=str(file)) from error
+    return parse_defaults(read_toml(read_text_file(file), str(file)), str(file))
 
 
 @app.command(name="list")

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from deskgrid.cli.connection import connected
-from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, age, make_reporter, print_json, print_lines, print_table, warn
+from deskgrid.cli.counts import Count, counting
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table, warn
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import ArrayId
-from deskgrid.model.jobs import Array, ArrayState, Job, JobState
+from deskgrid.model.jobs import Array, ArrayState, JobState
 
 if TYPE_CHECKING:
+    from deskgrid.client.arrays import ArrayResults
     from deskgrid.client.grid import Grid
 
-__all__ = ["app", "array_number", "array_summary", "exit_code", "fetch_results", "follow_array"]
+__all__ = ["app", "array_number", "array_summary", "exit_code", "fetch_results", "follow_array", "tell_filling"]
 
 app = App(default_parameter=NO_NEGATIVES, name="array", help="Follow arrays: many jobs of one file (deskgrid job submit).")
-_AT_ONCE = 4
-"""Results that are fetched at the same time."""
+_FINAL = (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)
 
 ArrayName = Annotated[str, Parameter(help="Number of the array, as in 7 or array-7.")]
 OutputFolder = Annotated[
@@ -32,8 +32,8 @@ OutputFolder = Annotated[
 def array_number(name: str) -> ArrayId:
     """Return the number in `7` or `array-7`. Raise InvalidInput."""
     number = name.removeprefix("array-")
-    if not number.isdecimal() or len(number) > 18:
-        raise InvalidInput(f"{name!r} is not an array", hint="as in 7 or array-7; deskgrid array list shows them")
+    if not (number.isascii() and number.isdecimal()) or len(number) > 18:
+        raise InvalidInput(f"{name[:40]!r} is not an array", hint="as in 7 or array-7; deskgrid array list shows them")
     return ArrayId(int(number))
 
 
@@ -49,19 +49,35 @@ def exit_code(array: Array) -> int:
     return 0 if array.jobs.get(JobState.COMPLETED) == array.count else 1
 
 
-async def follow_array(grid: Grid, array_id: ArrayId, reporter: Reporter) -> Array:
-    """Show how an array comes along until it has ended."""
-    phase, title = None, ""
-    async for array in grid.array_changes(array_id):
-        over = sum(array.jobs.get(state, 0) for state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED))
-        wanted = "make the jobs" if array.state is ArrayState.FILLING else "run the jobs"
-        if wanted != title:
-            title, phase = wanted, reporter.begin(wanted)
-        done = sum(array.jobs.values()) if array.state is ArrayState.FILLING else over
-        if phase is not None:
-            phase.note(f"{done:,} of {array.count:,}, {array.jobs.get(JobState.ACTIVE, 0):,} running")
-    reporter.end()
+async def tell_filling(grid: Grid, array: Array, *, json: bool) -> Array:
+    """Show how the jobs of an array are made, until they are; return how it stands then."""
+    try:
+        with counting("make the jobs", json) as count:
+            async for found in grid.array_changes(array.id):
+                count.show(sum(found.jobs.values()), found.count)
+                array = found
+                if found.state is not ArrayState.FILLING:
+                    break
+    except BaseException:
+        warn(f"array-{array.id} goes on: deskgrid array wait {array.id}, or deskgrid array cancel {array.id}")
+        raise
     return array
+
+
+async def follow_array(grid: Grid, array_id: ArrayId, *, json: bool) -> Array:
+    """Show how an array comes along until it has ended."""
+    with counting(f"run the jobs of array-{array_id}", json) as count:
+        async for array in grid.array_changes(array_id):
+            _show(count, array)
+    return array
+
+
+def _show(count: Count, array: Array) -> None:
+    running, failed = array.jobs.get(JobState.ACTIVE, 0), array.jobs.get(JobState.FAILED, 0)
+    note = f"{running:,} running" + (f", {failed:,} failed" if failed else "")
+    if array.state in (ArrayState.FILLING, ArrayState.BLOCKED):
+        note = "being made" if array.state is ArrayState.FILLING else "comes after jobs that have not ended"
+    count.show(sum(array.jobs.get(state, 0) for state in _FINAL), array.count, note)
 
 
 @app.command(name="list")
@@ -125,9 +141,9 @@ async def wait(*arrays: ArrayName, json: Json = False) -> int:
     """
     if not arrays:
         raise InvalidInput("no array is named", hint="as in deskgrid array wait 7")
+    numbers = [array_number(array) for array in arrays]
     async with connected() as grid:
-        with make_reporter(json) as reporter:
-            found = [await follow_array(grid, array_number(array), reporter) for array in arrays]
+        found = [await follow_array(grid, number, json=json) for number in numbers]
     if json:
         print_json(found)
     else:
@@ -145,8 +161,9 @@ async def cancel(*arrays: ArrayName, json: Json = False) -> None:
     """
     if not arrays:
         raise InvalidInput("no array is named", hint="as in deskgrid array cancel 7")
+    numbers = [array_number(array) for array in arrays]
     async with connected() as grid:
-        found = [await grid.cancel_array(array_number(array)) for array in arrays]
+        found = [await grid.cancel_array(number) for number in numbers]
     if json:
         print_json(found)
     else:
@@ -154,44 +171,68 @@ async def cancel(*arrays: ArrayName, json: Json = False) -> None:
 
 
 @app.command
-async def results(array: ArrayName, /, *, output: OutputFolder = None, json: Json = False) -> None:
-    """Fetch the results of an array's jobs, each into a folder named by its index; those that are there already are left alone.
+async def remove(*arrays: ArrayName, json: Json = False) -> None:
+    """Remove arrays that have ended, with all their jobs and results.
+
+    For example:
+
+        deskgrid array remove 7
+    """
+    if not arrays:
+        raise InvalidInput("no array is named", hint="as in deskgrid array remove 7")
+    numbers = [array_number(array) for array in arrays]
+    async with connected() as grid:
+        for number in numbers:
+            await grid.remove_array(number)
+    if json:
+        print_json({"removed": numbers})
+    else:
+        print_lines(*(f"removed array-{number}" for number in numbers))
+
+
+@app.command
+async def results(
+    array: ArrayName,
+    /,
+    *,
+    output: OutputFolder = None,
+    failed_too: Annotated[bool, Parameter(show_default=False)] = False,
+    by: str = "",
+    json: Json = False,
+) -> None:
+    """Fetch the results of an array's jobs, each into a folder of its own. What is there already is left alone, so that it can be done again.
+
+    What jobs answered with a value goes to values.jsonl.
 
     For example:
 
         deskgrid array results 7
-        deskgrid array results 7 -o out
+        deskgrid array results 7 -o out --by alpha
+        deskgrid array results 7 --failed-too
+
+    Parameters
+    ----------
+    failed_too
+        Also what failed jobs left.
+    by
+        Name the folders by this column of the table, not by index; with the index behind it if values are not all different.
     """
     array_id = array_number(array)
     folder = output or Path(f"results-array-{array_id}")
     async with connected() as grid:
-        with make_reporter(json) as reporter:
-            fetched = await fetch_results(grid, array_id, folder, reporter)
+        fetched = await fetch_results(grid, array_id, folder, failed_too=failed_too, by=by, json=json)
     if json:
-        print_json({"array": array_id, "folder": str(folder), "fetched": fetched})
+        print_json({"array": array_id, "folder": str(folder), "results": fetched})
     else:
         print_lines(str(folder))
 
 
-async def fetch_results(grid: Grid, array_id: ArrayId, folder: Path, reporter: Reporter) -> int:
-    """Fetch the results of an array into folders by index; return how many were fetched."""
-    phase = reporter.begin("fetch the results")
-    folder.mkdir(parents=True, exist_ok=True)
-    fetched, places = 0, asyncio.Semaphore(_AT_ONCE)
-
-    async def fetch(job: Job) -> None:
-        nonlocal fetched
-        try:
-            await grid.results(job.id, folder / str(job.index))
-        finally:
-            places.release()
-        fetched += 1
-        phase.note(f"{fetched:,}")
-
-    async with asyncio.TaskGroup() as tasks:
-        async for job in grid.jobs_of(array_id):
-            if job.result is not None and not (folder / str(job.index)).exists():
-                await places.acquire()  # so that a million jobs are not a million tasks
-                tasks.create_task(fetch(job))
-    reporter.end()
-    return fetched
+async def fetch_results(
+    grid: Grid, array_id: ArrayId, folder: Path, *, failed_too: bool = False, by: str = "", json: bool
+) -> ArrayResults:
+    """Fetch the results of an array into folders, showing how many are there."""
+    with counting("fetch the results", json) as count:
+        found = await grid.array_results(array_id, folder, failed_too=failed_too, by=by, progress=count.show)
+    if found.without and found.without != found.values and not json:
+        warn(f"{found.without - found.values:,} jobs have no result that could be fetched")
+    return found

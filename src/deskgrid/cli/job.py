@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
 from cyclopts import App, Parameter
 from msgspec import Struct
 
@@ -19,73 +17,25 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.follow import attempt_summary, decoder, follow_job, job_summary, stream_log
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, age, clean, make_reporter, print_json, print_lines, print_table, warn
 from deskgrid.cli.set import fetch_set, follow_set, set_code
-from deskgrid.client.jobfile import KEYS, JobFile, SetFile, read_file, read_job
-from deskgrid.client.submitting import submit_file, submit_set_file
+from deskgrid.cli.submission import NO_OPTIONS, JobOptions, Spec, read_any, read_wanted, submit_any, submit_job
+from deskgrid.client.jobfile import JobFile
+from deskgrid.client.jobfile_set import SetFile
 from deskgrid.errors import Conflict, InvalidInput
-from deskgrid.model.ids import JobId
-from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState
+from deskgrid.model.ids import ArrayId, JobId
+from deskgrid.model.jobs import Array, ArrayState, Job, JobState
 from deskgrid.model.wire import JobDetail, JobList, JobSet
-from deskgrid.settings import client_home
 from deskgrid.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from deskgrid.archive import UnpackReport
     from deskgrid.client.grid import Grid
 
-__all__ = ["JobOptions", "RunReport", "app", "finish_job", "read_wanted", "run", "submit_job", "tell_end"]
+__all__ = ["JobOptions", "RunReport", "app", "finish_job", "job_number", "read_wanted", "run", "submit_job", "tell_end"]
 
 app = App(default_parameter=NO_NEGATIVES, name="job", help="Submit and follow jobs.")
 
 _LAST_LINES = 10
 """Of stderr, shown with a job that failed."""
-
-
-def _key(name: str) -> Any:
-    doc = next(key.doc for key in KEYS if key.name == name)
-    return Parameter(help=doc.replace("`", "").replace(" Relative to the job file.", ""))
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class JobOptions:
-    """A job as options; each wins over the job file."""
-
-    disk: Annotated[str | None, _key("disk")] = None
-    context: Annotated[str | None, _key("context")] = None
-    name: Annotated[str | None, _key("name")] = None
-    kind: Annotated[str | None, _key("kind")] = None
-    memory: Annotated[str | None, _key("memory")] = None
-    cpus: Annotated[int | None, _key("cpus")] = None
-    scratch: Annotated[str | None, _key("scratch")] = None
-    network: Annotated[str | None, _key("network")] = None
-    offer: Annotated[tuple[str, ...] | None, _key("offer")] = None
-    reach: Annotated[tuple[str, ...] | None, _key("reach")] = None
-    share: Annotated[tuple[str, ...] | None, _key("share")] = None
-    reach_wait: Annotated[str | None, _key("reach_wait")] = None
-    ssh_keys: Annotated[tuple[str, ...] | None, _key("ssh_keys")] = None
-    wall_time: Annotated[str | None, _key("wall_time")] = None
-    boot_time: Annotated[str | None, _key("boot_time")] = None
-    attempts: Annotated[int | None, _key("attempts")] = None
-    max_lost: Annotated[int | None, _key("max_lost")] = None
-    max_suspend: Annotated[str | None, _key("max_suspend")] = None
-    processes: Annotated[int | None, _key("processes")] = None
-    file_size: Annotated[str | None, _key("file_size")] = None
-    app: Annotated[str | None, _key("app")] = None
-    command: Annotated[tuple[str, ...] | None, _key("command")] = None
-    environment: Annotated[tuple[str, ...] | None, _key("environment")] = None
-    fill: Annotated[tuple[str, ...] | None, _key("fill")] = None
-    group: Annotated[str | None, _key("group")] = None
-    priority: Annotated[int | None, _key("priority")] = None
-    after: Annotated[tuple[str, ...] | None, _key("after")] = None
-    after_end: Annotated[tuple[str, ...] | None, _key("after_end")] = None
-    retain: Annotated[str | None, _key("retain")] = None
-    platforms: Annotated[tuple[str, ...] | None, _key("platforms")] = None
-    need: Annotated[tuple[str, ...] | None, _key("need")] = None
-    on: Annotated[str | None, _key("on")] = None
-    warm: Annotated[bool | None, _key("warm")] = None
-    count: Annotated[int | None, _key("count")] = None
-    table: Annotated[str | None, _key("table")] = None
-    paths: Annotated[tuple[str, ...] | None, _key("paths")] = None
 
 
 class RunReport(Struct, frozen=True, kw_only=True):
@@ -96,16 +46,15 @@ class RunReport(Struct, frozen=True, kw_only=True):
     unpacked: UnpackReport | None
 
 
-_NO_OPTIONS = JobOptions()
-Spec = Annotated[Path | None, Parameter(help="Job file in TOML. Options win over it.")]
-JobNumber = Annotated[int, Parameter(help="Number of the job.")]
+JobName = Annotated[str, Parameter(help="Number of the job, as in 42 or job-42.")]
+JobOrArray = Annotated[str, Parameter(help="Number of the job, as in 42 or job-42, or an array, as in array-7.")]
 OutputFolder = Annotated[
     Path | None, Parameter(name=["--output", "-o"], help="Folder to make for the result; ./results-JOB by default.")
 ]
 
 
 @app.command
-async def submit(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, json: Json = False) -> None:
+async def submit(spec: Spec = None, /, *, options: JobOptions = NO_OPTIONS, json: Json = False) -> int:
     """Submit a job and print its number; of a file with [array] or several jobs that of the array or set, as in array-7.
 
     For example:
@@ -113,66 +62,25 @@ async def submit(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, jso
         deskgrid job submit hello.toml
         deskgrid job submit hello.toml --memory 1GiB
         deskgrid job submit --disk tiny --context context/ --wall-time 10m
+        deskgrid job submit sweep.toml --table parameters.csv
     """
     wanted = read_any(spec, options)
     async with connected() as grid:
-        with make_reporter(json) as reporter:
-            submitted = await submit_any(grid, wanted, reporter)
+        submitted = await submit_any(grid, wanted, json=json)
     if json:
         print_json(submitted)
     elif isinstance(submitted, Job):
         print_lines(str(submitted.id))
     else:
         print_lines(f"{'array' if isinstance(submitted, Array) else 'set'}-{submitted.id}")
+    if isinstance(submitted, Array) and submitted.state is ArrayState.CANCELLED:
+        if not json:
+            warn(array_summary(submitted))
+        return 1
+    return 0
 
 
-def read_any(spec: Path | None, options: JobOptions) -> JobFile | SetFile:
-    """Return the job, array or set of a file and options."""
-    return read_file(spec, dataclasses.asdict(options))
-
-
-async def submit_any(grid: Grid, wanted: JobFile | SetFile, reporter: Reporter) -> Job | Array | JobSet:
-    """Submit a job, an array or a set; an array is waited for until its jobs are there."""
-    phase = reporter.begin("submit")
-    if isinstance(wanted, SetFile):
-        return await submit_set_file(grid, wanted, progress=phase.done, prepare=with_own_key)
-    submitted = await submit_file(grid, wanted, progress=phase.done, prepare=with_own_key)
-    if isinstance(submitted, Array):
-        async for array in grid.array_changes(submitted.id):
-            if array.state is not ArrayState.FILLING:
-                return array
-            phase.note(f"{sum(array.jobs.values()):,} of {array.count:,} jobs")
-    return submitted
-
-
-def read_wanted(spec: Path | None, options: JobOptions) -> JobFile:
-    """Return the job of a file and options. One that offers ssh lets this user's own key in, unless it names keys."""
-    wanted = read_job(spec, dataclasses.asdict(options))
-    return msgspec.structs.replace(wanted, spec=with_own_key(wanted.spec))
-
-
-def with_own_key(spec: JobSpec) -> JobSpec:
-    """Return a spec that, if the job offers ssh and names no keys, lets this user's own key in."""
-    machine = spec.machine
-    if machine.ssh_keys or not any(offer.name == "ssh" for offer in machine.offer):
-        return spec
-    from deskgrid.client.sshkeys import ensure_ssh_key
-
-    _, public = ensure_ssh_key(client_home())
-    return msgspec.structs.replace(spec, machine=msgspec.structs.replace(machine, ssh_keys=(public,)))
-
-
-async def submit_job(grid: Grid, wanted: JobFile, reporter: Reporter) -> Job:
-    """Submit a job with its context. Raise InvalidInput for an array."""
-    if wanted.array is not None:
-        raise InvalidInput("this is an array of jobs", where="array", hint="deskgrid job submit, or deskgrid run")
-    phase = reporter.begin("submit the job")
-    submitted = await submit_file(grid, wanted, progress=phase.done)
-    assert isinstance(submitted, Job)
-    return submitted
-
-
-async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output: OutputFolder = None, json: Json = False) -> int:
+async def run(spec: Spec = None, /, *, options: JobOptions = NO_OPTIONS, output: OutputFolder = None, json: Json = False) -> int:
     """Submit a job (or an array, or a set), wait for it and fetch its result.
 
     The exit code is 0 if the job completed, or all of them, and 1 if not. Interrupted, the jobs themselves go on.
@@ -182,15 +90,15 @@ async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output
         deskgrid run hello.toml
         deskgrid run --disk tiny --context context/ -o out
         deskgrid run hello.toml --json | jq .folder
+        deskgrid run sweep.toml -o out
     """
     file = read_any(spec, options)
     _require_new(output)
     if isinstance(file, SetFile) or file.array is not None:
         return await _run_many(file, output, json=json)
-    wanted = read_wanted(spec, options)
     async with connected() as grid:
         with make_reporter(json) as reporter:
-            job = await submit_job(grid, wanted, reporter)
+            job = await submit_job(grid, file, reporter)
             with _told_that_it_goes_on(job.id):
                 folder = output or Path(f"results-{job.id}")
                 _require_new(folder)
@@ -206,27 +114,37 @@ async def run(spec: Spec = None, /, *, options: JobOptions = _NO_OPTIONS, output
 async def _run_many(file: JobFile | SetFile, output: Path | None, *, json: bool) -> int:
     """Submit an array or a set, wait for it and fetch all results."""
     async with connected() as grid:
-        with make_reporter(json) as reporter:
-            submitted = await submit_any(grid, file, reporter)
-            if isinstance(submitted, Array):
-                with _told_that_it_goes_on(submitted.id, "array"):
-                    folder = output or Path(f"results-array-{submitted.id}")
-                    ended = await follow_array(grid, submitted.id, reporter)
-                    await fetch_results(grid, submitted.id, folder, reporter)
-                report, code, lines = {"array": ended, "folder": str(folder)}, exit_code(ended), [array_summary(ended), str(folder)]
-            elif isinstance(submitted, JobSet):
-                with _told_that_it_goes_on(submitted.id, "set"):
-                    folder = output or Path(f"results-set-{submitted.id}")
-                    found = await follow_set(grid, submitted.id, reporter)
-                    await fetch_set(grid, found, folder, reporter)
-                report, code, lines = {"set": found, "folder": str(folder)}, set_code(found), [str(folder)]
-            else:
-                raise InvalidInput("this is one job")
+        submitted = await submit_any(grid, file, json=json)
+        if isinstance(submitted, Array):
+            return await _run_array(grid, submitted.id, output or Path(f"results-array-{submitted.id}"), json=json)
+        if isinstance(submitted, JobSet):
+            return await _run_set(grid, submitted, output or Path(f"results-set-{submitted.id}"), json=json)
+    raise InvalidInput("this is one job")
+
+
+async def _run_array(grid: Grid, array_id: ArrayId, folder: Path, *, json: bool) -> int:
+    with _told_that_it_goes_on(array_id, "array"):
+        _require_new(folder)
+        array = await follow_array(grid, array_id, json=json)
+        fetched = await fetch_results(grid, array_id, folder, json=json)
     if json:
-        print_json(report)
+        print_json({"array": array, "folder": str(folder), "results": fetched})
     else:
-        print_lines(*lines)
-    return code
+        warn(array_summary(array))
+        print_lines(str(folder))
+    return exit_code(array)
+
+
+async def _run_set(grid: Grid, submitted: JobSet, folder: Path, *, json: bool) -> int:
+    with _told_that_it_goes_on(submitted.id, "set"):
+        _require_new(folder)
+        found = await follow_set(grid, submitted.id, json=json)
+        await fetch_set(grid, found, folder, json=json)
+    if json:
+        print_json({"set": found, "folder": str(folder)})
+    else:
+        print_lines(str(folder))
+    return set_code(found)
 
 
 @contextmanager
@@ -334,18 +252,35 @@ async def list_(
     if json:
         print_json(found.jobs)
         return
-    _print_jobs(found)
+    if array:
+        _print_array_jobs(found)
+    else:
+        _print_jobs(found)
+    if found.more:
+        of = f"--array {array_number(array)} " if array else ""
+        warn(f"there are older ones: deskgrid job list {of}--before {found.jobs[-1].id}")
 
 
 def _print_jobs(found: JobList) -> None:
     rows = [(job.id, job.spec.name, job.owner, job.state.value, age(job.created_at), job.message) for job in found.jobs]
     print_table(("job", "name", "owner", "state", "submitted", "message"), rows, empty="no jobs")
-    if found.more:
-        warn(f"there are older ones: deskgrid job list --before {found.jobs[-1].id}")
+
+
+def _print_array_jobs(found: JobList) -> None:
+    rows = [(job.id, job.index, _parameters(job), job.state.value, _value(job), job.message) for job in found.jobs]
+    print_table(("job", "index", "parameters", "state", "value", "message"), rows, empty="no jobs")
+
+
+def _parameters(job: Job) -> str:
+    return ", ".join(f"{name}={value}" for name, value in job.parameters.items())
+
+
+def _value(job: Job) -> str:
+    return "" if job.value is None else job.value.decode(errors="replace")
 
 
 @app.command
-async def show(job: JobNumber, /, *, json: Json = False) -> None:
+async def show(job: JobName, /, *, json: Json = False) -> None:
     """Show a job with all its attempts.
 
     For example:
@@ -354,7 +289,7 @@ async def show(job: JobNumber, /, *, json: Json = False) -> None:
         deskgrid job show 42 --json | jq .attempts
     """
     async with connected() as grid:
-        detail = await grid.job(JobId(job))
+        detail = await grid.job(job_number(job))
     if json:
         print_json(detail)
     else:
@@ -363,17 +298,17 @@ async def show(job: JobNumber, /, *, json: Json = False) -> None:
 
 def _print_job(detail: JobDetail) -> None:
     job, machine = detail.job, detail.job.spec.machine
-    parameters = ", ".join(f"{name}={value}" for name, value in {"index": job.index, **job.parameters}.items())
+    parameters = f", {_parameters(job)}" if job.parameters else ""
     print_lines(
         job_summary(detail),
-        *([f"array      array-{job.array_id}, {parameters}"] if job.array_id is not None else []),
+        *([f"array      array-{job.array_id}, index {job.index}{parameters}"] if job.array_id is not None else []),
         f"name       {job.spec.name}, of {job.owner}, submitted {age(job.created_at)}",
         f"machine    {machine.kind.value}, {machine.cpus} CPUs, {format_size(machine.memory_bytes)} memory, "
         f"{format_size(machine.scratch_bytes)} scratch, network {machine.network.value}",
         f"disk       {f'{machine.disk} (sha256 {job.disk_sha256[:12]})' if job.disk_sha256 else 'none'}",
         f"wall time  {format_duration(job.spec.limits.wall_time_s)}",
         f"result     {'none' if job.result_bytes is None else format_size(job.result_bytes)}",
-        *([f"value      {job.value.decode(errors='replace')}"] if job.value is not None else []),
+        *([f"value      {_value(job)}"] if job.value is not None else []),
         "",
     )
     rows = [
@@ -391,52 +326,72 @@ def _or_dash(value: object) -> object:
     return "-" if value is None else value
 
 
+def job_number(name: str) -> JobId:
+    """Return the number in `42` or `job-42`. Raise InvalidInput."""
+    number = name.removeprefix("job-")
+    if not (number.isascii() and number.isdecimal()) or len(number) > 18:
+        raise InvalidInput(f"{name[:40]!r} is not a job", hint="as in 42 or job-42; deskgrid job list shows them")
+    return JobId(int(number))
+
+
+def _ids(names: tuple[str, ...]) -> list[tuple[JobId | None, ArrayId | None]]:
+    """Return what is named: each a job or an array. Raise InvalidInput."""
+    if not names:
+        raise InvalidInput("no job is named", hint="numbers of jobs, as deskgrid job list shows them")
+    return [(None, array_number(name)) if name.startswith("array-") else (job_number(name), None) for name in names]
+
+
 @app.command
-async def wait(*jobs: JobNumber, json: Json = False) -> int:
-    """Wait until jobs are final; the exit code is 0 if all completed.
+async def wait(*jobs: JobOrArray, json: Json = False) -> int:
+    """Wait until jobs (or all jobs of arrays) are final; the exit code is 0 if all completed.
 
     For example:
 
         deskgrid job wait 42
-        deskgrid job wait 42 43 44 && echo all good
+        deskgrid job wait 42 43 array-7 && echo all good
     """
-    _require_jobs(jobs)
+    ids = _ids(jobs)
     async with connected() as grid:
-        details = await grid.wait([JobId(job) for job in jobs])
+
+        async def ended(job_id: JobId | None, array_id: ArrayId | None) -> JobDetail | Array:
+            if array_id is not None:
+                return await grid.wait_array(array_id)
+            assert job_id is not None
+            return (await grid.wait([job_id]))[0]
+
+        found = await asyncio.gather(*(ended(*one) for one in ids))
     if json:
-        print_json(details)
+        print_json(found)
     else:
-        for detail in details:
-            print_lines(job_summary(detail))
-    return max(_code(detail) for detail in details)
-
-
-def _require_jobs(jobs: tuple[int, ...]) -> None:
-    if not jobs:
-        raise InvalidInput("no job is named", hint="numbers of jobs, as deskgrid job list shows them")
+        print_lines(*(array_summary(one) if isinstance(one, Array) else job_summary(one) for one in found))
+    return max(exit_code(one) if isinstance(one, Array) else _code(one) for one in found)
 
 
 @app.command
-async def cancel(*jobs: JobNumber, json: Json = False) -> None:
-    """Cancel jobs; those that are final stay as they are.
+async def cancel(*jobs: JobOrArray, json: Json = False) -> None:
+    """Cancel jobs, or what has not ended of arrays; what is final stays as it is.
 
     For example:
 
         deskgrid job cancel 42
-        deskgrid job cancel 42 43 44
+        deskgrid job cancel 42 43 array-7
     """
-    _require_jobs(jobs)
+    ids = _ids(jobs)
+    cancelled: list[Job | Array] = []
     async with connected() as grid:
-        cancelled = [await grid.cancel(JobId(job)) for job in jobs]
+        for job_id, array_id in ids:
+            if array_id is not None:
+                cancelled.append(await grid.cancel_array(array_id))
+            elif job_id is not None:
+                cancelled.append(await grid.cancel(job_id))
     if json:
         print_json(cancelled)
     else:
-        for job in cancelled:
-            print_lines(f"job {job.id}: {job.state.value}")
+        print_lines(*(array_summary(one) if isinstance(one, Array) else f"job {one.id}: {one.state.value}" for one in cancelled))
 
 
 @app.command
-async def remove(*jobs: JobNumber, json: Json = False) -> None:
+async def remove(*jobs: JobName, json: Json = False) -> None:
     """Remove jobs that have ended, with their results and all that was kept of them.
 
     For example:
@@ -444,19 +399,21 @@ async def remove(*jobs: JobNumber, json: Json = False) -> None:
         deskgrid job remove 42
         deskgrid job remove 42 43 44
     """
-    _require_jobs(jobs)
+    if not jobs:
+        raise InvalidInput("no job is named", hint="numbers of jobs, as deskgrid job list shows them")
+    numbers = [job_number(job) for job in jobs]
     async with connected() as grid:
-        for job in jobs:
-            await grid.remove_job(JobId(job))
+        for number in numbers:
+            await grid.remove_job(number)
     if json:
-        print_json({"removed": jobs})
+        print_json({"removed": numbers})
     else:
-        print_lines(*(f"removed job {job}" for job in jobs))
+        print_lines(*(f"removed job {number}" for number in numbers))
 
 
 @app.command
 async def logs(
-    job: JobNumber,
+    job: JobName,
     /,
     *,
     follow: Annotated[bool, Parameter(name=["--follow", "-f"], show_default=False)] = False,
@@ -486,14 +443,15 @@ async def logs(
     """
     if stderr and console:
         raise InvalidInput("--stderr and --console exclude each other", hint="ask for one after the other")
+    number = job_number(job)
     stream: Literal["stdout", "stderr", "console"] = "stderr" if stderr else "console" if console else "stdout"
     async with connected() as grid:
         if not json:
-            await _print_log(grid, JobId(job), stream, attempt, follow)
+            await _print_log(grid, number, stream, attempt, follow)
             return
-        pieces = [chunk async for chunk in stream_log(grid, JobId(job), stream=stream, attempt=attempt, follow=follow)]
+        pieces = [chunk async for chunk in stream_log(grid, number, stream=stream, attempt=attempt, follow=follow)]
     text = b"".join(chunk.data for chunk in pieces).decode(errors="replace")
-    print_json({"job": job, "attempt": pieces[-1].number if pieces else attempt, "stream": stream, "text": text})
+    print_json({"job": number, "attempt": pieces[-1].number if pieces else attempt, "stream": stream, "text": text})
 
 
 async def _print_log(grid: Grid, job_id: JobId, stream: str, attempt: int | None, follow: bool) -> None:
@@ -516,7 +474,7 @@ async def _print_log(grid: Grid, job_id: JobId, stream: str, attempt: int | None
 
 
 @app.command
-async def results(job: JobNumber, /, *, output: OutputFolder = None, json: Json = False) -> None:
+async def results(job: JobName, /, *, output: OutputFolder = None, json: Json = False) -> None:
     """Fetch a job's result into a new folder.
 
     For example:
@@ -524,12 +482,13 @@ async def results(job: JobNumber, /, *, output: OutputFolder = None, json: Json 
         deskgrid job results 42
         deskgrid job results 42 -o out
     """
-    folder = output or Path(f"results-{job}")
+    number = job_number(job)
+    folder = output or Path(f"results-{number}")
     _require_new(folder)
     async with connected() as grid:
-        detail = await grid.job(JobId(job))
+        detail = await grid.job(number)
         if detail.job.result is None:
-            raise Conflict(f"{job_summary(detail)}; it has no result", hint=f"deskgrid job show {job}")
+            raise Conflict(f"{job_summary(detail)}; it has no result", hint=f"deskgrid job show {number}")
         with make_reporter(json) as reporter:
             unpacked = await _fetch(grid, detail, folder, reporter)
             reporter.end()

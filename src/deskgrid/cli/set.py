@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,13 +12,17 @@ from cyclopts import App, Parameter
 
 from deskgrid.cli.array import array_summary, exit_code, fetch_results
 from deskgrid.cli.connection import connected
-from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, age, make_reporter, print_json, print_lines, print_table, warn
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, clean, make_reporter, print_json, print_lines, print_table, warn
+from deskgrid.cli.submission import submit_set
+from deskgrid.client.jobfile_set import read_set
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import SetId
 from deskgrid.model.jobs import JobState
 from deskgrid.model.wire import JobSet, MemberState
 
 if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
     from deskgrid.client.grid import Grid
 
 __all__ = ["app", "fetch_set", "follow_set", "print_set", "set_code"]
@@ -31,8 +38,8 @@ OutputFolder = Annotated[
 def set_number(name: str) -> SetId:
     """Return the number in `3` or `set-3`. Raise InvalidInput."""
     number = name.removeprefix("set-")
-    if not number.isdecimal() or len(number) > 18:
-        raise InvalidInput(f"{name!r} is not a set", hint="as in 3 or set-3; deskgrid set list shows them")
+    if not (number.isascii() and number.isdecimal()) or len(number) > 18:
+        raise InvalidInput(f"{name[:40]!r} is not a set", hint="as in 3 or set-3; deskgrid set list shows them")
     return SetId(int(number))
 
 
@@ -56,25 +63,86 @@ def _stands(member: MemberState) -> tuple[str, str, str]:
     return member.name, f"job-{member.job.id}", f"{member.job.state.value}{message}"
 
 
+_COLUMNS = ("member", "is", "state")
+
+
 def print_set(found: JobSet) -> None:
     """Print a set with its members."""
+    print_lines(_title(found))
+    print_table(_COLUMNS, [_stands(member) for member in found.members], empty="no members")
+
+
+def _title(found: JobSet) -> str:
     waits = f", waits for {found.waits_for}" if found.waits_for else ""
-    print_lines(f"set-{found.id} {found.name}, of {found.owner}, submitted {age(found.created_at)}{waits}")
-    print_table(("member", "is", "state"), [_stands(member) for member in found.members], empty="no members")
+    return f"set-{found.id} {found.name}, of {found.owner}, submitted {age(found.created_at)}{waits}"
 
 
-async def follow_set(grid: Grid, set_id: SetId, reporter: Reporter) -> JobSet:
-    """Tell what changes in a set until all of it has ended."""
-    told: dict[str, str] = {}
-    phase = reporter.begin("run the set")
-    async for found in grid.set_changes(set_id):
-        phase.note(f"waits for {found.waits_for}" if found.waits_for else "")
-        for name, _, state in map(_stands, found.members):
-            if told.get(name) != state:
-                told[name] = state
-                reporter.say(f"{name}: {state}")
-    reporter.end()
+async def follow_set(grid: Grid, set_id: SetId, *, json: bool) -> JobSet:
+    """Show how the members of a set come along until all of it has ended: a table on a terminal, what changes elsewhere."""
+    with _watching(json) as show:
+        async for found in grid.set_changes(set_id):
+            show(found)
     return found
+
+
+@contextmanager
+def _watching(json: bool) -> Iterator[Callable[[JobSet], None]]:
+    if json:
+        yield lambda found: None
+    elif not sys.stderr.isatty():
+        yield _Changes().tell
+    else:
+        from rich.console import Console
+        from rich.live import Live
+
+        with Live(console=Console(stderr=True), auto_refresh=False) as live:
+            yield lambda found: live.update(_drawn(found), refresh=True)
+
+
+class _Changes:
+    """Tells what changes, a line each."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, str] = {}
+
+    def tell(self, found: JobSet) -> None:
+        waits = f"waits for {found.waits_for}" if found.waits_for else ""
+        for name, state in (("the set", waits), *((name, state) for name, _, state in map(_stands, found.members))):
+            if self._told.get(name, "") != state:
+                self._told[name] = state
+                warn(f"{name}: {state or 'goes on'}")
+
+
+def _drawn(found: JobSet) -> RichTable:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        *_COLUMNS, title=Text(clean(_title(found))), title_justify="left", box=SIMPLE_HEAD, header_style="bold", pad_edge=False
+    )
+    for member in found.members:
+        table.add_row(*(Text(clean(cell)) for cell in _stands(member)))  # Text: brackets in a name are no markup
+    return table
+
+
+@app.command
+async def submit(
+    spec: Annotated[Path, Parameter(help="File with [job.NAME] for each job of the set.")], /, *, json: Json = False
+) -> None:
+    """Submit the jobs of a file together, all or none, and print the set's number, as in set-3.
+
+    For example:
+
+        deskgrid set submit service.toml
+    """
+    wanted = read_set(spec)
+    async with connected() as grid:
+        submitted = await submit_set(grid, wanted, json=json)
+    if json:
+        print_json(submitted)
+    else:
+        print_lines(f"set-{submitted.id}")
 
 
 @app.command(name="list")
@@ -130,8 +198,7 @@ async def wait(number: SetName, /, *, json: Json = False) -> int:
         deskgrid set wait 3
     """
     async with connected() as grid:
-        with make_reporter(json) as reporter:
-            found = await follow_set(grid, set_number(number), reporter)
+        found = await follow_set(grid, set_number(number), json=json)
     if json:
         print_json(found)
     else:
@@ -166,22 +233,21 @@ async def results(number: SetName, /, *, output: OutputFolder = None, json: Json
     set_id = set_number(number)
     folder = output or Path(f"results-set-{set_id}")
     async with connected() as grid:
-        with make_reporter(json) as reporter:
-            await fetch_set(grid, await grid.job_set(set_id), folder, reporter)
+        await fetch_set(grid, await grid.job_set(set_id), folder, json=json)
     if json:
         print_json({"set": set_id, "folder": str(folder)})
     else:
         print_lines(str(folder))
 
 
-async def fetch_set(grid: Grid, found: JobSet, folder: Path, reporter: Reporter) -> None:
+async def fetch_set(grid: Grid, found: JobSet, folder: Path, *, json: bool) -> None:
     """Fetch what there is of results of a set, each member's into its own folder; what is there already is left alone."""
     folder.mkdir(parents=True, exist_ok=True)
     for member in found.members:
         place = folder / member.name
         if member.array is not None:
-            await fetch_results(grid, member.array.id, place, reporter)
+            await fetch_results(grid, member.array.id, place, json=json)
         elif member.job is not None and member.job.result is not None and not place.exists():
-            phase = reporter.begin(f"fetch the result of {member.name}", member.job.result_bytes)
-            await grid.results(member.job.id, place, phase.done)
-    reporter.end()
+            with make_reporter(json) as reporter:
+                phase = reporter.begin(f"fetch the result of {member.name}", member.job.result_bytes)
+                await grid.results_of(member.job, place, phase.done)

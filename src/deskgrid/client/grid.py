@@ -17,11 +17,14 @@ from types import TracebackType
 from typing import Any
 
 from deskgrid import archive
-from deskgrid.client.tables import write_table
-from deskgrid.client.transport import Credentials, Transport, fetch_authority
+from deskgrid.client.arrays import ArrayResults, fetch_results
+from deskgrid.client.entering import join, join_hub, login, make_link
+from deskgrid.client.tables import write_rows, write_table
+from deskgrid.client.transport import Credentials, Transport
+from deskgrid.client.watching import until_ended
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.errors import Conflict, InvalidInput
-from deskgrid.link import Link, hash_secret, make_secret
+from deskgrid.link import Link
 from deskgrid.model import wire
 from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
@@ -34,35 +37,14 @@ from deskgrid.model.workers import Worker
 __all__ = ["Grid", "describe_file", "join", "join_hub", "login"]
 
 Progress = Callable[[int], None]
-_HOLD_S = 20.0
 
 
-async def login(link: Link, label: str = "") -> Credentials:
-    """Exchange a login link for credentials. Raise Unauthenticated if its secret was used or has expired."""
-    found = await fetch_authority(link)
-    async with Transport(found) as transport:
-        token = make_secret()
-        request = wire.LoginRequest(secret=link.secret, token_hash=Sha256(hash_secret(token)), label=label)
-        answer = await transport.call(wire.LOGIN, request)
-    return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=answer.user.name)
+def _job_ended(detail: wire.JobDetail) -> bool:
+    return detail.job.state in FINAL_JOB_STATES
 
 
-async def join(link: Link, name: str) -> Credentials:
-    """Exchange a join link for a worker's credentials. Raise Unauthenticated if its secret is used up or has expired."""
-    found = await fetch_authority(link)
-    async with Transport(found) as transport:
-        token = make_secret()
-        await transport.call(wire.JOIN, wire.JoinRequest(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token))))
-    return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
-
-
-async def join_hub(link: Link, name: str) -> Credentials:
-    """Exchange a hub link for a hub's credentials. Raise Unauthenticated if its secret is used up or has expired."""
-    found = await fetch_authority(link)
-    async with Transport(found) as transport:
-        token = make_secret()
-        await transport.call(wire.JOIN_HUB, wire.JoinHub(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token))))
-    return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
+def _array_ended(array: Array) -> bool:
+    return array.state in (ArrayState.ENDED, ArrayState.CANCELLED)
 
 
 def describe_file(file: Path) -> Blob:
@@ -122,15 +104,8 @@ class Grid:
 
     async def changes(self, job_id: JobId) -> AsyncIterator[wire.JobDetail]:
         """Yield a job now and whenever it changed, until it is final."""
-        detail = await self.job(job_id)
-        while True:
+        async for detail in until_ended(self.transport, wire.GET_JOB, {"job": job_id}, wire.change_mark, _job_ended):
             yield detail
-            if detail.job.state in FINAL_JOB_STATES:
-                return
-            query: dict[str, object] = {"seen": wire.change_mark(detail)}
-            seen = detail
-            while wire.change_mark(detail) == wire.change_mark(seen):
-                detail = await self.transport.call(wire.GET_JOB, path={"job": job_id}, query=query, wait_s=_HOLD_S)
 
     async def wait(self, job_ids: Iterable[JobId]) -> list[wire.JobDetail]:
         """Return the jobs once all are final."""
@@ -160,9 +135,12 @@ class Grid:
 
     async def results(self, job_id: JobId, destination: Path, progress: Progress | None = None) -> archive.UnpackReport:
         """Fetch and unpack a job's result into a new folder, whole or not at all. Raise Conflict if there is none (yet)."""
-        job = (await self.job(job_id)).job
+        return await self.results_of((await self.job(job_id)).job, destination, progress)
+
+    async def results_of(self, job: Job, destination: Path, progress: Progress | None = None) -> archive.UnpackReport:
+        """Fetch the result of a job whose state is known already, as `results` does."""
         if job.result is None or job.result_bytes is None:
-            raise Conflict(f"job {job_id} is {job.state} and has no result", hint=f"deskgrid job wait {job_id}")
+            raise Conflict(f"job {job.id} is {job.state} and has no result", hint=f"deskgrid job wait {job.id}")
         with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
             packed = Path(folder) / "result.tar.zst"
             await self.transport.download(Blob(sha256=job.result, size_bytes=job.result_bytes), packed, progress)
@@ -175,11 +153,11 @@ class Grid:
         spec: JobSpec,
         *,
         count: int = 0,
-        table: Path | None = None,
+        table: Path | Iterable[Mapping[str, object]] | None = None,
         context: Path | None = None,
         progress: Progress | None = None,
     ) -> Array:
-        """Submit many jobs of one spec in one call: `count` of them, or one for each line of a CSV file.
+        """Submit many jobs of one spec in one call: `count` of them, or one for each line of a CSV file, or for each row (names and values).
 
         Returns once the server has stored it durably; the jobs are made from then on. Raise InvalidInput with file and line.
         """
@@ -190,11 +168,19 @@ class Grid:
         request = wire.SubmitArray(spec=spec, count=found, context=blob, table=rows, names=names)
         return await self.transport.call(wire.SUBMIT_ARRAY, request)
 
-    async def send_table(self, table: Path, progress: Progress | None = None) -> tuple[Blob, int, tuple[str, ...]]:
-        """Upload a CSV file as a table of parameters; return its blob, how many lines it has, and the names of its columns."""
+    async def send_table(
+        self, table: Path | Iterable[Mapping[str, object]], progress: Progress | None = None, reading: Progress | None = None
+    ) -> tuple[Blob, int, tuple[str, ...]]:
+        """Upload a CSV file, or rows, as a table of parameters; return its blob, how many lines it has, and the names of the columns.
+
+        `reading` gets the bytes of the file read, `progress` those sent. Raise InvalidInput with file and line.
+        """
         with tempfile.TemporaryDirectory(prefix="deskgrid-") as place:
             lines = Path(place) / "table"
-            count, names = await asyncio.to_thread(write_table, table, lines)
+            if isinstance(table, Path):
+                count, names = await asyncio.to_thread(write_table, table, lines, reading)
+            else:
+                count, names = await asyncio.to_thread(write_rows, table, lines)
             return await self._send(lines, progress), count, names
 
     async def array(self, array_id: ArrayId) -> Array:
@@ -208,14 +194,8 @@ class Grid:
 
     async def array_changes(self, array_id: ArrayId) -> AsyncIterator[Array]:
         """Yield an array now and whenever its counts changed, until it has ended."""
-        found = await self.array(array_id)
-        while True:
+        async for found in until_ended(self.transport, wire.GET_ARRAY, {"array": array_id}, wire.array_mark, _array_ended):
             yield found
-            if found.state in (ArrayState.ENDED, ArrayState.CANCELLED):
-                return
-            mark = wire.array_mark(found)
-            while wire.array_mark(found) == mark:
-                found = await self.transport.call(wire.GET_ARRAY, path={"array": array_id}, query={"seen": mark}, wait_s=_HOLD_S)
 
     async def wait_array(self, array_id: ArrayId) -> Array:
         """Return an array once it has ended."""
@@ -226,6 +206,25 @@ class Grid:
     async def cancel_array(self, array_id: ArrayId) -> Array:
         """Cancel what has not ended of an array."""
         return await self.transport.call(wire.CANCEL_ARRAY, path={"array": array_id})
+
+    async def remove_array(self, array_id: ArrayId) -> None:
+        """Remove an array that has ended, with its results. Raise Conflict if it has not."""
+        await self.transport.call(wire.REMOVE_ARRAY, path={"array": array_id})
+
+    async def array_results(
+        self,
+        array_id: ArrayId,
+        folder: Path,
+        *,
+        failed_too: bool = False,
+        by: str = "",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ArrayResults:
+        """Fetch the results of an array's jobs into folders named by index or by a column's value; what is there is left alone.
+
+        `progress` gets how many jobs are done with, and of how many. Values that jobs answered go to values.jsonl.
+        """
+        return await fetch_results(self, array_id, folder, failed_too=failed_too, by=by, progress=progress)
 
     async def jobs_of(self, array_id: ArrayId, *, state: JobState | None = None) -> AsyncIterator[Job]:
         """Yield the jobs of an array, the last first."""
@@ -254,14 +253,14 @@ class Grid:
 
     async def set_changes(self, set_id: SetId) -> AsyncIterator[wire.JobSet]:
         """Yield a set now and whenever a member of it changed, until all have ended."""
-        found = await self.job_set(set_id)
-        while True:
+        async for found in until_ended(self.transport, wire.GET_SET, {"set": set_id}, wire.set_mark, wire.set_ended):
             yield found
-            if wire.set_ended(found):
-                return
-            mark = wire.set_mark(found)
-            while wire.set_mark(found) == mark:
-                found = await self.transport.call(wire.GET_SET, path={"set": set_id}, query={"seen": mark}, wait_s=_HOLD_S)
+
+    async def wait_set(self, set_id: SetId) -> wire.JobSet:
+        """Return a set once all of it has ended."""
+        async for found in self.set_changes(set_id):
+            last = found
+        return last
 
     async def cancel_set(self, set_id: SetId) -> wire.JobSet:
         """Cancel all that has not ended of a set."""
@@ -355,28 +354,15 @@ class Grid:
 
     async def login_link(self, user: str, *, lifetime_s: float = 7 * 86400.0) -> Link:
         """Make a one-use link by which a user logs in (admins)."""
-        secret = make_secret()
-        request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s)
-        await self.transport.call(wire.ADD_LOGIN_SECRET, request, path={"user": user})
-        return self._link("login", secret)
+        return await make_link(self.transport, "login", wire.ADD_LOGIN_SECRET, lifetime_s=lifetime_s, path={"user": user})
 
     async def join_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> Link:
         """Make a link by which `uses` PCs may join (admins)."""
-        secret = make_secret()
-        request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses)
-        await self.transport.call(wire.ADD_JOIN_SECRET, request)
-        return self._link("join", secret)
+        return await make_link(self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses)
 
     async def hub_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> Link:
         """Make a link by which `uses` machines may become hubs (admins)."""
-        secret = make_secret()
-        request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses)
-        await self.transport.call(wire.ADD_HUB_SECRET, request)
-        return self._link("hub", secret)
-
-    def _link(self, purpose: str, secret: str) -> Link:
-        credentials = self.transport.credentials
-        return Link(purpose=purpose, address=credentials.address, authority=credentials.authority, secret=secret)
+        return await make_link(self.transport, "hub", wire.ADD_HUB_SECRET, lifetime_s=lifetime_s, uses=uses)
 
     # The overlay
 

@@ -383,7 +383,10 @@ class Agent:
             if wake.changed:
                 self._note_change()
                 await self._synced.wait()
-                await self._clock.sleep(_WAKE_GAP_S if self._free().cpus else _BUSY_WAKE_GAP_S)
+                if self._free().cpus:
+                    await self._clock.sleep(_WAKE_GAP_S)
+                else:  # the next call may already tell that there is a place again
+                    await wait_for_event(self._synced, self._clock, _BUSY_WAKE_GAP_S)
 
     def _note_change(self) -> None:
         self._change.set()

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,8 +20,9 @@ from deskgrid.client.grid import Grid, describe_file
 from deskgrid.client.transport import Credentials, Transport
 from deskgrid.model import wire
 from deskgrid.model.jobs import AttemptState
-from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
+from deskgrid.model.machines import DriverName, Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile
+from deskgrid.server.chores import do_chores_forever
 from deskgrid.server.setup import make_login_link
 from deskgrid.testing.grids import TestGrid, running_grid
 from deskgrid.units import GIB
@@ -73,12 +75,15 @@ class Server:
         self._thread.start()
         self._running = running_grid(home)
         self.grid: TestGrid = self.do(self._running.__aenter__())
+        chores = do_chores_forever(self.grid.services, Random(1))
+        self._chores = asyncio.run_coroutine_threadsafe(chores, self._loop)
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run something on the server's loop and return what it gives."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def stop(self) -> None:
+        self._chores.cancel()
         self.do(self._running.__aexit__(None, None, None))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -129,7 +134,9 @@ class Worker:
         self._server, self._folder = server, folder
         self._credentials: Credentials = server.do(server.grid.worker("lab-7"))
         lent = Capacity(cpus=2, memory_bytes=2 * GIB, disk_bytes=20 * GIB)
-        driver = Fingerprint(driver=DriverName.FAKE, kinds=(MachineKind.VM,), usable=True, accelerator="none")
+        driver = Fingerprint(
+            driver=DriverName.FAKE, kinds=tuple(MachineKind), usable=True, networks=tuple(Network), accelerator="none"
+        )
         self._profile = Profile(os="linux", arch="x86_64", drivers=(driver,), lent=lent, version="test")
 
     def sync(self, *reports: AttemptReport) -> wire.SyncAnswer:
@@ -164,6 +171,13 @@ class Worker:
     def succeed(self, work: Assignment, files: dict[str, str]) -> None:
         """End an attempt with a result."""
         self._end(work, AttemptState.SUCCEEDED, exit_code=0, files=files)
+
+    def answer(self, count: int, value: Callable[[int], bytes]) -> None:
+        """Do jobs of a warm program, whose value for an index is what is asked here."""
+        for _ in range(count):
+            work = self.take()
+            answer = value(work.index)
+            self.sync(AttemptReport(attempt_id=work.attempt_id, state=AttemptState.SUCCEEDED, exit_code=0, value=answer))
 
     def fail(self, work: Assignment, reason: str) -> None:
         self._end(work, AttemptState.FAILED, exit_code=3, reason=reason, files={})

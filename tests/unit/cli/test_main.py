@@ -51,8 +51,8 @@ def test_the_commands_are_those_that_the_documentation_promises():
         disk.build disk.publish disk.list
         data.put data.get data.list data.show data.remove
         job.submit job.list job.show job.wait job.logs job.results job.cancel job.remove
-        array.list array.show array.wait array.cancel array.results
-        set.list set.show set.wait set.cancel set.results
+        array.list array.show array.wait array.cancel array.remove array.results
+        set.submit set.list set.show set.wait set.cancel set.results
         app.publish app.list app.show app.remove
     """
     assert {".".join(path) for path in PRINTING} == set(wanted.split())
@@ -183,7 +183,7 @@ def test_reader_that_goes_away_is_no_traceback(tmp_path: Path):
 
 
 def test_options_of_a_job_are_the_keys_of_a_job_file():
-    assert set(JobOptions.__dataclass_fields__) == {key.name for key in KEYS}
+    assert set(JobOptions.__dataclass_fields__) == {key.given for key in KEYS}
 
 
 def test_main_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from deskgrid.client.jobfile import KEYS, JobFile, job_from_options, parse_job, read_job, spec_reference
+from deskgrid.client.jobfile import (
+    KEYS,
+    ArrayPart,
+    JobFile,
+    job_from_options,
+    parse_defaults,
+    parse_job,
+    read_job,
+    spec_reference,
+    with_defaults,
+)
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import MachineKind, Network
@@ -19,6 +29,13 @@ from deskgrid.units import GIB, MIB
 NET = '[machine]\ndisk = "t"\nnetwork = "overlay"\n'
 WHOLE = """
 name = "hello"
+command = ["/context/run", "-n", "{not filled in}"]
+environment = { SEED = "7" }
+group = "hep"
+priority = 3
+after = ["job-41", "array-3"]
+after_end = ["job-40"]
+retain = "1d"
 [machine]
 kind = "vm"
 disk = "tiny"             # name, name@version or sha256
@@ -32,12 +49,17 @@ share = ["group:hep"]
 reach = { db = "db.job-41:5432", site = "web.user:8000", grid = "api.server" }
 reach_wait = "1m"
 ssh_keys = ["ssh-ed25519 AAAA ann"]
+platforms = ["linux-x86_64"]
+need = ["root-6.30"]
+on = "worker:7"
 [limits]
 wall_time = "10m"
 boot_time = "1m30s"
 attempts = 2
 max_lost = 5
 max_suspend = "1d"
+processes = 10
+file_size = "1MiB"
 [results]
 paths = ["out/**", "*.root"]
 """
@@ -62,9 +84,25 @@ def test_every_key_is_read(tmp_path: Path):
         ),
         reach_wait_s=60.0,
         ssh_keys=("ssh-ed25519 AAAA ann",),
+        platforms=("linux-x86_64",),
+        need=("root-6.30",),
+        on="worker:7",
     )
-    limits = Limits(wall_time_s=600, boot_time_s=90, attempts=2, max_lost=5, max_suspend_s=86400)
-    assert job.spec == JobSpec(name="hello", machine=machine, limits=limits, results=Results(paths=("out/**", "*.root")))
+    limits = Limits(wall_time_s=600, boot_time_s=90, attempts=2, max_lost=5, max_suspend_s=86400, processes=10, file_bytes=MIB)
+    assert job.spec == JobSpec(
+        name="hello",
+        command=("/context/run", "-n", "{not filled in}"),
+        environment=(("SEED", "7"),),
+        group="hep",
+        priority=3,
+        after=("job-41", "array-3"),
+        after_end=("job-40",),
+        retain_s=86400,
+        machine=machine,
+        limits=limits,
+        results=Results(paths=("out/**", "*.root")),
+    )
+    assert job.array is None
     assert job.context == tmp_path / "context"
 
 
@@ -130,6 +168,23 @@ def test_a_disk_is_enough_and_the_rest_has_defaults():
         (NET + '[machine.reach]\nDB = "a.user:1"', "job.toml:5: reach: 'DB' is not a name for a service"),
         (NET + '\noffer = ["a:1"]\nshare = ["hep"]', "job.toml:6: share: 'hep' is nobody to share with (group:NAME,"),
         (NET + 'reach_wait = "2d"', "job.toml:4: reach_wait: 172800.0 is out of bounds (0 to"),
+        ('after = [41]\nmachine.disk = "t"', 'job.toml:1: after: 41 may be a job or an array ("job-41" or "array-41")'),
+        ('after_end = ["41"]\nmachine.disk = "t"', "job.toml:1: after_end: 41 may be a job or an array"),
+        ('machine.disk = "t"\nafter = ["jbo-41"]', "job.toml:2: after: 'jbo-41' is neither a job nor an array (as in job-41"),
+        ('machine.disk = "t"\n[environment]\nA = 1', "job.toml:3: environment: 1 is not a text"),
+        ('machine.disk = "t"\n[environment]\n"A B" = "1"', "job.toml:2: environment: 'A B' is not a variable"),
+        ('machine.kind = "process"\nmachine.disk = "t"', "job.toml:2: disk: a process has no disk"),
+        ('[machine]\nkind = "process"\nwarm = true', "job.toml:1: command: a warm program is a command"),
+        ('[machine]\ndisk = "t"\nwarm = true', "job.toml:3: warm: only a process"),
+        ('[machine]\ndisk = "t"\nplatforms = ["amiga"]', "job.toml:3: platforms: 'amiga' will not do"),
+        ('[machine]\ndisk = "t"\non = "lab"', "job.toml:3: on: 'lab' is neither a worker nor a group"),
+        ('machine.disk = "t"\nfill = ["a"]', "job.toml:2: only in an array is something filled in"),
+        ('machine.disk = "t"\n[array]\ncount = 0', "job.toml:3: an array of 0 jobs"),
+        ('machine.disk = "t"\n[array]\ntable = "gone.csv"', "job.toml:3: there is no file"),
+        ('command = ["a", "{b}"]\nmachine.disk = "t"\narray.count = 2', "job.toml:1: nothing fills in {b} (one of index;"),
+        ('command = ["a", "{"]\nmachine.disk = "t"\narray.count = 2', "job.toml:1: a single { near '{' (write {{ or }}"),
+        ('machine.disk = "t"\narray.count = 2\n[environment]\nA = "{index}"\nB = "{c}"', "job.toml:5: nothing fills in {c}"),
+        (NET + 'reach = { db = "db.store.set:5" }', "job.toml:4: reach: db.store.set is of a set (only jobs of the same set"),
         (NET + 'ssh_keys = ["a\\nb"]', "job.toml:4: ssh_keys: at most 20 lines as in authorized_keys"),
     ],
 )
@@ -161,6 +216,108 @@ def test_context_of_a_file_is_beside_it_and_of_an_option_is_here(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     assert read_job(file).context == tmp_path / "there" / "files"
     assert read_job(file, {"context": "here"}).context == Path("here")
+
+
+SWEEP = """
+command = ["/context/run", "{alpha}", "{index}", "{{literal}}"]
+fill = ["params.txt"]
+[machine]
+disk = "tiny"
+context = "context"
+[array]
+table = "params.csv"
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "params.txt").write_text("alpha = {alpha}\nbeta = {beta}\n")
+    (tmp_path / "params.csv").write_text("alpha,beta\n1,2\n3,4\n")
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    return tmp_path / "sweep.toml"
+
+
+def test_an_array_has_its_table_beside_the_file_and_the_columns_fill_in(sweep: Path):
+    assert read_job(sweep).array == ArrayPart(table=sweep.parent / "params.csv", names=("alpha", "beta"))
+    assert read_job(None, {"disk": "t", "array": 1000}).array == ArrayPart(count=1000)
+
+
+def test_array_and_table_as_options_are_named_in_mistakes(sweep: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(sweep.parent)
+    assert read_job(None, {"disk": "t", "table": "params.csv", "command": ("{beta}",)}).array is not None
+    with pytest.raises(InvalidInput, match=r"^--array: an array of 0 jobs"):
+        read_job(None, {"disk": "t", "array": 0})
+    with pytest.raises(InvalidInput, match=r"^--command: nothing fills in {gamma} \(one of alpha, beta, index"):
+        read_job(None, {"disk": "t", "table": "params.csv", "command": ("{gamma}",)})
+    with pytest.raises(InvalidInput, match=r"^--environment: nothing fills in {gamma}"):
+        read_job(None, {"disk": "t", "array": 2, "environment": ("A={gamma}",)})
+    with pytest.raises(InvalidInput, match=r"^--after: 7 may be a job or an array"):
+        read_job(None, {"disk": "t", "after": ("7",)})
+
+
+def test_a_name_that_nothing_fills_in_is_told_with_its_line_in_the_files_of_the_context(sweep: Path):
+    file = sweep.parent / "context" / "params.txt"
+    file.write_text("alpha = {alpha}\nbeta = {bate}\n")
+    with pytest.raises(InvalidInput, match=r"context/params\.txt:2: nothing fills in {bate} \(one of alpha, beta, index"):
+        read_job(sweep)
+    for content, message in ((b"\xe9", "not a text in UTF-8"), (bytes(2 << 20), "too large"), (None, "there is no file")):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(InvalidInput, match=rf"sweep\.toml:3: .*{message}"):
+            read_job(sweep)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "link", "", ".", "a\\u0000b", "n" * 300])
+def test_only_files_of_the_context_are_filled_in(sweep: Path, name: str):
+    (sweep.parent / "secret").write_text("x")
+    (sweep.parent / "context" / "link").symlink_to(sweep.parent / "secret")
+    sweep.write_text(SWEEP.replace("params.txt", name))
+    with pytest.raises(InvalidInput, match=r"sweep\.toml:3: "):
+        read_job(sweep)
+
+
+def test_nothing_is_filled_in_for_a_warm_program(tmp_path: Path):
+    text = 'command = ["serve", "{"]\narray.count = 2\nresults.paths = []\n[machine]\nkind = "process"\nwarm = true'
+    assert parse_job(text, "job.toml").spec.machine.warm
+
+
+# ---- apps
+
+
+def test_an_app_says_what_its_user_does_not():
+    wanted = parse_job('app = "blast"\n[machine]\nmemory = "1GiB"\n', "job.toml")
+    defaults = parse_defaults({"command": ["/app/run"], "machine": {"kind": "process", "memory": "2GiB", "cpus": 2}}, "app.toml")
+    assert defaults == {"command": ["/app/run"], "machine.kind": "process", "machine.memory": "2GiB", "machine.cpus": 2}
+    spec = with_defaults(wanted, defaults, "app blast@1").spec
+    assert (spec.command, spec.machine.kind, spec.machine.memory_bytes, spec.machine.cpus) == (
+        ("/app/run",),
+        MachineKind.PROCESS,
+        GIB,
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [{"app": "other"}, {"machine": {"context": "c"}}, {"array": {"count": 2}}, {"nosuch": 1}, {"after": ["job-1"]}, {"machine": 1}],
+)
+def test_what_cannot_be_a_default_is_refused_where_it_is_written_and_where_it_arrives(tables: dict[str, object]):
+    with pytest.raises(InvalidInput, match=r"^app\.toml: "):
+        parse_defaults(tables, "app.toml")
+    wanted = parse_job('app = "blast"', "job.toml")
+    flat = {f"{name}.{key}": value for name, inner in tables.items() if isinstance(inner, dict) for key, value in inner.items()}
+    with pytest.raises(InvalidInput, match=r"^app blast@1: "):
+        with_defaults(wanted, flat or tables, "app blast@1")
+
+
+def test_what_an_app_leaves_open_is_asked_for_before_it_is_submitted():
+    with pytest.raises(InvalidInput, match="a disk is needed"):
+        with_defaults(parse_job('app = "blast"', "job.toml"), {"command": ["/app/run"]}, "app blast@1")
+    with pytest.raises(InvalidInput, match=r"^app blast@1: nothing fills in {alpha}"):
+        wanted = parse_job('app = "blast"\narray.count = 2', "job.toml")
+        with_defaults(wanted, {"command": ["/app/run", "{alpha}"], "machine.kind": "process"}, "app blast@1")
 
 
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path):
@@ -207,7 +364,7 @@ def test_no_value_of_any_key_crashes_the_parser(pairs: list[tuple[str, object]])
         assert msgspec.json.decode(msgspec.json.encode(job.spec), type=JobSpec) == job.spec
 
 
-@given(st.dictionaries(st.sampled_from([key.name for key in KEYS]), VALUES | st.just("\udc80"), max_size=4))
+@given(st.dictionaries(st.sampled_from([key.given for key in KEYS]), VALUES | st.just("\udc80"), max_size=4))
 def test_no_option_crashes_the_parser(options: dict[str, object]):
     try:
         job = job_from_options(options)
