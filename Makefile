@@ -41,14 +41,16 @@ docs: setup ## write the generated parts of the documentation anew
 
 bench: ## run all benchmarks (minutes); QUICK=1 for a short look
 	@tools/setup bench
-	@for name in vm_overhead scratch transfer overlay hub; do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+	@for name in vm_overhead scratch transfer overlay hub dispatch scale; do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
-lock: setup ## resolve the dependencies anew into requirements.lock
+lock: setup ## resolve the dependencies anew into requirements.lock, and those of the benchmarks
 	$(BIN)/python -m venv --clear .cache/lock
 	.cache/lock/bin/pip install --quiet --disable-pip-version-check uv
 	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--group dev pyproject.toml $(if $(UPGRADE),--upgrade) --output-file requirements.lock
-	@! grep -n '://' requirements.lock || { echo "requirements.lock names an address" >&2; exit 1; }
+	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		bench/yardsticks.in $(if $(UPGRADE),--upgrade) --output-file bench/yardsticks.lock
+	@! grep -n '://' requirements.lock bench/yardsticks.lock || { echo "a lock names an address" >&2; exit 1; }
 
 clean: ## remove what was made here, except .venv and .cache
 	rm -rf build dist demo-result .mypy_cache .ruff_cache .hypothesis .import_linter_cache
