@@ -195,7 +195,7 @@ def test_sweep_of_a_job_file_is_run_and_fetched_by_one_command(processes: System
     [array] = processes.json("array", "list")
     assert processes.cli("job", "list", "--array", f"array-{array['id']}", "--state", "completed").stdout.count("color=") == 2
     assert (
-        f"array-{array['id']}, index=0, color=red"
+        f"array-{array['id']}, index 0, color=red"
         in processes.cli("job", "show", str(processes.json("job", "list", "--array", str(array["id"]))[-1]["id"])).stdout
     )
 
