@@ -20,7 +20,9 @@ import msgspec
 from deskgrid import settings
 from deskgrid.cli.main import app
 from deskgrid.client.jobfile import spec_reference
+from deskgrid.core import rights as rights_rules
 from deskgrid.core.lifecycle import TRANSITIONS
+from deskgrid.core.rights import ROLES, RULES, Right, Who, covers
 from deskgrid.model import wire
 from deskgrid.units import format_duration, format_size
 
@@ -73,8 +75,9 @@ def _field_docs(kind: Any) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     found = {}
     for node, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(node.target, ast.Name):
-            found[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and isinstance(following, ast.Expr):
+            found[target.id] = " ".join(str(ast.literal_eval(following.value)).split())
     return found
 
 
@@ -90,13 +93,48 @@ def api_reference() -> str:
     """Return the table of all calls."""
     rows = ["| call | does | takes | gives | who |", "| --- | --- | --- | --- | --- |"]
     for route in wire.ROUTES.values():
-        roles = ", ".join(sorted(route.roles)) or "anybody"
+        roles = ", ".join(sorted(ROLES[route.name])) or "anybody"
         rows.append(
             f"| `{route.method} {route.path}` | {route.summary} | {route.request.__name__} | {route.answer.__name__} | {roles} |"
         )
     return (
         "# HTTP API\n\nGenerated from `src/deskgrid/model/wire.py`. A running server has the whole, with every message, at "
         "`/openapi.json`, and as a page at `/docs`.\n\n" + "\n".join(rows) + "\n"
+    )
+
+
+def rights_reference() -> str:
+    """Return the table of who may do what, and what tokens can be narrowed to."""
+    shown = [who for who in Who if who is not Who.ANYBODY]
+    rows = [
+        f"| call | about | {' | '.join(shown)} | rights | audited |",
+        f"|{' --- |' * (len(shown) + 4)}",
+    ]
+    for name, rule in RULES.items():
+        marks = " | ".join(
+            "anybody" if who is Who.USER and Who.ANYBODY in rule.who else "yes" if who in rule.who else "" for who in shown
+        )
+        audited = "yes" if rule.audited else ""
+        rows.append(
+            f"| `{name}` | {rule.kind} | {marks} | {'not narrowed' if rule.whole else ', '.join(sorted(rule.rights)) or 'any'} | {audited} |"
+        )
+    docs = _field_docs(Who)
+    words = [f"- **{who}**: {docs.get(who.name, 'An admin.' if who is Who.ADMIN else 'A hub, for itself.')}" for who in Who]
+    rights = [
+        f"- `{right}`: {', '.join(name for name in RULES if covers(frozenset({right}), name) and RULES[name].rights)}"
+        for right in Right
+    ]
+    return (
+        "# Who may do what\n\nGenerated from the table in `src/deskgrid/core/rights.py`, from which the server and its tests work, too.\n"
+        + (rights_rules.__doc__ or "").partition("Rules:")[2]
+        + "\n"
+        + "\n".join(words)
+        + "\n\n## Calls\n\n"
+        + "\n".join(rows)
+        + "\n\n## Rights of a narrowed token\n\n"
+        + "Calls without a right in the table are open to every token.\n\n"
+        + "\n".join(rights)
+        + "\n"
     )
 
 
@@ -119,6 +157,7 @@ def documents() -> dict[Path, str]:
         DOCS / "reference" / "job-spec.md": spec_reference(),
         DOCS / "reference" / "api.md": api_reference(),
         DOCS / "reference" / "commands.md": commands_reference(),
+        DOCS / "reference" / "rights.md": rights_reference(),
     }
 
 

@@ -85,6 +85,15 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """HOST:PORT that peers dial, if it is another one than the hub listens on."""
     grant_s: float = 60.0
     """Seconds that a grant is valid."""
+    token_s: float = 90 * 86400.0
+    """Seconds after which a login ends, unless it is renewed; 0: never. Tokens of workers and hubs end when they leave or are removed."""
+    max_workers_per_user: int = 100
+    """PCs that one user may let join; an admin's links without an owner are not counted."""
+    audit_s: float = 366 * 86400.0
+    """Seconds that the audit log is kept."""
+    metrics_listen: str = ""
+    """HOST:PORT where /metrics, /health and /ready are told without a token and without TLS, as in 127.0.0.1:9470; empty: nowhere. At `listen`
+    an admin's token opens /metrics."""
     peer_s: float = 900.0
     """Seconds after which a peer or hub that was not heard of is forgotten."""
     max_peers_per_user: int = 1000
@@ -108,6 +117,10 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest content of a scratch that is taken out."""
     drivers: tuple[str, ...] = ("qemu",)
     """Drivers that may be used, by name."""
+    accepts: tuple[str, ...] = ("everyone",)
+    """Whose jobs it takes: mine (the PC's owner, who made its link), group:NAME, user:NAME or everyone."""
+    packages: tuple[str, ...] = ()
+    """What is installed on this PC, for jobs that need it, as in root or cuda-12."""
     overlay: bool = True
     """Whether machines may have a network with the services of their jobs."""
     internet: bool = False

@@ -20,7 +20,7 @@ Reference = Annotated[str, Parameter(help="NAME, NAME@VERSION or sha256.")]
 
 
 @app.command
-async def put(file: Path, /, *, name: str | None = None, public: bool = False, json: Json = False) -> None:
+async def put(file: Path, /, *, name: str | None = None, public: bool = False, group: str = "", json: Json = False) -> None:
     """Upload a file and name it; a name that exists gets a new version. An interrupted upload is continued.
 
     For example:
@@ -36,13 +36,15 @@ async def put(file: Path, /, *, name: str | None = None, public: bool = False, j
         Its name on the grid; by default the file's.
     public
         Everybody on the grid may read it.
+    group
+        The members of this group may read it.
     """
     require_file(file)
     async with connected() as grid:
         with make_reporter(json) as reporter:
             phase = reporter.begin(f"upload {file.name}", file.stat().st_size)
-            visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
-            data = await grid.put(file, name or file.name, visibility=visibility, progress=phase.done)
+            visibility = Visibility.PUBLIC if public else Visibility.GROUP if group else Visibility.PRIVATE
+            data = await grid.put(file, name or file.name, visibility=visibility, group=group, progress=phase.done)
     if json:
         print_json(data)
     else:

@@ -214,6 +214,7 @@ async def list_(
     *,
     state: JobState | None = None,
     array: str | None = None,
+    group: str = "",
     everyone: bool = False,
     limit: int = 100,
     before: int | None = None,
@@ -234,6 +235,8 @@ async def list_(
         Only jobs in this state.
     array
         The jobs of this array.
+    group
+        The jobs that are done for this group, of which you are a member.
     everyone
         Also the jobs of others (admins).
     limit
@@ -248,6 +251,7 @@ async def list_(
             limit=limit,
             before=JobId(before) if before else None,
             array=array_number(array) if array else None,
+            group=group,
         )
     if json:
         print_json(found.jobs)

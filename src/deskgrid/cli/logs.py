@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Literal
 
-__all__ = ["configure_logs"]
+__all__ = ["LogFormat", "LogLevel", "configure_logs"]
+
+LogFormat = Literal["json", "text"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-def configure_logs(*, json: bool, verbose: bool, quiet: bool = False) -> None:
+def configure_logs(
+    *, json: bool, verbose: bool, quiet: bool = False, log_format: LogFormat | None = None, log_level: LogLevel | None = None
+) -> None:
     """Write logs to stderr: for people on a terminal, as key=value lines into files, as JSON lines with --json.
 
-    `quiet` leaves only what is wrong, for commands that share the terminal with another program.
+    `quiet` leaves only what is wrong, for commands that share the terminal with another program. `log_format` and `log_level` say
+    otherwise than the rest.
     """
     import structlog
 
+    json = json if log_format is None else log_format == "json"
     renderer: structlog.typing.Processor
     if json:
         renderer = structlog.processors.JSONRenderer()
@@ -23,6 +31,7 @@ def configure_logs(*, json: bool, verbose: bool, quiet: bool = False) -> None:
     else:
         renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    level = logging.getLevelNamesMapping()[log_level.upper()] if log_level is not None else level
     processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

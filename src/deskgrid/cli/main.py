@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError
 
 from deskgrid import __version__
 from deskgrid.cli import app as app_noun
-from deskgrid.cli import array, data, demo, disk, hub, job, overlay, server, ssh, status, user, worker
+from deskgrid.cli import array, audit, data, demo, disk, group, hub, job, overlay, server, ssh, status, user, worker
 from deskgrid.cli import set as set_noun
 from deskgrid.cli.output import NO_NEGATIVES, clean, warn
 from deskgrid.errors import DeskgridError, InvalidInput, NotFound, Unreachable
@@ -56,7 +56,7 @@ for part in (
     disk.app,
     worker.app,
     user.app,
-    user.group_app,
+    group.app,
     server.app,
     hub.app,
     overlay.connection_app,
@@ -67,6 +67,7 @@ app.command(user.login)
 for function in (overlay.connect, overlay.offer, overlay.proxy, overlay.peers, ssh.ssh, ssh.scp, ssh.shell):
     app.command(function)
 app.command(status.status)
+app.command(audit.audit)
 app.command(demo.demo)
 app.register_install_completion_command(help="Install tab completion for your shell.")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from cyclopts import App, Parameter
 
-from deskgrid.cli.logs import configure_logs
+from deskgrid.cli.logs import LogFormat, LogLevel, configure_logs
 from deskgrid.cli.output import NO_NEGATIVES, Json, print_json, print_lines, warn
 from deskgrid.cli.user import lifetime_of
 from deskgrid.errors import InvalidInput
@@ -36,6 +36,9 @@ HubAddress = Annotated[str | None, Parameter(help="HOST:PORT that peers dial for
 Blobs = Annotated[str | None, Parameter(help="s3://BUCKET/PREFIX?endpoint=URL for blobs at an S3 store; by default in the folder.")]
 Database = Annotated[
     str | None, Parameter(help="postgresql://USER:PASSWORD@HOST/NAME, for one or several servers; by default SQLite in the folder.")
+]
+MetricsListen = Annotated[
+    str | None, Parameter(help="HOST:PORT for /metrics, /health and /ready without token and TLS, as in 127.0.0.1:9470.")
 ]
 Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, help="Log every call.")]
 
@@ -126,6 +129,11 @@ async def run(
     hub_address: HubAddress = None,
     database: Database = None,
     blobs: Blobs = None,
+    metrics_listen: MetricsListen = None,
+    log_format: Annotated[LogFormat | None, Parameter(help="json or text; by default text, and json with --json.")] = None,
+    log_level: Annotated[
+        LogLevel | None, Parameter(help="Least that is logged; by default info, and debug with --verbose.")
+    ] = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
@@ -141,7 +149,7 @@ async def run(
     """
     from deskgrid.server.setup import run_server
 
-    configure_logs(json=json, verbose=verbose)
+    configure_logs(json=json, verbose=verbose, log_format=log_format, log_level=log_level)
     folder = home or server_home()
 
     def ready(where: str, hub: str) -> None:
@@ -151,7 +159,7 @@ async def run(
             print_lines(f"listening on {where}" + (f"; its hub is {hub}" if hub else ""))
 
     given = {"listen": listen, "address": address, "hub_listen": hub_listen, "hub_address": hub_address, "database": database}
-    given["blobs"] = blobs
+    given |= {"blobs": blobs, "metrics_listen": metrics_listen}
     await run_server(folder, load_server_settings(folder, **given), ready=ready)
 
 

@@ -1,23 +1,27 @@
-"""deskgrid worker: lend this PC to a grid."""
+"""deskgrid worker: lend this PC to a grid, and look after those that are lent."""
 
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from deskgrid.cli.connection import connected
 from deskgrid.cli.logs import configure_logs
-from deskgrid.cli.output import NO_NEGATIVES, Json, print_json, print_lines
-from deskgrid.cli.user import read_link
-from deskgrid.errors import Conflict
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
+from deskgrid.cli.user import lifetime_of, read_link
+from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.link import Link, parse_link
+from deskgrid.model.workers import Worker
 from deskgrid.settings import WorkerSettings, load_settings, worker_home
+from deskgrid.units import format_duration
 
 __all__ = ["app", "join_worker"]
 
-app = App(default_parameter=NO_NEGATIVES, name="worker", help="Lend this PC to a grid.")
+app = App(default_parameter=NO_NEGATIVES, name="worker", help="Lend this PC to a grid, and look after those that are lent.")
 
 Home = Annotated[
     Path | None, Parameter(help="Folder of the worker. By default $DESKGRID_WORKER_HOME or one in the user's data folder.")
@@ -37,7 +41,7 @@ def _settings(home: Path) -> WorkerSettings:
 async def join(link: LinkText, /, *, name: str | None = None, home: Home = None, json: Json = False) -> None:
     """Make this PC a worker of a grid, with a link from its admin.
 
-    What you lend is set in HOME/worker.toml: CPUs, memory, disk. The worker starts with `deskgrid worker run`.
+    What you lend, and for whose jobs, is set in HOME/worker.toml: CPUs, memory, disk, `accepts`. The worker starts with `deskgrid worker run`.
 
     For example:
 
@@ -154,3 +158,116 @@ async def leave(*, home: Home = None, json: Json = False) -> None:
         deskgrid worker leave
     """
     await _ask("leave", home, json)
+
+
+# Those that are lent
+
+Number = Annotated[int, Parameter(help="Number of the worker, as in `deskgrid worker list`.")]
+
+
+@app.command
+async def link(*, uses: int = 1, lifetime: str = "7d", owner: str = "", json: Json = False) -> None:
+    """Print a link by which PCs of yours join as workers. They are yours: `accepts = ["mine"]` in their settings means your jobs.
+
+    For example:
+
+        deskgrid worker link
+        deskgrid worker link --uses 3 --lifetime 1d
+        deskgrid worker link --owner ann            an admin, for a PC of ann's
+
+    Parameters
+    ----------
+    uses
+        How many PCs may use it.
+    lifetime
+        How long it may be used.
+    owner
+        Whose PCs they are (admins); without it an admin's link is for PCs of nobody in particular.
+    """
+    lifetime_s = lifetime_of(lifetime)
+    async with connected() as grid:
+        made = await grid.join_link(uses=uses, lifetime_s=lifetime_s, owner=owner)
+    if json:
+        print_json({"link": str(made), "uses": uses, "lifetime_s": lifetime_s})
+    else:
+        print_lines(str(made))
+
+
+@app.command(name="list")
+async def list_(*, json: Json = False) -> None:
+    """List workers, with their owners and whose jobs they take.
+
+    For example:
+
+        deskgrid worker list
+    """
+    async with connected() as grid:
+        workers = await grid.workers()
+    if json:
+        print_json(workers)
+        return
+    rows = [
+        (one.id, one.name, one.owner or "-", one.state.value, age(one.seen_at or None), one.running, *_rules(one))
+        for one in workers
+    ]
+    print_table(("worker", "name", "owner", "state", "seen", "running", "takes jobs of", "reserved for"), rows, empty="no workers")
+
+
+def _rules(worker: Worker) -> tuple[str, str]:
+    accepts = ", ".join(worker.profile.accepts) if worker.profile is not None else "-"
+    left_s = (worker.reserved_until or 0.0) - time.time()
+    reserved = worker.reserved_for + (f", {format_duration(left_s)} more" if left_s > 0 else "") if worker.reserved_for else "-"
+    return accepts or "nobody", reserved
+
+
+@app.command
+async def reserve(
+    worker: Number,
+    /,
+    *,
+    for_: Annotated[str | None, Parameter(name="--for", help="group:NAME or user:NAME.")] = None,
+    until: str | None = None,
+    clear: bool = False,
+    json: Json = False,
+) -> None:
+    """Keep a worker for the jobs of a group or user (admins).
+
+    For example:
+
+        deskgrid worker reserve 7 --for group:hep --until 7d
+        deskgrid worker reserve 7 --clear
+
+    Parameters
+    ----------
+    until
+        For how long from now; without it until it is cleared.
+    clear
+        For nobody any more.
+    """
+    if clear == (for_ is not None):
+        raise InvalidInput("either --for somebody, or --clear", hint="deskgrid worker reserve --help")
+    lifetime_s = lifetime_of(until, "--until") if until else 0.0
+    async with connected() as grid:
+        found = await grid.reserve_worker(worker, for_ or "", lifetime_s=lifetime_s)
+    if json:
+        print_json(found)
+    else:
+        print_lines(
+            f"worker {found.id} is kept for {found.reserved_for}" if found.reserved_for else f"worker {found.id} is for all"
+        )
+
+
+@app.command
+async def remove(worker: Number, /, *, json: Json = False) -> None:
+    """Forget a worker of yours (admins: any): its token ends, and its jobs go back. As `leave` for a PC that is lost.
+
+    For example:
+
+        deskgrid worker remove 7
+    """
+    async with connected() as grid:
+        await grid.remove_worker(worker)
+    if json:
+        print_json({"removed": worker})
+    else:
+        print_lines(f"worker {worker} is not one any more")

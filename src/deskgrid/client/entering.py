@@ -12,12 +12,13 @@ from deskgrid.model.ids import Sha256
 __all__ = ["join", "join_hub", "login", "make_link"]
 
 
-async def login(link: Link, label: str = "") -> Credentials:
-    """Exchange a login link for credentials. Raise Unauthenticated if its secret was used or has expired."""
+async def login(link: Link, label: str = "", *, lifetime_s: float = 0.0) -> Credentials:
+    """Exchange a login link for credentials that are valid for `lifetime_s` (0: as long as the server lets them be). Raise Unauthenticated if its secret was used or has expired."""
     found = await fetch_authority(link)
     async with Transport(found) as transport:
         token = make_secret()
-        request = wire.LoginRequest(secret=link.secret, token_hash=Sha256(hash_secret(token)), label=label)
+        hashed = Sha256(hash_secret(token))
+        request = wire.LoginRequest(secret=link.secret, token_hash=hashed, label=label, lifetime_s=lifetime_s)
         answer = await transport.call(wire.LOGIN, request)
     return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=answer.user.name)
 
@@ -47,11 +48,12 @@ async def make_link(
     *,
     lifetime_s: float,
     uses: int = 1,
+    owner: str = "",
     path: dict[str, Any] | None = None,
 ) -> Link:
-    """Make a secret, make its hash known to the server, and return the link with the secret (admins)."""
+    """Make a secret, make its hash known to the server, and return the link with the secret."""
     secret = make_secret()
-    request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses)
+    request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses, owner=owner)
     await transport.call(route, request, path=path)
     known = transport.credentials
     return Link(purpose=purpose, address=known.address, authority=known.authority, secret=secret)

@@ -24,7 +24,7 @@ from deskgrid.client.transport import Credentials, Transport
 from deskgrid.client.watching import until_ended
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.errors import Conflict, InvalidInput
-from deskgrid.link import Link
+from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model import wire
 from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
@@ -97,9 +97,11 @@ class Grid:
         before: JobId | None = None,
         limit: int = 100,
         array: ArrayId | None = None,
+        group: str = "",
     ) -> wire.JobList:
-        """Return jobs, newest first: one's own, or everyone's (admins); those submitted by themselves, or those of an array."""
+        """Return jobs, newest first: one's own, a group's, or everyone's (admins); those submitted by themselves, or those of an array."""
         query: dict[str, object] = {"state": state, "before": before, "limit": limit, "all": everyone or None, "array": array}
+        query["group"] = group or None
         return await self.transport.call(wire.LIST_JOBS, query=query)
 
     async def changes(self, job_id: JobId) -> AsyncIterator[wire.JobDetail]:
@@ -304,6 +306,7 @@ class Grid:
         *,
         kind: DataKind = DataKind.FILE,
         visibility: Visibility = Visibility.PRIVATE,
+        group: str = "",
         disk: Disk | None = None,
         blob: Blob | None = None,
         progress: Progress | None = None,
@@ -311,7 +314,7 @@ class Grid:
         """Upload a file and name it; a name that exists gets a new version."""
         sent = await asyncio.to_thread(describe_file, file) if blob is None else blob
         await self.transport.upload(file, sent, progress)
-        request = wire.RegisterData(name=name, kind=kind, blob=sent, visibility=visibility, disk=disk)
+        request = wire.RegisterData(name=name, kind=kind, blob=sent, visibility=visibility, group=group, disk=disk)
         return await self.transport.call(wire.REGISTER_DATA, request)
 
     async def get(self, reference: str, file: Path, progress: Progress | None = None) -> Data:
@@ -356,9 +359,42 @@ class Grid:
         """Make a one-use link by which a user logs in (admins)."""
         return await make_link(self.transport, "login", wire.ADD_LOGIN_SECRET, lifetime_s=lifetime_s, path={"user": user})
 
-    async def join_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> Link:
-        """Make a link by which `uses` PCs may join (admins)."""
-        return await make_link(self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses)
+    async def join_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0, owner: str = "") -> Link:
+        """Make a link by which `uses` PCs may join. They are the caller's own; an admin's are `owner`'s, or nobody's."""
+        return await make_link(self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses, owner=owner)
+
+    async def reserve_worker(self, worker_id: int, reserved_for: str, *, lifetime_s: float = 0.0) -> Worker:
+        """Keep a worker for user:NAME or group:NAME, for a time or until cleared; for nobody any more with "" (admins)."""
+        request = wire.ReserveWorker(reserved_for=reserved_for, lifetime_s=lifetime_s)
+        return await self.transport.call(wire.RESERVE_WORKER, request, path={"worker": worker_id})
+
+    async def remove_worker(self, worker_id: int) -> None:
+        """Forget a worker of the caller's (admins: any): its token ends, its jobs go back."""
+        await self.transport.call(wire.REMOVE_WORKER, path={"worker": worker_id})
+
+    async def set_user(
+        self,
+        name: str,
+        *,
+        weight: float | None = None,
+        max_waiting: int | None = None,
+        max_running: int | None = None,
+        max_bytes: int | None = None,
+    ) -> User:
+        """Change a user's part of the grid; what is None stays, a bound below 0 is the server's (admins)."""
+        request = wire.SetUser(weight=weight, max_waiting=max_waiting, max_running=max_running, max_bytes=max_bytes)
+        return await self.transport.call(wire.SET_USER, request, path={"user": name})
+
+    async def set_group(self, name: str, *, weight: float) -> Group:
+        """Change a group's part of the grid (admins)."""
+        return await self.transport.call(wire.SET_GROUP, wire.SetGroup(weight=weight), path={"group": name})
+
+    async def audit_log(
+        self, *, user: str = "", since: float | None = None, before: int | None = None, limit: int = 100
+    ) -> wire.AuditLog:
+        """Return who did what, newest first (admins)."""
+        query: dict[str, object] = {"user": user or None, "since": since, "before": before, "limit": limit}
+        return await self.transport.call(wire.LIST_AUDIT, query=query)
 
     async def hub_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0) -> Link:
         """Make a link by which `uses` machines may become hubs (admins)."""
@@ -383,6 +419,20 @@ class Grid:
     async def tokens(self) -> tuple[Token, ...]:
         """Return the caller's tokens."""
         return (await self.transport.call(wire.LIST_TOKENS)).tokens
+
+    async def add_token(self, rights: Iterable[str], *, lifetime_s: float, label: str = "") -> tuple[str, Token]:
+        """Make a token of the caller's that is narrowed to some rights; return it, which nobody can do a second time, and what is known of it."""
+        secret = make_secret()
+        request = wire.AddToken(token_hash=Sha256(hash_secret(secret)), rights=tuple(rights), lifetime_s=lifetime_s, label=label)
+        return secret, await self.transport.call(wire.ADD_TOKEN, request)
+
+    async def renew(self) -> wire.WhoAmI:
+        """Let the token that is used live on, as after a login."""
+        return await self.transport.call(wire.RENEW_TOKEN)
+
+    async def who(self) -> wire.WhoAmI:
+        """Return whose token this is, what it may, and until when."""
+        return await self.transport.call(wire.WHO)
 
     async def revoke_token(self, token_id: int) -> None:
         """Revoke one of the caller's tokens."""

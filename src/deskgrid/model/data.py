@@ -61,6 +61,8 @@ class Data(Struct, frozen=True, kw_only=True):
     owner_id: UserId
     owner: str
     visibility: Visibility
+    group: str = ""
+    """With visibility `group`: whose members may use it."""
     created_at: float
     disk: Disk | None = None
 

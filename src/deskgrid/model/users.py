@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from deskgrid.model.ids import UserId
 
-__all__ = ["Group", "Role", "Token", "User"]
+__all__ = ["AuditEntry", "Group", "Role", "Token", "User"]
 
 
 class Role(StrEnum):
@@ -29,6 +29,12 @@ class User(Struct, frozen=True, kw_only=True):
     name: str
     admin: bool
     created_at: float
+    weight: float = 1.0
+    """His part of the grid against others'."""
+    max_waiting: int | None = None
+    """Jobs that may wait; None: what the server says, 0: no bound. Likewise the other two."""
+    max_running: int | None = None
+    max_bytes: int | None = None
 
 
 class Group(Struct, frozen=True, kw_only=True):
@@ -36,6 +42,8 @@ class Group(Struct, frozen=True, kw_only=True):
 
     name: str
     members: tuple[str, ...]
+    weight: float = 1.0
+    """Its part of the grid against other groups and users."""
 
 
 class Token(Struct, frozen=True, kw_only=True):
@@ -47,3 +55,23 @@ class Token(Struct, frozen=True, kw_only=True):
     created_at: float
     expires_at: float | None
     revoked: bool
+    rights: tuple[str, ...] = ()
+    """What it is narrowed to (core/rights.py); none: all that its holder may."""
+
+
+class AuditEntry(Struct, frozen=True, kw_only=True):
+    """Who did what to which object."""
+
+    id: int
+    at: float
+    principal: str
+    """user:NUMBER, job:NUMBER:NUMBER (by its own token), or worker, hub or operator."""
+    name: str
+    """Of the user, worker or hub, for people."""
+    action: str
+    """A route's name, or a command's on the server's machine."""
+    object: str
+    detail: str = ""
+    """JSON of what matters; never a secret."""
+    request: str = ""
+    """By which the server's logs know the call."""

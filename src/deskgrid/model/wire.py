@@ -1,4 +1,4 @@
-"""The contract between server and clients, written once: every route with its messages and who may call it.
+"""The contract between server and clients, written once: every route with its messages. Who may call it: core/rights.py.
 
 Bodies are JSON of the structs below, except for routes marked `raw`, which carry bytes. Unknown fields are ignored, so that
 newer and older programs understand each other; `WIRE_VERSION` travels in the header of that name. A call that changes
@@ -28,7 +28,7 @@ from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
 from deskgrid.model.overlay import Connection, Hub, Peer
-from deskgrid.model.users import Group, Role, Token, User
+from deskgrid.model.users import AuditEntry, Group, Role, Token, User
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
 
 IDEMPOTENCY_HEADER = "Idempotency-Key"
@@ -68,6 +68,8 @@ class ErrorAnswer(Struct, frozen=True):
     error: str
     message: str
     hint: str = ""
+    request: str = ""
+    """By which the server's logs know the call."""
 
 
 # Grid and accounts
@@ -101,15 +103,31 @@ class LoginRequest(Struct, frozen=True, kw_only=True):
     token_hash: Sha256
     label: str = ""
     """For the list of tokens, such as the PC's name."""
+    lifetime_s: float = 0.0
+    """How long the token shall be valid; 0: as long as the server lets it be, which it is at most."""
 
 
 class LoginAnswer(Struct, frozen=True, kw_only=True):
     user: User
+    expires_at: float | None = None
+
+
+class AddToken(Struct, frozen=True, kw_only=True):
+    """Make another token of the caller's known, narrowed to some rights. It outlives a narrowed token that makes it in no case."""
+
+    token_hash: Sha256
+    rights: tuple[str, ...]
+    lifetime_s: float
+    label: str = ""
 
 
 class WhoAmI(Struct, frozen=True, kw_only=True):
     role: Role
     name: str
+    expires_at: float | None = None
+    """When the token ends."""
+    rights: tuple[str, ...] = ()
+    """What the token is narrowed to; none: all that its holder may."""
 
 
 class SecretRequest(Struct, frozen=True, kw_only=True):
@@ -118,6 +136,8 @@ class SecretRequest(Struct, frozen=True, kw_only=True):
     secret_hash: Sha256
     lifetime_s: float = 7 * 86400.0
     uses: int = 1
+    owner: str = ""
+    """Of a join secret: the user whose PCs they are. A user's are always his own; an admin's, if it names none, nobody's."""
 
 
 class SecretAnswer(Struct, frozen=True, kw_only=True):
@@ -127,6 +147,37 @@ class SecretAnswer(Struct, frozen=True, kw_only=True):
 class AddUser(Struct, frozen=True, kw_only=True):
     name: str
     admin: bool = False
+
+
+class SetUser(Struct, frozen=True, kw_only=True):
+    """Change a user's part of the grid. What is not said stays; a bound below 0: what the server says for all."""
+
+    weight: float | None = None
+    max_waiting: int | None = None
+    max_running: int | None = None
+    max_bytes: int | None = None
+
+
+class SetGroup(Struct, frozen=True, kw_only=True):
+    """Change a group's part of the grid."""
+
+    weight: float | None = None
+
+
+class ReserveWorker(Struct, frozen=True, kw_only=True):
+    """Keep a worker for a user's or group's jobs."""
+
+    reserved_for: str = ""
+    """user:NAME or group:NAME; empty: for nobody any more."""
+    lifetime_s: float = 0.0
+    """How long; 0: until it is cleared."""
+
+
+class AuditLog(Struct, frozen=True, kw_only=True):
+    entries: tuple[AuditEntry, ...]
+    """Newest first."""
+    more: bool
+    """There are older ones: ask again with `before` set to the last id."""
 
 
 class UserList(Struct, frozen=True):
@@ -190,6 +241,8 @@ class RegisterData(Struct, frozen=True, kw_only=True):
     kind: DataKind
     blob: Blob
     visibility: Visibility = Visibility.PRIVATE
+    group: str = ""
+    """With visibility `group`: whose members may use it."""
     disk: Disk | None = None
 
 
@@ -511,21 +564,10 @@ class HubList(Struct, frozen=True):
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
-ANYBODY: frozenset[Role] = frozenset()
-USERS = frozenset({Role.USER, Role.ADMIN})
-ADMINS = frozenset({Role.ADMIN})
-WORKERS = frozenset({Role.WORKER})
-JOBS = USERS | {Role.JOB}
-"""Users, and their jobs with tokens of their own."""
-PEERS = USERS | WORKERS
-SENDERS = JOBS | WORKERS
-"""Who has files to send and to fetch."""
-HUBS = frozenset({Role.HUB})
-EVERYONE = frozenset(Role)
 
 
 class Route(Generic[Request, Answer]):
-    """One call: how to make it, what it carries, who may make it. `path` has {names} for its parameters."""
+    """One call: how to make it and what it carries. `path` has {names} for its parameters. Who may make it stands in core/rights.py."""
 
     def __init__(
         self,
@@ -534,7 +576,6 @@ class Route(Generic[Request, Answer]):
         path: str,
         request: type[Request],
         answer: type[Answer],
-        roles: frozenset[Role],
         summary: str,
         *,
         query: dict[str, type] | None = None,
@@ -545,7 +586,6 @@ class Route(Generic[Request, Answer]):
         self.path = path
         self.request = request
         self.answer = answer
-        self.roles = roles
         self.summary = summary
         self.query = query or {}
         self.raw = raw
@@ -555,40 +595,60 @@ class Route(Generic[Request, Answer]):
 ROUTES: dict[str, Route[Any, Any]] = {}
 _GET, _POST, _PATCH, _DELETE = Method.GET, Method.POST, Method.PATCH, Method.DELETE
 
-GRID = Route("grid", _GET, "/v1/grid", Nothing, GridInfo, ANYBODY, "Name and versions of the grid")
-AUTHORITY = Route("authority", _GET, "/v1/authority", Nothing, bytes, ANYBODY, "Certificate of the grid's authority, PEM", raw=True)
-JOIN = Route("join", _POST, "/v1/join", JoinRequest, JoinAnswer, ANYBODY, "Become a worker with a join secret")
-LOGIN = Route("login", _POST, "/v1/login", LoginRequest, LoginAnswer, ANYBODY, "Exchange a login secret for a token")
-WHO = Route("who", _GET, "/v1/who", Nothing, WhoAmI, EVERYONE, "Whose token this is")
-STATUS = Route("status", _GET, "/v1/status", Nothing, GridStatus, JOBS, "The grid at a glance")
+GRID = Route("grid", _GET, "/v1/grid", Nothing, GridInfo, "Name and versions of the grid")
+AUTHORITY = Route("authority", _GET, "/v1/authority", Nothing, bytes, "Certificate of the grid's authority, PEM", raw=True)
+JOIN = Route("join", _POST, "/v1/join", JoinRequest, JoinAnswer, "Become a worker with a join secret")
+LOGIN = Route("login", _POST, "/v1/login", LoginRequest, LoginAnswer, "Exchange a login secret for a token")
+WHO = Route("who", _GET, "/v1/who", Nothing, WhoAmI, "Whose token this is")
+METRICS = Route("metrics", _GET, "/metrics", Nothing, bytes, "Figures of this process and of the grid, for Prometheus", raw=True)
+LIST_AUDIT = Route(
+    "list_audit",
+    _GET,
+    "/v1/audit",
+    Nothing,
+    AuditLog,
+    "Who did what, newest first",
+    query={"user": str, "since": float, "before": int, "limit": int},
+)
+STATUS = Route("status", _GET, "/v1/status", Nothing, GridStatus, "The grid at a glance")
 
-ADD_JOIN_SECRET = Route("add_join_secret", _POST, "/v1/join-secrets", SecretRequest, SecretAnswer, ADMINS, "Make a join secret")
-ADD_USER = Route("add_user", _POST, "/v1/users", AddUser, User, ADMINS, "Add a user")
-LIST_USERS = Route("list_users", _GET, "/v1/users", Nothing, UserList, USERS, "List users")
+ADD_JOIN_SECRET = Route("add_join_secret", _POST, "/v1/join-secrets", SecretRequest, SecretAnswer, "Make a join secret")
+ADD_USER = Route("add_user", _POST, "/v1/users", AddUser, User, "Add a user")
+SET_USER = Route("set_user", _PATCH, "/v1/users/{user}", SetUser, User, "Change a user's part of the grid")
+LIST_USERS = Route("list_users", _GET, "/v1/users", Nothing, UserList, "List users")
 ADD_LOGIN_SECRET = Route(
     "add_login_secret",
     _POST,
     "/v1/users/{user}/login-secrets",
     SecretRequest,
     SecretAnswer,
-    ADMINS,
     "Make a login secret for a user",
 )
-LIST_TOKENS = Route("list_tokens", _GET, "/v1/tokens", Nothing, TokenList, USERS, "List the caller's tokens")
-REVOKE_TOKEN = Route("revoke_token", _DELETE, "/v1/tokens/{token}", Nothing, Nothing, USERS, "Revoke a token of the caller's")
-ADD_GROUP = Route("add_group", _POST, "/v1/groups", AddGroup, Group, ADMINS, "Add a group")
-LIST_GROUPS = Route("list_groups", _GET, "/v1/groups", Nothing, GroupList, USERS, "List groups with their members")
-SET_MEMBERS = Route("set_members", _POST, "/v1/groups/{group}/members", SetMembers, Group, ADMINS, "Change a group's members")
-LIST_WORKERS = Route("list_workers", _GET, "/v1/workers", Nothing, WorkerList, USERS, "List workers")
+LIST_TOKENS = Route("list_tokens", _GET, "/v1/tokens", Nothing, TokenList, "List the caller's tokens")
+ADD_TOKEN = Route("add_token", _POST, "/v1/tokens", AddToken, Token, "Make a narrowed token of the caller's known")
+RENEW_TOKEN = Route(
+    "renew_token", _POST, "/v1/tokens/renew", Nothing, WhoAmI, "Let the token that is used live on, as after a login"
+)
+REVOKE_TOKEN = Route("revoke_token", _DELETE, "/v1/tokens/{token}", Nothing, Nothing, "Revoke a token of the caller's")
+ADD_GROUP = Route("add_group", _POST, "/v1/groups", AddGroup, Group, "Add a group")
+SET_GROUP = Route("set_group", _PATCH, "/v1/groups/{group}", SetGroup, Group, "Change a group's part of the grid")
+LIST_GROUPS = Route("list_groups", _GET, "/v1/groups", Nothing, GroupList, "List groups with their members")
+SET_MEMBERS = Route("set_members", _POST, "/v1/groups/{group}/members", SetMembers, Group, "Change a group's members")
+RESERVE_WORKER = Route(
+    "reserve_worker", _POST, "/v1/workers/{worker}/reservation", ReserveWorker, Worker, "Keep a worker for a user or group"
+)
+REMOVE_WORKER = Route(
+    "remove_worker", _DELETE, "/v1/workers/{worker}", Nothing, Nothing, "Forget a worker and its token; live attempts go back"
+)
+LIST_WORKERS = Route("list_workers", _GET, "/v1/workers", Nothing, WorkerList, "List workers")
 
-BEGIN_UPLOAD = Route("begin_upload", _POST, "/v1/uploads", BeginUpload, Upload, SENDERS, "Begin or continue an upload")
+BEGIN_UPLOAD = Route("begin_upload", _POST, "/v1/uploads", BeginUpload, Upload, "Begin or continue an upload")
 UPLOAD_BYTES = Route(
     "upload_bytes",
     _PATCH,
     "/v1/uploads/{upload}",
     bytes,
     Upload,
-    SENDERS,
     "Append bytes at the offset of the Upload-Offset header",
     raw=True,
 )
@@ -598,26 +658,24 @@ GET_BLOB = Route(
     "/v1/blobs/{sha256}",
     Nothing,
     bytes,
-    SENDERS,
     "Bytes of a blob; ranges are served. With `direct` the answer may be a redirect to the blob store",
     query={"direct": bool},
     raw=True,
 )
-REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, JOBS, "Name an uploaded blob")
-LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, JOBS, "List data", query={"kind": str})
-GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, JOBS, "Find data by name, name@version or sha256")
-REMOVE_DATA = Route("remove_data", _DELETE, "/v1/data/{reference}", Nothing, Nothing, USERS, "Remove a version of data")
+REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, "Name an uploaded blob")
+LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, "List data", query={"kind": str})
+GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, "Find data by name, name@version or sha256")
+REMOVE_DATA = Route("remove_data", _DELETE, "/v1/data/{reference}", Nothing, Nothing, "Remove a version of data")
 
-SUBMIT_JOB = Route("submit_job", _POST, "/v1/jobs", SubmitJob, Job, JOBS, "Submit a job")
+SUBMIT_JOB = Route("submit_job", _POST, "/v1/jobs", SubmitJob, Job, "Submit a job")
 LIST_JOBS = Route(
     "list_jobs",
     _GET,
     "/v1/jobs",
     Nothing,
     JobList,
-    JOBS,
     "List jobs, newest first",
-    query={"state": str, "before": int, "limit": int, "all": bool, "array": int},
+    query={"state": str, "before": int, "limit": int, "all": bool, "array": int, "group": str},
 )
 GET_JOB = Route(
     "get_job",
@@ -625,22 +683,20 @@ GET_JOB = Route(
     "/v1/jobs/{job}",
     Nothing,
     JobDetail,
-    JOBS,
     "A job with its attempts; with wait_s the answer is held until something changed since `seen` (attempt states joined by commas)",
     query={"wait_s": float, "seen": str},
 )
-REMOVE_JOB = Route("remove_job", _DELETE, "/v1/jobs/{job}", Nothing, Nothing, JOBS, "Remove a job that has ended, with its result")
-CANCEL_JOB = Route("cancel_job", _POST, "/v1/jobs/{job}/cancel", Nothing, Job, JOBS, "Cancel a job; final jobs stay as they are")
-SUBMIT_ARRAY = Route("submit_array", _POST, "/v1/arrays", SubmitArray, Array, JOBS, "Submit an array of jobs")
+REMOVE_JOB = Route("remove_job", _DELETE, "/v1/jobs/{job}", Nothing, Nothing, "Remove a job that has ended, with its result")
+CANCEL_JOB = Route("cancel_job", _POST, "/v1/jobs/{job}/cancel", Nothing, Job, "Cancel a job; final jobs stay as they are")
+SUBMIT_ARRAY = Route("submit_array", _POST, "/v1/arrays", SubmitArray, Array, "Submit an array of jobs")
 LIST_ARRAYS = Route(
     "list_arrays",
     _GET,
     "/v1/arrays",
     Nothing,
     ArrayList,
-    JOBS,
     "List arrays, newest first",
-    query={"before": int, "limit": int, "all": bool},
+    query={"before": int, "limit": int, "all": bool, "group": str},
 )
 GET_ARRAY = Route(
     "get_array",
@@ -648,24 +704,20 @@ GET_ARRAY = Route(
     "/v1/arrays/{array}",
     Nothing,
     Array,
-    JOBS,
     "An array with its counts; with wait_s the answer is held until it has another state, or more jobs have ended, than in `seen`",
     query={"wait_s": float, "seen": str},
 )
 REMOVE_ARRAY = Route(
-    "remove_array", _DELETE, "/v1/arrays/{array}", Nothing, Nothing, JOBS, "Remove an array that has ended, with its results"
+    "remove_array", _DELETE, "/v1/arrays/{array}", Nothing, Nothing, "Remove an array that has ended, with its results"
 )
-CANCEL_ARRAY = Route(
-    "cancel_array", _POST, "/v1/arrays/{array}/cancel", Nothing, Array, JOBS, "Cancel what has not ended of an array"
-)
-SUBMIT_SET = Route("submit_set", _POST, "/v1/sets", SubmitSet, JobSet, JOBS, "Submit several jobs and arrays that belong together")
+CANCEL_ARRAY = Route("cancel_array", _POST, "/v1/arrays/{array}/cancel", Nothing, Array, "Cancel what has not ended of an array")
+SUBMIT_SET = Route("submit_set", _POST, "/v1/sets", SubmitSet, JobSet, "Submit several jobs and arrays that belong together")
 LIST_SETS = Route(
     "list_sets",
     _GET,
     "/v1/sets",
     Nothing,
     SetList,
-    JOBS,
     "List sets, newest first",
     query={"before": int, "limit": int, "all": bool},
 )
@@ -675,55 +727,48 @@ GET_SET = Route(
     "/v1/sets/{set}",
     Nothing,
     JobSet,
-    JOBS,
     "A set with its members; with wait_s the answer is held until one of them has changed since `seen`",
     query={"wait_s": float, "seen": str},
 )
-CANCEL_SET = Route("cancel_set", _POST, "/v1/sets/{set}/cancel", Nothing, JobSet, JOBS, "Cancel all that has not ended of a set")
-REGISTER_APP = Route("register_app", _POST, "/v1/apps", RegisterApp, App, JOBS, "Publish an app")
-LIST_APPS = Route("list_apps", _GET, "/v1/apps", Nothing, AppList, JOBS, "List apps")
-GET_APP = Route("get_app", _GET, "/v1/apps/{reference}", Nothing, App, JOBS, "Find an app by name or name@version")
-REMOVE_APP = Route(
-    "remove_app", _DELETE, "/v1/apps/{reference}", Nothing, Nothing, USERS, "Remove a version of an app; jobs keep it"
-)
+CANCEL_SET = Route("cancel_set", _POST, "/v1/sets/{set}/cancel", Nothing, JobSet, "Cancel all that has not ended of a set")
+REGISTER_APP = Route("register_app", _POST, "/v1/apps", RegisterApp, App, "Publish an app")
+LIST_APPS = Route("list_apps", _GET, "/v1/apps", Nothing, AppList, "List apps")
+GET_APP = Route("get_app", _GET, "/v1/apps/{reference}", Nothing, App, "Find an app by name or name@version")
+REMOVE_APP = Route("remove_app", _DELETE, "/v1/apps/{reference}", Nothing, Nothing, "Remove a version of an app; jobs keep it")
 READ_LOG = Route(
     "read_log",
     _GET,
     "/v1/jobs/{job}/log",
     Nothing,
     LogChunk,
-    JOBS,
     "Output of an attempt from an offset",
     query={"stream": str, "attempt": int, "offset": int},
 )
 
-SYNC = Route("sync", _POST, "/v1/worker/sync", Sync, SyncAnswer, WORKERS, "Renew, report and ask")
-WAKE = Route(
-    "wake", _GET, "/v1/worker/wake", Nothing, Wake, WORKERS, "Wait for a hint that sync is worth calling", query={"wait_s": float}
-)
-APPEND_LOG = Route("append_log", _POST, "/v1/worker/log", AppendLog, Nothing, WORKERS, "Append live output of an attempt")
-LEAVE = Route("leave", _POST, "/v1/worker/leave", Nothing, Nothing, WORKERS, "Leave the grid; live attempts go back")
+SYNC = Route("sync", _POST, "/v1/worker/sync", Sync, SyncAnswer, "Renew, report and ask")
+WAKE = Route("wake", _GET, "/v1/worker/wake", Nothing, Wake, "Wait for a hint that sync is worth calling", query={"wait_s": float})
+APPEND_LOG = Route("append_log", _POST, "/v1/worker/log", AppendLog, Nothing, "Append live output of an attempt")
+LEAVE = Route("leave", _POST, "/v1/worker/leave", Nothing, Nothing, "Leave the grid; live attempts go back")
 
-REGISTER_PEER = Route("register_peer", _POST, "/v1/peers", RegisterPeer, PeerAnswer, PEERS, "Make a peer known, or renew it")
+REGISTER_PEER = Route("register_peer", _POST, "/v1/peers", RegisterPeer, PeerAnswer, "Make a peer known, or renew it")
 LIST_PEERS = Route(
-    "list_peers", _GET, "/v1/peers", Nothing, PeerList, USERS, "The caller's peers, and what they carry", query={"all": bool}
+    "list_peers", _GET, "/v1/peers", Nothing, PeerList, "The caller's peers, and what they carry", query={"all": bool}
 )
-REMOVE_PEER = Route("remove_peer", _DELETE, "/v1/peers/{peer}", Nothing, Nothing, PEERS, "Forget a peer of the caller's")
+REMOVE_PEER = Route("remove_peer", _DELETE, "/v1/peers/{peer}", Nothing, Nothing, "Forget a peer of the caller's")
 ASK_GRANT = Route(
     "ask_grant",
     _POST,
     "/v1/grants",
     AskGrant,
     GrantAnswer,
-    PEERS,
     "Get the permission to reach a service; waits up to `wait_s` for a service that is not there yet",
     query={"wait_s": float},
 )
-ADD_HUB_SECRET = Route("add_hub_secret", _POST, "/v1/hub-secrets", SecretRequest, SecretAnswer, ADMINS, "Make a secret for a hub")
-JOIN_HUB = Route("join_hub", _POST, "/v1/hubs", JoinHub, JoinHubAnswer, ANYBODY, "Become a hub with a hub secret")
-RENEW_HUB = Route("renew_hub", _POST, "/v1/hub", RenewHub, HubAnswer, HUBS, "Say that a hub is there, and get its certificate")
-LIST_HUBS = Route("list_hubs", _GET, "/v1/hubs", Nothing, HubList, USERS, "List hubs")
-REMOVE_HUB = Route("remove_hub", _DELETE, "/v1/hubs/{hub}", Nothing, Nothing, ADMINS, "Forget a hub and its token")
+ADD_HUB_SECRET = Route("add_hub_secret", _POST, "/v1/hub-secrets", SecretRequest, SecretAnswer, "Make a secret for a hub")
+JOIN_HUB = Route("join_hub", _POST, "/v1/hubs", JoinHub, JoinHubAnswer, "Become a hub with a hub secret")
+RENEW_HUB = Route("renew_hub", _POST, "/v1/hub", RenewHub, HubAnswer, "Say that a hub is there, and get its certificate")
+LIST_HUBS = Route("list_hubs", _GET, "/v1/hubs", Nothing, HubList, "List hubs")
+REMOVE_HUB = Route("remove_hub", _DELETE, "/v1/hubs/{hub}", Nothing, Nothing, "Forget a hub and its token")
 
 
 def change_mark(detail: JobDetail) -> str:

@@ -103,3 +103,9 @@ class Worker(Struct, frozen=True, kw_only=True):
     profile: Profile | None = None
     cached: tuple[Sha256, ...] = ()
     """Unpacked disks in its cache."""
+    owner: str = ""
+    """The user whose PC it is; empty: nobody said."""
+    reserved_for: str = ""
+    """user:NAME or group:NAME: only their jobs run there."""
+    reserved_until: float | None = None
+    """None: until the admin says otherwise."""

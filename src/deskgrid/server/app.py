@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import os
+import re
 import time
 import uuid
 from typing import Any
 
 import msgspec
-import sqlalchemy as sa
 import structlog
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
@@ -17,6 +19,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route as HttpRoute
 
+from deskgrid.core.rights import ROLES
 from deskgrid.errors import (
     DeskgridError,
     InvalidInput,
@@ -28,9 +31,10 @@ from deskgrid.link import hash_secret
 from deskgrid.model import wire
 from deskgrid.model.users import Role
 from deskgrid.server import routes
+from deskgrid.server.health import health_routes
 from deskgrid.server.openapi import openapi_document, openapi_page
 from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, caller_of, once
-from deskgrid.server.store import attempts, peers
+from deskgrid.server.store import attempts, audit, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
@@ -38,6 +42,8 @@ __all__ = ["make_app", "sweep_forever"]
 
 _MOST_BODY_BYTES = 8 << 20
 _NOBODY = Caller(Role.USER, "")
+_AUDIT_AT_ONCE = 1000
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _JSON = "application/json"
 _log = structlog.get_logger("deskgrid.server")
 
@@ -58,35 +64,46 @@ def make_app(services: Services) -> Starlette:
     async def docs(_http: HttpRequest) -> Response:
         return HTMLResponse(page)
 
-    async def health(_http: HttpRequest) -> Response:
-        await services.store.read(lambda tx: tx.value(sa.select(1)))
-        return Response(b"ok\n", media_type="text/plain")
-
-    endpoints += [HttpRoute("/openapi.json", openapi), HttpRoute("/docs", docs), HttpRoute("/health", health)]
+    endpoints += [HttpRoute("/openapi.json", openapi), HttpRoute("/docs", docs), *health_routes(services)]
     return Starlette(routes=endpoints, exception_handlers={Exception: _unexpected})
 
 
 def _endpoint(services: Services, handler: Handler) -> Any:
+    name = handler.route.name
+    measure = services.metrics.measure_call
+    logged = _log.bind().is_enabled_for(logging.DEBUG)  # asked once: a line that is not written costs as much as the measurement
+
     async def answer(http: HttpRequest) -> Response:
         started = time.perf_counter()
+        request, status = _request_id(http), 500
+        structlog.contextvars.bind_contextvars(request=request)
         try:
-            response = await _answer(services, handler, http)
+            response = await _answer(services, handler, http, request)
+            status = response.status_code
         except DeskgridError as error:
-            response = _error_response(error)
+            response = _error_response(error, request)
+            status = response.status_code
         except ClientDisconnect:
-            response = _error_response(ProtocolError("the client went away"))
-        _log.debug(
-            "call",
-            route=handler.route.name,
-            status=response.status_code,
-            milliseconds=round((time.perf_counter() - started) * 1000, 1),
-        )
+            response = _error_response(ProtocolError("the client went away"), request)
+            status = 499  # nobody gets it; counted apart, it is not the server's fault
+        finally:
+            seconds = time.perf_counter() - started
+            measure(name, status, seconds)
+            if logged:
+                _log.debug("call", route=name, status=status, milliseconds=round(seconds * 1000, 1))
+        response.raw_headers.append((b"x-request-id", request.encode()))
         return response
 
     return answer
 
 
-async def _answer(services: Services, handler: Handler, http: HttpRequest) -> Response:
+def _request_id(http: HttpRequest) -> str:
+    """Return the caller's own id of a request if it may stand in logs, a new one otherwise."""
+    given = http.headers.get("x-request-id")
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else os.urandom(8).hex()
+
+
+async def _answer(services: Services, handler: Handler, http: HttpRequest, request: str) -> Response:
     route = handler.route
     _check_wire_version(http)
     token = _token(http)
@@ -99,6 +116,7 @@ async def _answer(services: Services, handler: Handler, http: HttpRequest) -> Re
         query=_decode_query(route, http),
         key=http.headers.get(wire.IDEMPOTENCY_HEADER, "")[:64] or uuid.uuid4().hex,
         settings=services.settings,
+        request=request,
     )
     if handler.kind is Kind.READ:
         return _json(msgspec.json.encode(await services.store.read(lambda tx: handler.function(tx, call))))
@@ -112,7 +130,14 @@ def _write_once(tx: Transaction, handler: Handler, call: Call[Any]) -> bytes:
     principal = call.caller.principal
     if call.caller is _NOBODY:
         principal = f"secret:{hash_secret(call.body.secret)}"  # nobody but the holder of the secret gets the stored answer
-    return once(tx, principal, f"{handler.route.name}:{call.key}"[:64], lambda: handler.function(tx, call))
+    return once(tx, principal, f"{handler.route.name}:{call.key}"[:64], lambda: _write(tx, handler, call))
+
+
+def _write(tx: Transaction, handler: Handler, call: Call[Any]) -> Any:
+    answer = handler.function(tx, call)
+    caller = call.caller if call.caller is not _NOBODY else None
+    audit.note_call(tx, caller, handler.route.name, call.path, call.body, answer, call.request)
+    return answer
 
 
 def _check_wire_version(http: HttpRequest) -> None:
@@ -135,7 +160,7 @@ def _token(http: HttpRequest) -> str:
 
 
 async def _authorise(services: Services, route: wire.Route[Any, Any], token: str) -> Caller:
-    if route.roles == wire.ANYBODY:
+    if not ROLES[route.name]:
         return _NOBODY
     if not token:  # not worth a transaction
         raise Unauthenticated("this call needs a token", hint="deskgrid login LINK")
@@ -183,25 +208,26 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type=_JSON)
 
 
-def _error_response(error: DeskgridError) -> Response:
+def _error_response(error: DeskgridError, request: str) -> Response:
     status = next((status for kind, status in wire.STATUS_OF_ERROR.items() if isinstance(error, kind)), 500)
     if isinstance(error, OperatorError):
         _log.error("operator must act", error=error.message)
     return Response(
-        msgspec.json.encode(wire.ErrorAnswer(error=type(error).__name__, message=error.message, hint=error.hint)),
+        msgspec.json.encode(wire.ErrorAnswer(error=type(error).__name__, message=error.message, hint=error.hint, request=request)),
         status_code=status,
         media_type=_JSON,
     )
 
 
 async def _unexpected(_http: HttpRequest, error: Exception) -> Response:
+    request = str(structlog.contextvars.get_contextvars().get("request", ""))
     _log.error("a handler failed", error=repr(error), exc_info=error)
-    body = wire.ErrorAnswer(error="OperatorError", message="the server failed on this call; its log says why")
+    body = wire.ErrorAnswer(error="OperatorError", message="the server failed on this call; its log says why", request=request)
     return Response(msgspec.json.encode(body), status_code=500, media_type=_JSON)
 
 
 async def sweep_forever(services: Services) -> None:
-    """Make attempts with expired leases lost, forget silent peers.
+    """Make attempts with expired leases lost, forget silent peers and old entries of the audit log.
 
     Leases are not looked at in the first lease's length after the start: while the server was down nobody could renew.
     """
@@ -210,14 +236,17 @@ async def sweep_forever(services: Services) -> None:
     while True:
         pause_s = settings.lease_s  # after a failure as after the start: while the database was gone nobody could renew
         with _failures_logged("the sweep failed"):
-            await services.store.write(_expire)
+            expired = await services.store.write(lambda tx: _expire(tx, settings.audit_s))
+            services.metrics.count_expired(expired)
             pause_s = settings.sweep_s
         await services.clock.sleep(pause_s)
 
 
-def _expire(tx: Transaction) -> None:
-    attempts.expire_leases(tx)
+def _expire(tx: Transaction, audit_s: float) -> int:
+    expired = attempts.expire_leases(tx)
     peers.sweep_peers(tx)
+    audit.forget(tx, tx.now - audit_s, _AUDIT_AT_ONCE)
+    return expired
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ class OwnHub:
             key_pem=self._key_pem,
         )
         await self._hub.start(listener)
+        services.metrics.watch_hub(self._hub)
         await self._renew(self._hub)
 
     async def renew_forever(self) -> None:
@@ -83,6 +84,7 @@ class OwnHub:
     async def close(self) -> None:
         """End the hub; no more peers are sent there. Idempotent."""
         hub, self._hub = self._hub, None
+        self._services.metrics.watch_hub(None)
         if hub is None:
             return
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 import deskgrid
+from deskgrid.core.rights import ROLES
 from deskgrid.model import wire
 
 __all__ = ["openapi_document", "openapi_page"]
@@ -46,9 +47,9 @@ def _operation(route: wire.Route[Any, Any], schema_of: dict[Any, Any]) -> dict[s
             "200": {"description": "the answer", "content": _content(route.answer, schema_of)},
             "default": {"description": "an error", "content": _content(wire.ErrorAnswer, schema_of)},
         },
-        "x-roles": sorted(route.roles) or ["anybody"],
+        "x-roles": sorted(ROLES[route.name]) or ["anybody"],
     }
-    if route.roles:
+    if ROLES[route.name]:
         operation["security"] = [{"token": []}]
     if route.request is not wire.Nothing:
         operation["requestBody"] = {"required": True, "content": _content(route.request, schema_of)}

@@ -35,13 +35,15 @@ from deskgrid.model.users import User
 from deskgrid.server.app import make_app, sweep_forever
 from deskgrid.server.authority import Authority, authority_fingerprint, ensure_certificate, make_authority
 from deskgrid.server.chores import do_chores_forever
+from deskgrid.server.health import serving_figures
 from deskgrid.server.hints import Elsewhere, listen_forever
 from deskgrid.server.hub import OwnHub
 from deskgrid.server.live import Live
+from deskgrid.server.metrics import Metrics
 from deskgrid.server.repository import open_repository
 from deskgrid.server.retention import clean_forever
 from deskgrid.server.routes.handler import Services
-from deskgrid.server.store import accounts
+from deskgrid.server.store import accounts, audit
 from deskgrid.server.store.engine import SqlStore, Transaction, is_shared, sqlite_url
 from deskgrid.server.store.migrate import migrate
 from deskgrid.server.store.submissions import WORK
@@ -106,6 +108,7 @@ async def _make_link(home: Path, settings: ServerSettings, purpose: str, user: s
     def keep(tx: Transaction) -> None:
         user_id = accounts.find_account(tx, user).id if user is not None else None
         accounts.add_secret(tx, hash_secret(secret), purpose=purpose, uses=uses, lifetime_s=lifetime_s, user=user_id)
+        audit.note(tx, "operator", "", f"{purpose}-link", f"user {user}" if user else purpose)
 
     async with _opened(home, settings) as store:
         await store.write(keep)
@@ -147,7 +150,8 @@ async def open_services(home: Path, settings: ServerSettings, clock: Clock) -> A
     live = Live(spread=[WORK])
     repository = await open_repository(home, settings)
     url = database_url(home, settings)
-    store = SqlStore(url, clock, live.notify)
+    metrics = Metrics()
+    store = SqlStore(url, clock, live.notify, measure=metrics.measure_batch)
     try:
         async with _hearing_of_others(url, store, live):
             yield Services(
@@ -157,6 +161,7 @@ async def open_services(home: Path, settings: ServerSettings, clock: Clock) -> A
                 live=live,
                 clock=clock,
                 authority=Authority(home / "authority"),
+                metrics=metrics,
             )
     finally:
         await store.close()
@@ -225,6 +230,9 @@ async def _run_server(home: Path, settings: ServerSettings, place: int, ready: C
             hub_listener = running.enter_context(listen_hub(settings, port))
             hub = hub_address(hub_listener, settings)
             await running.enter_async_context(running_hub(home, services, hub_listener, hub, place=place))
+        if settings.metrics_listen:
+            watched = running.enter_context(_listen(*parse_listen(settings.metrics_listen), hint="choose another metrics_listen"))
+            await running.enter_async_context(serving_figures(services, watched))
         with locked(home / "authority" / "lock"):  # two processes that begin at once must not make two certificates
             chain, key = ensure_certificate(home / "authority", [name for name in hosts if name], _utc_now())
             config = server_config(make_app(services), chain, key)

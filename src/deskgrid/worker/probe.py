@@ -31,6 +31,8 @@ def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint]) -> Prof
         drivers=tuple(drivers),
         lent=lent_by(settings),
         version=__version__,
+        packages=settings.packages,
+        accepts=settings.accepts,
     )
 
 

@@ -52,7 +52,7 @@ def test_users_and_groups_are_added_and_listed(user: Deskgrid):
     assert user("group", "add", "physics").code == 0
     assert user("group", "members", "physics", "--add", "ann", "--add", "admin").code == 0
     assert user("group", "members", "physics", "--remove", "admin", "--json").document["members"] == ["ann"]
-    assert user("group", "list").out.split() == ["group", "members", "physics", "ann"]
+    assert user("group", "list").out.split() == ["group", "weight", "members", "physics", "1", "ann"]
     assert user("group", "members", "chemistry").code == 2
 
 

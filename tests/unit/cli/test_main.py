@@ -42,12 +42,13 @@ HANDING_OVER = {("ssh",), ("scp",)}
 
 def test_the_commands_are_those_that_the_documentation_promises():
     wanted = """
-        demo status run login
+        demo status run login audit
         connect offer proxy ssh scp shell peers connection.list
         server.init server.run server.join-link server.hub-link server.migrate server.backup server.restore
         hub.join hub.run hub.list hub.remove
         worker.join worker.run worker.status worker.pause worker.resume worker.leave
-        user.add user.list user.token user.tokens group.add group.list group.members
+        worker.link worker.list worker.reserve worker.remove
+        user.add user.list user.token user.tokens user.set user.renew group.add group.list group.members group.set
         disk.build disk.publish disk.list
         data.put data.get data.list data.show data.remove
         job.submit job.list job.show job.wait job.logs job.results job.cancel job.remove

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from deskgrid.errors import Forbidden, InvalidInput
 from deskgrid.model import wire
-from deskgrid.model.users import Group, Role, User
+from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.server.routes.handler import Call, reads, writes
 from deskgrid.server.store import accounts, workers
+from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
 
 @writes(wire.JOIN)
 def join(tx: Transaction, call: Call[wire.JoinRequest]) -> wire.JoinAnswer:
-    accounts.use_secret(tx, call.body.secret, accounts.JOIN)
-    worker_id = workers.add_worker(tx, call.body.name)
+    owner = accounts.use_secret(tx, call.body.secret, accounts.JOIN)
+    worker_id = workers.add_worker(tx, call.body.name, owner=owner, max_per_user=call.settings.max_workers_per_user)
     accounts.add_token(tx, call.body.token_hash, role=Role.WORKER, label=call.body.name, on=worker_id)
     return wire.JoinAnswer(worker_id=worker_id)
 
@@ -22,19 +24,35 @@ def login(tx: Transaction, call: Call[wire.LoginRequest]) -> wire.LoginAnswer:
     user_id = accounts.use_secret(tx, call.body.secret, accounts.LOGIN)
     user = next(user for user in accounts.list_accounts(tx) if user.id == user_id)
     role = Role.ADMIN if user.admin else Role.USER
-    accounts.add_token(tx, call.body.token_hash, role=role, label=call.body.label, user=user.id)
-    return wire.LoginAnswer(user=user)
+    ends = accounts.token_ends(tx, call.body.lifetime_s, call.settings.token_s)
+    accounts.add_token(tx, call.body.token_hash, role=role, label=call.body.label, user=user.id, expires_at=ends)
+    return wire.LoginAnswer(user=user, expires_at=ends)
 
 
 @reads(wire.WHO)
 def who(_tx: Transaction, call: Call[wire.Nothing]) -> wire.WhoAmI:
-    return wire.WhoAmI(role=call.caller.role, name=call.caller.name)
+    return _who(call.caller, call.caller.expires_at)
+
+
+def _who(caller: Caller, expires_at: float | None) -> wire.WhoAmI:
+    rights = tuple(sorted(caller.rights)) if caller.rights is not None else ()
+    return wire.WhoAmI(role=caller.role, name=caller.name, expires_at=expires_at, rights=rights)
 
 
 @writes(wire.ADD_JOIN_SECRET)
 def add_join_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.SecretAnswer:
     wanted = call.body
-    expires_at = accounts.add_secret(tx, wanted.secret_hash, purpose=accounts.JOIN, uses=wanted.uses, lifetime_s=wanted.lifetime_s)
+    is_admin = call.caller.role is Role.ADMIN
+    if wanted.owner and not is_admin and wanted.owner != call.caller.name:
+        raise Forbidden("your links are for PCs of your own", hint="an admin can make links for others")
+    owner = accounts.find_account(tx, wanted.owner).id if wanted.owner else None
+    if not is_admin:
+        owner = call.caller.user_id
+        if wanted.uses > call.settings.max_workers_per_user:
+            raise InvalidInput(f"{wanted.uses} are more PCs than you may have", where="uses")
+    expires_at = accounts.add_secret(
+        tx, wanted.secret_hash, purpose=accounts.JOIN, uses=wanted.uses, lifetime_s=wanted.lifetime_s, user=owner
+    )
     return wire.SecretAnswer(expires_at=expires_at)
 
 
@@ -51,6 +69,26 @@ def add_login_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.Se
 @writes(wire.ADD_USER)
 def add_user(tx: Transaction, call: Call[wire.AddUser]) -> User:
     return accounts.add_account(tx, call.body.name, admin=call.body.admin)
+
+
+@writes(wire.SET_USER)
+def set_user(tx: Transaction, call: Call[wire.SetUser]) -> User:
+    return accounts.set_account(tx, call.path["user"], call.body)
+
+
+@writes(wire.ADD_TOKEN)
+def add_token(tx: Transaction, call: Call[wire.AddToken]) -> Token:
+    return accounts.add_narrowed_token(tx, call.caller, call.body, call.settings.token_s)
+
+
+@writes(wire.RENEW_TOKEN)
+def renew_token(tx: Transaction, call: Call[wire.Nothing]) -> wire.WhoAmI:
+    return _who(call.caller, accounts.renew_token(tx, call.caller, call.settings.token_s))
+
+
+@writes(wire.SET_GROUP)
+def set_group(tx: Transaction, call: Call[wire.SetGroup]) -> Group:
+    return accounts.set_team(tx, call.path["group"], call.body.weight)
 
 
 @reads(wire.LIST_USERS)

@@ -17,10 +17,12 @@ from msgspec import Struct
 from starlette.requests import Request as HttpRequest
 
 from deskgrid.clock import Clock
+from deskgrid.core.rights import ROLES, covers
 from deskgrid.errors import Forbidden, InvalidInput, Unauthenticated
 from deskgrid.model import wire
 from deskgrid.server.authority import Authority
 from deskgrid.server.live import Live
+from deskgrid.server.metrics import Metrics
 from deskgrid.server.repository import Repository
 from deskgrid.server.store import accounts
 from deskgrid.server.store.accounts import Caller
@@ -42,6 +44,7 @@ class Services(Struct, frozen=True):
     live: Live
     clock: Clock
     authority: Authority
+    metrics: Metrics = msgspec.field(default_factory=Metrics)
 
 
 class Call(Struct, Generic[Body], frozen=True):
@@ -55,6 +58,9 @@ class Call(Struct, Generic[Body], frozen=True):
     settings: ServerSettings
     token: str = ""
     """Only where the handler itself finds out whose it is (`serves(..., knows_callers=True)`)."""
+
+    request: str = ""
+    """By which logs, errors and the audit log know the call."""
 
     def number(self, name: str) -> int:
         """Return a path parameter that is a number. Raise InvalidInput otherwise."""
@@ -114,7 +120,9 @@ def caller_of(tx: Transaction, route: wire.Route[Any, Any], token: str) -> Calle
     if not token:
         raise Unauthenticated("this call needs a token", hint="deskgrid login LINK")
     caller = accounts.authenticate(tx, token)
-    if caller.role not in route.roles:
+    if caller.rights is not None and not covers(caller.rights, route.name):
+        raise Forbidden(f"this token may not call {route.name}", hint=f"it has the rights {', '.join(sorted(caller.rights))}")
+    if caller.role not in ROLES[route.name]:
         raise Forbidden(f"{caller.role.value} {caller.name} may not call {route.name}")
     return caller
 

@@ -9,12 +9,14 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 
 from deskgrid.core.lifecycle import LIVE_STATES
+from deskgrid.core.rights import check_job_token
 from deskgrid.core.submission import check_array, check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
-from deskgrid.model.ids import ArrayId, JobId
+from deskgrid.model.ids import ArrayId, JobId, UserId
 from deskgrid.model.jobs import Array, Job, JobSpec, JobState
+from deskgrid.model.overlay import API_SERVICE
 from deskgrid.model.users import Role
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
 from deskgrid.server.store import accounts, apps, data, jobs, submissions
@@ -56,6 +58,8 @@ def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | No
     """Check a spec and find what it refers to. Raise InvalidInput, NotFound, Conflict or Forbidden (no room)."""
     caller = call.caller
     check_spec(spec, in_set=in_set)
+    if any(reach.service == API_SERVICE for reach in spec.machine.reach):
+        check_job_token(caller.rights)
     if not spec.retain_s:
         # What holds now is kept with the job: a promise that later settings do not change.
         spec = msgspec.structs.replace(spec, retain_s=call.settings.retain_s)
@@ -74,10 +78,11 @@ def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | No
 
 @reads(wire.LIST_ARRAYS)
 def list_arrays(tx: Transaction, call: Call[wire.Nothing]) -> wire.ArrayList:
-    everyone = call.query.get("all", False) and call.caller.role is Role.ADMIN
+    group = call.query.get("group", "")
     found, more = submissions.list_arrays(
         tx,
-        owner=None if everyone else call.caller.user_id,
+        owner=_whose(tx, call, group),
+        group=group,
         before=call.query.get("before"),
         limit=min(max(call.query.get("limit", 100), 1), 1000),
     )
@@ -104,14 +109,17 @@ def cancel_array(tx: Transaction, call: Call[wire.Nothing]) -> Array:
 
 @reads(wire.LIST_JOBS)
 def list_jobs(tx: Transaction, call: Call[wire.Nothing]) -> wire.JobList:
-    everyone = call.query.get("all", False) and call.caller.role is Role.ADMIN
+    group, array = call.query.get("group", ""), call.query.get("array")
+    if array is not None:
+        submissions.get_array(tx, call.caller, ArrayId(array))
     found, more = jobs.list_jobs(
         tx,
-        owner=None if everyone else call.caller.user_id,
+        owner=None if array is not None else _whose(tx, call, group),
+        group=group,
         state=_state(call.query.get("state")),
         before=call.query.get("before"),
         limit=min(max(call.query.get("limit", 100), 1), 1000),
-        array=call.query.get("array"),
+        array=array,
     )
     return wire.JobList(jobs=found, more=more)
 
@@ -162,6 +170,14 @@ def read_log(tx: Transaction, call: Call[wire.Nothing]) -> wire.LogChunk:
     begin, found = jobs.read_log(tx, attempt.id, stream, offset, _LOG_CHUNK_BYTES)
     over = attempt.state not in LIVE_STATES and not found
     return wire.LogChunk(attempt_id=attempt.id, number=attempt.number, offset=begin, data=found, ended=over)
+
+
+def _whose(tx: Transaction, call: Call[wire.Nothing], group: str) -> UserId | None:
+    """Return whose jobs are listed: the caller's, or everybody's of a group that he is in, or everybody's (admins). Raise InvalidInput."""
+    is_admin = call.caller.role is Role.ADMIN
+    if group and not is_admin:
+        accounts.check_group(tx, call.caller, group)
+    return None if group or (call.query.get("all", False) and is_admin) else call.caller.user_id
 
 
 def _state(text: str | None) -> JobState | None:

@@ -6,12 +6,17 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from deskgrid.errors import Forbidden, InvalidInput
+from deskgrid.core.rights import Thing
+from deskgrid.errors import Forbidden, InvalidInput, NotFound
 from deskgrid.model import wire
+from deskgrid.model.data import Visibility
+from deskgrid.model.ids import WorkerId
+from deskgrid.model.users import Role
+from deskgrid.model.workers import Worker
 from deskgrid.server import scheduler
 from deskgrid.server.routes.handler import Call, Services, caller_of, reads, serves, writes
 from deskgrid.server.store import attempts, jobs, queues, workers
-from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.submissions import WORK
 
@@ -66,6 +71,24 @@ def append_log(tx: Transaction, call: Call[wire.AppendLog]) -> wire.Nothing:
 @writes(wire.LEAVE)
 def leave(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
     scheduler.leave(tx, call.caller)
+    return wire.Nothing()
+
+
+@writes(wire.RESERVE_WORKER)
+def reserve_worker(tx: Transaction, call: Call[wire.ReserveWorker]) -> Worker:
+    worker_id = WorkerId(call.number("worker"))
+    workers.reserve(tx, worker_id, call.body.reserved_for, call.body.lifetime_s)
+    tx.topics.append(attempts.worker_topic(worker_id))
+    return workers.list_workers(tx, call.settings.lease_s, worker_id)[0]
+
+
+@writes(wire.REMOVE_WORKER)
+def remove_worker(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
+    worker_id = WorkerId(call.number("worker"))
+    thing = Thing(owner_id=workers.owner_of(tx, worker_id), visibility=Visibility.PUBLIC)
+    missing = NotFound(f"there is no worker {worker_id}", hint="deskgrid worker list")
+    require(tx, call.caller, wire.REMOVE_WORKER.name, thing, see=wire.LIST_WORKERS.name, missing=missing)
+    scheduler.leave(tx, Caller(Role.WORKER, "", worker_id=worker_id))
     return wire.Nothing()
 
 

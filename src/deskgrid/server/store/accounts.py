@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
 from deskgrid.core.lifecycle import LIVE_STATES
-from deskgrid.errors import Conflict, InvalidInput, NotFound, Unauthenticated
+from deskgrid.core.rights import RULES, Right, Thing, Viewer, Who, check_given, is_allowed, is_of_admin, parse_rights
+from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
+from deskgrid.model.data import Visibility
 from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
 from deskgrid.model.users import Group, Role, Token, User
+from deskgrid.model.wire import AddToken, SetUser
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import account, attempt, job, membership, secret, team, token, worker
 from deskgrid.server.store.statement import Statement
@@ -21,6 +25,7 @@ from deskgrid.server.store.statement import Statement
 __all__ = [
     "Caller",
     "add_account",
+    "add_narrowed_token",
     "add_secret",
     "add_team",
     "add_token",
@@ -34,9 +39,16 @@ __all__ = [
     "list_accounts",
     "list_teams",
     "list_tokens",
+    "may",
+    "renew_token",
+    "require",
     "revoke_token",
+    "set_account",
     "set_members",
+    "set_team",
+    "token_ends",
     "use_secret",
+    "visible",
 ]
 
 _NAME = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
@@ -56,6 +68,10 @@ class Caller(Struct, frozen=True):
     attempt_id: AttemptId | None = None
     """Of a job with a token of its own, which acts for `user_id`."""
     hub_id: int | None = None
+    rights: frozenset[Right] | None = None
+    """What a user's token is narrowed to; None: all that he may."""
+    expires_at: float | None = None
+    token_id: int = 0
 
     @property
     def principal(self) -> str:
@@ -112,11 +128,48 @@ def add_token(
     user: UserId | None = None,
     on: WorkerId | None = None,
     hub: int | None = None,
-) -> None:
-    """Keep a new token's hash."""
+    expires_at: float | None = None,
+    rights: frozenset[Right] | None = None,
+) -> int:
+    """Keep a new token's hash; return its number."""
     shown = "".join(letter for letter in label if letter.isprintable())[:128]
-    values = {"hash": check_hash(hashed), "role": role.value, "label": shown, "created_at": tx.now}
-    tx.run(sa.insert(token).values(account_id=user, worker_id=on, hub_id=hub, **values))
+    narrowed = msgspec.json.encode(sorted(rights)).decode() if rights is not None else ""
+    values: dict[str, Any] = {"hash": check_hash(hashed), "role": role.value, "label": shown, "created_at": tx.now}
+    values |= {"expires_at": expires_at, "rights": narrowed}
+    return _new_id(tx.run(sa.insert(token).values(account_id=user, worker_id=on, hub_id=hub, **values)))
+
+
+def token_ends(tx: Transaction, wanted_s: float, most_s: float) -> float | None:
+    """Return when a token ends that shall live for `wanted_s` (0: as long as it may), at most `most_s` (0: for ever)."""
+    if wanted_s < 0:
+        raise InvalidInput("a token lives for some time", where="lifetime_s")
+    lifetime_s = min(wanted_s or most_s, most_s or wanted_s)
+    return tx.now + lifetime_s if lifetime_s else None
+
+
+def add_narrowed_token(tx: Transaction, caller: Caller, wanted: AddToken, most_s: float) -> Token:
+    """Keep a token with some rights, made by the holder of another. Raise InvalidInput, Forbidden (it would be wider)."""
+    if caller.user_id is None:
+        raise Forbidden("only users have such tokens")
+    rights = parse_rights(wanted.rights)
+    check_given(caller.role, caller.rights, rights)
+    if wanted.lifetime_s <= 0:
+        raise InvalidInput("such a token lives for some time", where="lifetime_s", hint="as in --lifetime 1d")
+    ends = token_ends(tx, wanted.lifetime_s, most_s)
+    if caller.rights is not None and caller.expires_at is not None and ends is not None:
+        ends = min(ends, caller.expires_at)
+    role = Role.ADMIN if caller.role is Role.ADMIN and is_of_admin(rights) else Role.USER
+    number = add_token(tx, wanted.token_hash, role=role, label=wanted.label, user=caller.user_id, expires_at=ends, rights=rights)
+    return next(one for one in list_tokens(tx, caller.user_id) if one.id == number)
+
+
+def renew_token(tx: Transaction, caller: Caller, lifetime_s: float) -> float | None:
+    """Let the caller's token live on for `lifetime_s` (0: for ever), and return when it ends. Raise Forbidden for a narrowed one."""
+    if caller.rights is not None:
+        raise Forbidden("a narrowed token ends when it was meant to", hint="make another one: deskgrid user token --right ...")
+    ends = token_ends(tx, 0.0, lifetime_s)
+    tx.run(sa.update(token).where(token.c.id == caller.token_id).values(expires_at=ends))
+    return ends
 
 
 def add_token_of_attempt(tx: Transaction, hashed: str, attempt_id: AttemptId) -> None:
@@ -150,6 +203,8 @@ class _Known(NamedTuple):
     left_at: float | None
     attempt_id: int | None
     hub_id: int | None
+    rights: str
+    id: int
 
 
 _TOKEN = Statement(
@@ -165,6 +220,8 @@ _TOKEN = Statement(
         worker.c.left_at,
         token.c.attempt_id,
         token.c.hub_id,
+        token.c.rights,
+        token.c.id,
     )
     .select_from(token.outerjoin(account, account.c.id == token.c.account_id).outerjoin(worker, worker.c.id == token.c.worker_id))
     .where(token.c.hash == sa.bindparam("hashed"))
@@ -183,7 +240,15 @@ def authenticate(tx: Transaction, text: str) -> Caller:
         return _job_caller(tx, AttemptId(known.attempt_id))
     if known.hub_id is not None:
         return Caller(Role.HUB, known.label, hub_id=known.hub_id)
-    return Caller(Role.ADMIN if known.admin else Role.USER, known.user_name or "", user_id=UserId(known.account_id or 0))
+    rights = frozenset(Right(one) for one in msgspec.json.decode(known.rights, type=list[str])) if known.rights else None
+    return Caller(
+        Role.ADMIN if known.admin and is_of_admin(rights) else Role.USER,
+        known.user_name or "",
+        user_id=UserId(known.account_id or 0),
+        rights=rights,
+        expires_at=known.expires_at,
+        token_id=known.id,
+    )
 
 
 def _job_caller(tx: Transaction, attempt_id: AttemptId) -> Caller:
@@ -207,6 +272,7 @@ def list_tokens(tx: Transaction, user_id: UserId) -> tuple[Token, ...]:
             created_at=row.created_at,
             expires_at=row.expires_at,
             revoked=row.revoked_at is not None,
+            rights=msgspec.json.decode(row.rights, type=tuple[str, ...]) if row.rights else (),
         )
         for row in rows
     )
@@ -253,13 +319,49 @@ def add_team(tx: Transaction, name: str) -> Group:
     return Group(name=name, members=())
 
 
+def set_team(tx: Transaction, name: str, weight: float | None) -> Group:
+    """Change a group's part of the grid. Raise NotFound, InvalidInput."""
+    if tx.value(sa.select(team.c.name).where(team.c.name == name)) is None:
+        raise NotFound(f"there is no group {name!r}")
+    if weight is not None:
+        tx.run(sa.update(team).where(team.c.name == name).values(weight=_weight(weight)))
+        tx.memo.pop("board", None)
+    return next(group for group in list_teams(tx) if group.name == name)
+
+
+def set_account(tx: Transaction, name: str, wanted: SetUser) -> User:
+    """Change a user's part of the grid and bounds. Raise NotFound, InvalidInput."""
+    user = find_account(tx, name)
+    values: dict[str, Any] = {"weight": _weight(wanted.weight)} if wanted.weight is not None else {}
+    for field in ("max_waiting", "max_running", "max_bytes"):
+        bound = getattr(wanted, field)
+        if bound is not None and bound >= 1 << 63:
+            raise InvalidInput(f"{bound} is too many", where=field)
+        if bound is not None:
+            values[field] = bound if bound >= 0 else None
+    if values:
+        tx.run(sa.update(account).where(account.c.id == user.id).values(**values))
+        tx.memo.pop("board", None)
+    return find_account(tx, name)
+
+
+def _weight(weight: float) -> float:
+    if not _LEAST_WEIGHT <= weight <= 1 / _LEAST_WEIGHT:
+        raise InvalidInput(f"{weight} is not a weight", where="weight", hint="0.001 to 1000; 2 is twice as much as others")
+    return weight
+
+
+_LEAST_WEIGHT = 0.001
+
+
 def list_teams(tx: Transaction) -> tuple[Group, ...]:
     """Return all groups by name."""
-    members: dict[str, list[str]] = {row.name: [] for row in tx.rows(sa.select(team).order_by(team.c.name))}
+    weights = {row.name: row.weight for row in tx.rows(sa.select(team).order_by(team.c.name))}
+    members: dict[str, list[str]] = {name: [] for name in weights}
     joined = membership.join(account, account.c.id == membership.c.account_id)
     for row in tx.rows(sa.select(membership.c.team, account.c.name).select_from(joined).order_by(account.c.name)):
         members[row.team].append(row.name)
-    return tuple(Group(name=name, members=tuple(names)) for name, names in members.items())
+    return tuple(Group(name=name, members=tuple(names), weight=weights[name]) for name, names in members.items())
 
 
 def set_members(tx: Transaction, name: str, *, add: tuple[str, ...], remove: tuple[str, ...]) -> Group:
@@ -278,6 +380,49 @@ def groups_of(tx: Transaction, user_id: UserId) -> frozenset[str]:
     return frozenset(row.team for row in tx.rows(sa.select(membership.c.team).where(membership.c.account_id == user_id)))
 
 
+# What the table of rights (core/rights.py) says of this caller
+
+
+def may(tx: Transaction, caller: Caller, action: str, thing: Thing) -> bool:
+    """Tell whether a user (or his job) may do something to an object. `action`: a route's name."""
+    in_question = thing.visibility is Visibility.GROUP and Who.MEMBER in RULES[action].who and caller.user_id is not None
+    groups = groups_of(tx, caller.user_id) if in_question and caller.user_id is not None else frozenset()
+    return is_allowed(action, Viewer(role=caller.role, user_id=caller.user_id, groups=groups), thing)
+
+
+def require(tx: Transaction, caller: Caller, action: str, thing: Thing, *, see: str, missing: NotFound) -> None:
+    """Raise `missing` if a caller may not `see` an object (a route's name), Forbidden if he may, but not do this to it."""
+    if not may(tx, caller, see, thing):
+        raise missing
+    if action != see and not may(tx, caller, action, thing):
+        raise Forbidden(f"{caller.name} may not do this: {action.replace('_', ' ')}", hint="its owner or an admin can")
+
+
+def visible(
+    tx: Transaction,
+    caller: Caller,
+    action: str,
+    *,
+    owner: sa.ColumnElement[Any],
+    group: sa.ColumnElement[Any],
+    visibility: sa.ColumnElement[Any] | None = None,
+) -> sa.ColumnElement[bool]:
+    """Return the condition under which a user (or his job) may do something to a row. Without `visibility` every group is one to share with."""
+    who = RULES[action].who
+    if caller.role is Role.ADMIN and Who.ADMIN in who:
+        return sa.true()
+    found: list[sa.ColumnElement[bool]] = []
+    if Who.OWNER in who:
+        found.append(owner == caller.user_id)
+    if Who.PUBLIC in who and visibility is not None:
+        found.append(visibility == Visibility.PUBLIC.value)
+    groups = groups_of(tx, caller.user_id) if Who.MEMBER in who and caller.user_id is not None else frozenset()
+    if groups:
+        shared = group.in_(sorted(groups))
+        found.append(shared if visibility is None else sa.and_(visibility == Visibility.GROUP.value, shared))
+    return sa.or_(sa.false(), *found)
+
+
 def check_shares(tx: Transaction, shares: Iterable[str], where: str) -> None:
     """Check that the groups and users exist with whom something is shared. Raise InvalidInput naming the one that does not."""
     for share in shares:
@@ -294,7 +439,16 @@ def check_group(tx: Transaction, caller: Caller, name: str) -> None:
 
 
 def _user(row: sa.Row[tuple[object, ...]]) -> User:
-    return User(id=UserId(row.id), name=row.name, admin=row.admin, created_at=row.created_at)
+    return User(
+        id=UserId(row.id),
+        name=row.name,
+        admin=row.admin,
+        created_at=row.created_at,
+        weight=row.weight,
+        max_waiting=row.max_waiting,
+        max_running=row.max_running,
+        max_bytes=row.max_bytes,
+    )
 
 
 def _new_id(result: sa.CursorResult[tuple[object, ...]]) -> int:

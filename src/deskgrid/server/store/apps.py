@@ -8,15 +8,15 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from deskgrid.core.rights import Thing
 from deskgrid.core.submission import PLATFORM
-from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound
+from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.apps import ANY_PLATFORM, App
 from deskgrid.model.data import Blob, Visibility
 from deskgrid.model.ids import AppId, Sha256, UserId
-from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterApp
 from deskgrid.server.store import data
-from deskgrid.server.store.accounts import Caller, check_group, groups_of
+from deskgrid.server.store.accounts import Caller, check_group, require, visible
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import account, app, app_file
 
@@ -103,8 +103,8 @@ def list_apps(tx: Transaction, caller: Caller) -> tuple[App, ...]:
 def remove_app(tx: Transaction, caller: Caller, reference: str) -> None:
     """Remove one version of an app (the newest if only a name is given); jobs keep what they have of it. Raise NotFound, Forbidden, Conflict."""
     found = find_app(tx, caller, reference)
-    if found.owner_id != caller.user_id and caller.role is not Role.ADMIN:
-        raise Forbidden(f"{reference} belongs to {found.owner}")
+    thing = Thing(owner_id=found.owner_id, visibility=found.visibility, group=found.group)
+    require(tx, caller, "remove_app", thing, see="get_app", missing=NotFound(f"there is no app {reference!r}"))
     from deskgrid.server.store.submissions import app_is_used
 
     if app_is_used(tx, found.id):
@@ -114,11 +114,7 @@ def remove_app(tx: Transaction, caller: Caller, reference: str) -> None:
 
 def _visible(tx: Transaction, caller: Caller) -> sa.Select[tuple[Any, ...]]:
     query = sa.select(app, account.c.name.label("owner")).join(account, account.c.id == app.c.owner_id)
-    if caller.role is Role.ADMIN:
-        return query
-    groups = groups_of(tx, caller.user_id) if caller.user_id is not None else frozenset()
-    shared = sa.and_(app.c.visibility == Visibility.GROUP.value, app.c.team.in_(sorted(groups)))
-    return query.where(sa.or_(app.c.owner_id == caller.user_id, app.c.visibility == Visibility.PUBLIC.value, shared))
+    return query.where(visible(tx, caller, "get_app", owner=app.c.owner_id, group=app.c.team, visibility=app.c.visibility))
 
 
 def _files(tx: Transaction, app_id: int) -> dict[str, Blob]:

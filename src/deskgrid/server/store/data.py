@@ -18,14 +18,15 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from deskgrid.core.rights import Thing, covers
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound
 from deskgrid.model.data import Blob, Data, DataKind, DataRef, Disk, Visibility
 from deskgrid.model.ids import DataId, Sha256, UserId
 from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
-from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.accounts import Caller, check_group, require, visible
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, app_file, attempt, blob, data, job, submission, upload
+from deskgrid.server.store.schema import account, app_file, attempt, blob, data, job, queue, submission, upload
 from deskgrid.server.store.storage import kept_bytes
 from deskgrid.units import format_size
 
@@ -200,7 +201,7 @@ _COUNTED_S = 10.0
 
 
 def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
-    """Say whether the caller holds a reference: visible data, an own job, or (worker) a job that it was leased."""
+    """Say whether the caller holds a reference: visible data, a visible job, or (worker) a job that it was leased."""
     if caller.role is Role.WORKER:
         leased = attempt.join(job, job.c.id == attempt.c.job_id).join(submission, submission.c.id == job.c.submission_id)
         query = (
@@ -216,10 +217,14 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         return tx.row(query.limit(1)) is not None
     if caller.role is Role.ADMIN:
         return True
-    named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(caller))
-    brought = sa.select(job.c.id).where(job.c.owner_id == caller.user_id, job.c.result == sha256)
+    named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(tx, caller))
+    of_jobs = visible(tx, caller, "get_job", owner=job.c.owner_id, group=queue.c.team)
+    brought = sa.select(job.c.id).join(queue, queue.c.id == job.c.queue_id).where(job.c.result == sha256, of_jobs)
     sent = sa.select(submission.c.id).where(submission.c.owner_id == caller.user_id, submission.c.context == sha256)
-    return any(tx.row(query.limit(1)) is not None for query in (named, brought, sent))
+    # A context is its owner's alone: his secrets may be in it.
+    queries = [named] if covers(caller.rights, "get_data") else []
+    queries += [brought, sent] if covers(caller.rights, "get_job") else []
+    return any(tx.row(query.limit(1)) is not None for query in queries)
 
 
 def _needs(sha256: str) -> sa.ColumnElement[bool]:
@@ -299,6 +304,10 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
         raise InvalidInput("a disk needs its attributes, and only a disk has them")
     if request.disk is not None:
         check_sha256(request.disk.sha256)
+    if request.visibility is Visibility.GROUP or request.group:
+        check_group(tx, caller, request.group)
+    if (request.visibility is Visibility.GROUP) != bool(request.group):
+        raise InvalidInput("a group goes with the visibility group, and that with a group", where="group")
     require_upload(tx, caller, request.blob)
     newest = tx.row(
         _with_owner().where(data.c.owner_id == caller.user_id, data.c.name == request.name).order_by(data.c.version.desc())
@@ -317,6 +326,7 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
             size_bytes=request.blob.size_bytes,
             owner_id=caller.user_id,
             visibility=request.visibility.value,
+            team=request.group,
             created_at=tx.now,
             disk=msgspec.json.encode(request.disk).decode() if request.disk else None,
             disk_sha256=request.disk.sha256 if request.disk else None,
@@ -335,7 +345,7 @@ def find_data(tx: Transaction, caller: Caller, reference: str) -> Data:
     older = data.alias("older")
     since = sa.select(sa.func.min(older.c.id)).where(older.c.owner_id == data.c.owner_id, older.c.name == data.c.name)
     order = ((data.c.owner_id == caller.user_id).desc(), account.c.admin.desc(), since.scalar_subquery(), data.c.version.desc())
-    row = tx.row(_matching(reference).where(_visible(caller)).order_by(*order))
+    row = tx.row(_matching(reference).where(_visible(tx, caller)).order_by(*order))
     if row is None:
         raise NotFound(f"there is no data {reference!r}", hint="deskgrid data list")
     return _data(row)
@@ -354,7 +364,7 @@ def find_disk(tx: Transaction, caller: Caller, reference: str) -> DataRef:
 
 def list_data(tx: Transaction, caller: Caller, kind: str | None) -> tuple[Data, ...]:
     """Return visible data by name and version."""
-    query = _with_owner().where(_visible(caller)).order_by(data.c.name, data.c.owner_id, data.c.version)
+    query = _with_owner().where(_visible(tx, caller)).order_by(data.c.name, data.c.owner_id, data.c.version)
     if kind is not None:
         query = query.where(data.c.kind == kind)
     return tuple(_data(row) for row in tx.rows(query))
@@ -363,24 +373,27 @@ def list_data(tx: Transaction, caller: Caller, kind: str | None) -> tuple[Data, 
 def remove_data(tx: Transaction, caller: Caller, reference: str) -> None:
     """Remove one version of data (the newest if only a name is given). Jobs keep what they refer to. Raise NotFound, Forbidden."""
     found = find_data(tx, caller, reference)
-    if found.owner_id != caller.user_id and caller.role is not Role.ADMIN:
-        raise Forbidden(f"{reference} belongs to {found.owner}")
+    thing = Thing(owner_id=found.owner_id, visibility=found.visibility, group=found.group)
+    require(tx, caller, "remove_data", thing, see="get_data", missing=NotFound(f"there is no data {reference!r}"))
     tx.run(sa.delete(data).where(data.c.id == found.id))
     give_up_upload(tx, f"user:{found.owner_id}", found.blob.sha256)  # otherwise it would keep the bytes for its lifetime
 
 
 def _same(newest: Data, request: RegisterData) -> bool:
-    return (newest.blob, newest.disk, newest.visibility) == (request.blob, request.disk, request.visibility)
+    return (newest.blob, newest.disk, newest.visibility, newest.group) == (
+        request.blob,
+        request.disk,
+        request.visibility,
+        request.group,
+    )
 
 
 def _with_owner() -> sa.Select[tuple[object, ...]]:
     return sa.select(data, account.c.name.label("owner")).join(account, account.c.id == data.c.owner_id)
 
 
-def _visible(caller: Caller) -> sa.ColumnElement[bool]:
-    if caller.role is Role.ADMIN:
-        return sa.true()
-    return sa.or_(data.c.owner_id == caller.user_id, data.c.visibility == Visibility.PUBLIC.value)
+def _visible(tx: Transaction, caller: Caller) -> sa.ColumnElement[bool]:
+    return visible(tx, caller, "get_data", owner=data.c.owner_id, group=data.c.team, visibility=data.c.visibility)
 
 
 def _matching(reference: str) -> sa.Select[tuple[object, ...]]:
@@ -407,6 +420,7 @@ def _data(row: sa.Row[tuple[object, ...]] | None) -> Data:
         owner_id=UserId(row.owner_id),
         owner=row.owner,
         visibility=Visibility(row.visibility),
+        group=row.team,
         created_at=row.created_at,
         disk=msgspec.json.decode(row.disk, type=Disk) if row.disk else None,
     )

@@ -168,6 +168,11 @@ class Store(Protocol):
         """Look at what waits anew: another process has changed it. Functions that begin after this see it."""
         ...
 
+    @property
+    def waiting(self) -> int:
+        """How many writes wait for their turn."""
+        ...
+
     async def close(self) -> None:
         """Finish what was accepted and close the database. Idempotent."""
         ...
@@ -267,10 +272,17 @@ class _Outcome(NamedTuple):
 
 
 class SqlStore:
-    """A store over SQLAlchemy. `notify` is called in the event loop with the topics of each committed write."""
+    """A store over SQLAlchemy. `notify` is called in the event loop with the topics of each committed write, `measure` in the writer's thread
+    with each batch's size and seconds."""
 
     def __init__(
-        self, url: str, clock: Clock, notify: Callable[[list[str]], None] | None = None, *, rng: Random | None = None
+        self,
+        url: str,
+        clock: Clock,
+        notify: Callable[[list[str]], None] | None = None,
+        *,
+        rng: Random | None = None,
+        measure: Callable[[int, float], None] | None = None,
     ) -> None:
         self._engine = open_engine(url)
         self._reading = self._engine
@@ -281,6 +293,7 @@ class SqlStore:
         self._clock = clock
         self._rng = rng or Random()  # noqa: S311 - pauses
         self._notify = notify or (lambda topics: None)
+        self._measure = measure or (lambda writes, seconds: None)
         self.id = uuid.uuid4().hex[:12]
         """By which this process knows its own notifications."""
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
@@ -322,6 +335,11 @@ class SqlStore:
         """See Store."""
         self._is_stale = True  # the writer's thread looks at this: what it is just reading may be the old state
 
+    @property
+    def waiting(self) -> int:
+        """See Store."""
+        return self._queue.qsize()
+
     async def close(self) -> None:
         """See Store."""
         if self._closed:
@@ -348,7 +366,9 @@ class SqlStore:
 
     def _commit(self, batch: list[_Write]) -> None:
         """Run a batch in one transaction and deliver the outcomes; nobody hears of success before it is durable."""
+        began = time.perf_counter()
         outcomes, topics = self._outcomes(batch)
+        self._measure(len(batch), time.perf_counter() - began)
         for outcome in outcomes:
             _call_in(outcome.write.loop, partial(self._deliver, outcome))
         if topics:

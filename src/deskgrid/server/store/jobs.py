@@ -8,15 +8,15 @@ import msgspec
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
+from deskgrid.core.rights import thing_of_job
 from deskgrid.errors import NotFound
 from deskgrid.model.ids import ArrayId, AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Attempt, AttemptState, Job, JobSpec, JobState
-from deskgrid.model.users import Role
 from deskgrid.model.wire import JobDetail
 from deskgrid.server.store import attempts, submissions
-from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, attempt, job, log_chunk, submission, worker
+from deskgrid.server.store.schema import account, attempt, job, log_chunk, queue, submission, worker
 from deskgrid.server.store.submissions import SubmissionState
 
 __all__ = [
@@ -30,12 +30,15 @@ __all__ = [
 ]
 
 
-def get_job(tx: Transaction, caller: Caller, job_id: JobId) -> JobDetail:
-    """Return a job with its attempts, if the caller may see it. Raise NotFound."""
+def get_job(tx: Transaction, caller: Caller, job_id: JobId, action: str = "get_job") -> JobDetail:
+    """Return a job with its attempts, if the caller may see it. Raise NotFound; Forbidden if he may, but not do this (a route's name)."""
     row = tx.row(_jobs().where(job.c.id == job_id))
-    if row is None or (row.owner_id != caller.user_id and caller.role is not Role.ADMIN):
-        raise NotFound(f"you have no job {job_id}", hint="deskgrid job list")
-    return JobDetail(job=_job(row), attempts=_attempts(tx, job_id))
+    missing = NotFound(f"you have no job {job_id}", hint="deskgrid job list")
+    if row is None:
+        raise missing
+    found = _job(row)
+    require(tx, caller, action, thing_of_job(found.owner_id, found.spec.group), see="get_job", missing=missing)
+    return JobDetail(job=found, attempts=_attempts(tx, job_id))
 
 
 def list_jobs(
@@ -46,12 +49,15 @@ def list_jobs(
     before: int | None,
     limit: int,
     array: ArrayId | None = None,
+    group: str = "",
 ) -> tuple[tuple[Job, ...], bool]:
     """Return at most `limit` jobs, newest first, and whether there are older ones: those submitted by themselves, or those of an array."""
     query = _jobs().order_by(job.c.id.desc()).limit(limit + 1)
     query = query.where(job.c.position.is_(None) if array is None else job.c.submission_id == array)
     if owner is not None:
         query = query.where(job.c.owner_id == owner)
+    if group:
+        query = query.where(job.c.queue_id.in_(sa.select(queue.c.id).where(queue.c.team == group).scalar_subquery()))
     if state is not None:
         query = query.where(job.c.state == state.value)
     if before is not None:
@@ -62,7 +68,7 @@ def list_jobs(
 
 def cancel_job(tx: Transaction, caller: Caller, job_id: JobId, message: str) -> Job:
     """Cancel a job and its attempts; a final job stays as it is. Raise NotFound."""
-    get_job(tx, caller, job_id)
+    get_job(tx, caller, job_id, "cancel_job")
     _cancel(tx, job_id, message)
     return get_job(tx, caller, job_id).job
 

@@ -121,7 +121,7 @@ def forgettable(tx: Transaction, before: float, after: int, limit: int) -> tuple
 
 def remove_job(tx: Transaction, caller: Caller, job_id: JobId) -> None:
     """Remove a job that has ended, with its result. Raise NotFound, Conflict."""
-    found = get_job(tx, caller, job_id).job
+    found = get_job(tx, caller, job_id, "remove_job").job
     if found.array_id is not None:
         raise Conflict(f"job {job_id} is one of array {found.array_id}", hint="the whole array can be removed")
     if found.state not in FINAL_JOB_STATES:
@@ -135,7 +135,7 @@ def remove_job(tx: Transaction, caller: Caller, job_id: JobId) -> None:
 
 def remove_array_jobs(tx: Transaction, caller: Caller, array_id: ArrayId, limit: int) -> bool:
     """Remove some jobs of an array that has ended, and at last the array; return whether some are left. Raise NotFound, Conflict."""
-    found: Array = get_array(tx, caller, array_id)
+    found: Array = get_array(tx, caller, array_id, "remove_array")
     state = tx.value(sa.select(submission.c.state).where(submission.c.id == array_id))
     if state not in _OVER:
         name = "being cancelled" if found.state is ArrayState.CANCELLED else found.state.value

@@ -18,14 +18,14 @@ import sqlalchemy as sa
 
 from deskgrid.core.backoff import delay_s
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent
+from deskgrid.core.rights import thing_of_job
 from deskgrid.errors import InvalidInput, NotFound
 from deskgrid.model.ids import ArrayId, JobId, SetId, UserId
 from deskgrid.model.jobs import AttemptState, JobState
 from deskgrid.model.overlay import Reach, ServiceRef
-from deskgrid.model.users import Role
 from deskgrid.model.wire import JobSet, MemberState, SetMember
 from deskgrid.server.store import attempts, jobs, submissions
-from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import open_queue
 from deskgrid.server.store.schema import account, attempt, job, job_set, queue, submission
@@ -137,12 +137,21 @@ def _name_services(tx: Transaction, set_id: int, member: SetMember, spec: Any) -
 # As people see them
 
 
-def get_set(tx: Transaction, caller: Caller, set_id: SetId) -> JobSet:
-    """Return a set with its members, if the caller may see it. Raise NotFound."""
+def get_set(tx: Transaction, caller: Caller, set_id: SetId, action: str = "get_set") -> JobSet:
+    """Return a set with its members, if the caller may see it. Raise NotFound; Forbidden if he may, but not do this (a route's name)."""
     row = tx.row(_sets().where(job_set.c.id == set_id))
-    if row is None or (row.owner_id != caller.user_id and caller.role is not Role.ADMIN):
-        raise NotFound(f"you have no set {set_id}", hint="deskgrid set list")
+    missing = NotFound(f"you have no set {set_id}", hint="deskgrid set list")
+    if row is None:
+        raise missing
+    require(tx, caller, action, thing_of_job(row.owner_id, _group_of(tx, set_id)), see="get_set", missing=missing)
     return _set(tx, caller, row)
+
+
+def _group_of(tx: Transaction, set_id: int) -> str:
+    """Return the group that a whole set is done for; "" if some of it is for another one, or for its owner himself."""
+    of_set = sa.select(queue.c.team).join(submission, submission.c.queue_id == queue.c.id).where(submission.c.set_id == set_id)
+    groups = [str(row.team) for row in tx.rows(of_set.distinct())]
+    return groups[0] if len(groups) == 1 else ""
 
 
 def list_sets(
@@ -160,7 +169,7 @@ def list_sets(
 
 def cancel_set(tx: Transaction, caller: Caller, set_id: SetId, message: str) -> JobSet:
     """Cancel all that has not ended of a set. Raise NotFound."""
-    found = get_set(tx, caller, set_id)
+    found = get_set(tx, caller, set_id, "cancel_set")
     tx.run(sa.update(job_set).where(job_set.c.id == set_id).values(try_at=None))
     for member in found.members:
         if member.job is not None:

@@ -20,13 +20,13 @@ from msgspec import Struct
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.core.matching import requirement_of
+from deskgrid.core.rights import thing_of_job
 from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.apps import ANY_PLATFORM
 from deskgrid.model.data import Blob, DataRef
 from deskgrid.model.ids import ArrayId, JobId, UserId
 from deskgrid.model.jobs import Array, ArrayState, JobSpec, JobState
-from deskgrid.model.users import Role
-from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import ARRAY_RAN_OUT, come_back, count, find_queue, open_queue, queue_counts, waiting_of
 from deskgrid.server.store.schema import account, dependency, job, job_set, queue, submission
@@ -476,7 +476,7 @@ def fail_filling(tx: Transaction, array_id: int, message: str) -> None:
 
 def cancel_array(tx: Transaction, caller: Caller, array_id: ArrayId, message: str) -> Array:
     """Cancel what has not ended of an array: no job of it starts from now on. Raise NotFound."""
-    found = get_array(tx, caller, array_id)
+    found = get_array(tx, caller, array_id, "cancel_array")
     if found.state in (ArrayState.FILLING, ArrayState.BLOCKED, ArrayState.OPEN):
         row = tx.row(sa.select(submission).where(submission.c.id == array_id).with_for_update())
         tx.run(sa.delete(dependency).where(dependency.c.submission_id == array_id))
@@ -540,17 +540,24 @@ def _end_array(tx: Transaction, array_id: int) -> None:
 ARRAY_RAN_OUT.append(_end_array)
 
 
-def get_array(tx: Transaction, caller: Caller, array_id: ArrayId) -> Array:
-    """Return an array, if the caller may see it. Raise NotFound."""
+def get_array(tx: Transaction, caller: Caller, array_id: ArrayId, action: str = "get_array") -> Array:
+    """Return an array, if the caller may see it. Raise NotFound; Forbidden if he may, but not do this (a route's name)."""
     row = tx.row(_arrays().where(submission.c.id == array_id))
-    if row is None or (row.owner_id != caller.user_id and caller.role is not Role.ADMIN):
-        raise NotFound(f"you have no array {array_id}", hint="deskgrid array list")
-    return _array(row)
+    missing = NotFound(f"you have no array {array_id}", hint="deskgrid array list")
+    if row is None:
+        raise missing
+    found = _array(row)
+    require(tx, caller, action, thing_of_job(found.owner_id, found.spec.group), see="get_array", missing=missing)
+    return found
 
 
-def list_arrays(tx: Transaction, *, owner: UserId | None, before: int | None, limit: int) -> tuple[tuple[Array, ...], bool]:
+def list_arrays(
+    tx: Transaction, *, owner: UserId | None, before: int | None, limit: int, group: str = ""
+) -> tuple[tuple[Array, ...], bool]:
     """Return at most `limit` arrays, newest first, and whether there are older ones."""
     query = _arrays().order_by(submission.c.id.desc()).limit(limit + 1)
+    if group:
+        query = query.where(queue.c.team == group)
     if owner is not None:
         query = query.where(submission.c.owner_id == owner)
     if before is not None:

@@ -9,21 +9,26 @@ import msgspec
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import LIVE_STATES
+from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.wire import Sync
 from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
-from deskgrid.server.store.accounts import groups_of
+from deskgrid.server.store.accounts import check_shares, groups_of
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import attempt, worker
+from deskgrid.server.store.schema import account, attempt, worker
 from deskgrid.server.store.statement import Statement
 
-__all__ = ["Known", "add_worker", "how_many", "leave", "list_workers", "note_call", "seen", "totals"]
+__all__ = ["Known", "add_worker", "how_many", "leave", "list_workers", "note_call", "owner_of", "reserve", "seen", "totals"]
 
 
-def add_worker(tx: Transaction, name: str) -> WorkerId:
-    """Add a worker under a name for people."""
+def add_worker(tx: Transaction, name: str, *, owner: UserId | None = None, max_per_user: int = 0) -> WorkerId:
+    """Add a worker under a name for people. Raise Conflict if its owner has `max_per_user` (0: no bound) already."""
+    if owner is not None and max_per_user:
+        mine = sa.select(sa.func.count()).select_from(worker).where(worker.c.owner_id == owner, worker.c.left_at.is_(None))
+        if int(tx.value(mine)) >= max_per_user:
+            raise Conflict(f"{max_per_user} PCs of this user have joined already", hint="remove one: deskgrid worker remove")
     shown = "".join(letter for letter in name if letter.isprintable())[:128] or "worker"
-    added = tx.run(sa.insert(worker).values(name=shown, joined_at=tx.now, seen_at=0.0))
+    added = tx.run(sa.insert(worker).values(name=shown, joined_at=tx.now, seen_at=0.0, owner_id=owner))
     return WorkerId(int(added.inserted_primary_key[0]))  # type: ignore[index]
 
 
@@ -91,14 +96,42 @@ def leave(tx: Transaction, worker_id: WorkerId) -> None:
     tx.run(sa.update(worker).where(worker.c.id == worker_id).values(left_at=tx.now))
 
 
-def list_workers(tx: Transaction, offline_after_s: float) -> tuple[Worker, ...]:
-    """Return the workers that have not left, by number."""
+def reserve(tx: Transaction, worker_id: WorkerId, reserved_for: str, lifetime_s: float) -> None:
+    """Keep a worker for user:NAME or group:NAME for a time (0: until cleared), or for nobody (""). Raise NotFound, InvalidInput."""
+    if reserved_for and not reserved_for.startswith(("user:", "group:")):
+        raise InvalidInput(f"{reserved_for[:80]!r} is nobody", where="reserved_for", hint="user:NAME or group:NAME")
+    check_shares(tx, (reserved_for,) if reserved_for else (), "reserved_for")
+    if not 0 <= lifetime_s <= _LONGEST_RESERVATION_S:
+        raise InvalidInput("it can be reserved for some time, or until that is cleared", where="lifetime_s")
+    until = tx.now + lifetime_s if reserved_for and lifetime_s else None
+    values = {"reserved_for": reserved_for, "reserved_until": until}
+    if not tx.run(sa.update(worker).where(worker.c.id == worker_id, worker.c.left_at.is_(None)).values(**values)).rowcount:
+        raise NotFound(f"there is no worker {worker_id}", hint="deskgrid worker list")
+    tx.memo.pop("board", None)
+
+
+_LONGEST_RESERVATION_S = 3660 * 86400.0
+
+
+def owner_of(tx: Transaction, worker_id: WorkerId) -> UserId | None:
+    """Return the user whose PC it is, None if nobody said. Raise NotFound."""
+    row = tx.row(sa.select(worker.c.owner_id).where(worker.c.id == worker_id, worker.c.left_at.is_(None)))
+    if row is None:
+        raise NotFound(f"there is no worker {worker_id}", hint="deskgrid worker list")
+    return UserId(row.owner_id) if row.owner_id is not None else None
+
+
+def list_workers(tx: Transaction, offline_after_s: float, only: WorkerId | None = None) -> tuple[Worker, ...]:
+    """Return the workers that have not left, or one of them, by number."""
     live = (
         sa.select(sa.func.count())
         .where(attempt.c.worker_id == worker.c.id, attempt.c.state.in_([state.value for state in LIVE_STATES]))
         .scalar_subquery()
     )
-    rows = tx.rows(sa.select(worker, live.label("running")).where(worker.c.left_at.is_(None)).order_by(worker.c.id))
+    joined = worker.outerjoin(account, account.c.id == worker.c.owner_id)
+    query = sa.select(worker, live.label("running"), account.c.name.label("owner")).select_from(joined)
+    query = query.where(worker.c.left_at.is_(None)).order_by(worker.c.id)
+    rows = tx.rows(query if only is None else query.where(worker.c.id == only))
     return tuple(
         Worker(
             id=WorkerId(row.id),
@@ -109,6 +142,9 @@ def list_workers(tx: Transaction, offline_after_s: float) -> tuple[Worker, ...]:
             running=row.running,
             profile=msgspec.json.decode(row.profile, type=Profile) if row.profile else None,
             cached=msgspec.json.decode(row.cached, type=tuple[Sha256, ...]),
+            owner=row.owner or "",
+            reserved_for=row.reserved_for if (row.reserved_until or tx.now + 1) > tx.now else "",
+            reserved_until=row.reserved_until,
         )
         for row in rows
     )
