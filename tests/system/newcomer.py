@@ -17,6 +17,8 @@ from tests.system.harness import LIMIT_S, until
 ROOT = Path(__file__).parents[2]
 SHOWN = re.compile(r"^(?:    |\$ )((?:deskgrid|ls|cat|pip|make|dd|cmp|curl|rsync|python3) ?.*)$", re.MULTILINE)
 SLOW = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND_S = 240.0
+"""Less than a test may take, so that one that hangs shows what the others said."""
 LINK = re.compile(r"deskgrid://\S+?/(join|login)\?[\w=&%.-]+")
 
 
@@ -63,9 +65,12 @@ class Newcomer:
         words = [*prefix, *(self._filled(words, word) for word in words)]
         if words[-1] == "&":
             return self._start(words[:-1])
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        try:
+            done = subprocess.run(
+                words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=_COMMAND_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{line}\n{error.stdout!r}\n{error.stderr!r}\n{self.said()}") from error
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}\n{self.said()}"
         for found in LINK.finditer(done.stdout):
             self.links[found[1]] = found[0]

@@ -292,6 +292,18 @@ class Peer:
             raise Unreachable("not registered at the server")
         return await self._calls.ask_grant(wire.AskGrant(peer_id=self._answer.peer_id, service=service), wait_s)
 
+    # ending
+
+    async def finish_streams(self, limit_s: float) -> None:
+        """Wait until the streams that there are have ended by themselves, at most `limit_s`: for when the programs behind them have ended.
+
+        Leaving cuts what is still on the way.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                for stream in list(self._carried):
+                    await stream.wait_closed()
+
     # called
 
     def _invited(self, hub: HubConnection, invite: frames.Invite) -> None:
@@ -334,10 +346,7 @@ class Peer:
     async def _end_streams(self) -> None:
         for stream in self._carried:
             stream.abort("its peer left")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GOODBYE_S):
-                for stream in list(self._carried):
-                    await stream.wait_closed()
+        await self.finish_streams(_GOODBYE_S)
 
     # the server
 

@@ -319,12 +319,17 @@ class Runner:
         self._kit.changed()
 
     async def _watch(self) -> None:
-        """Follow the machine until it is off."""
-        exited = await beside(self._follow(), self._keep_limits(), self._output.run(), self._serve())
+        """Follow the machine until it is off, and what it sent last has arrived."""
+        await beside(self._await_end(), self._serve())
+        self._release_disk()
+
+    async def _await_end(self) -> None:
+        exited = await beside(self._follow(), self._keep_limits(), self._output.run())
         self._stop_watch()
         _log.info("machine_exited", **self._names(), cause=exited.cause.value, detail=exited.detail, ran_s=round(self._ran_s, 1))
         await self._note(phase=Phase.EXITED, exited=exited)
-        self._release_disk()
+        if self._services is not None and self.entry.verdict is None:
+            await self._services.finish()
 
     async def _follow(self) -> Exited:
         events = self._driver().events(self._handle())

@@ -52,6 +52,8 @@ _MOST_RELAYS = 1024
 _MOST_THREADS = 4
 """That look names up and dial the server for one machine: one that is slow must not take the worker's own."""
 _IDLE_S = 86_400.0
+_FINISH_S = 5.0
+"""For what a program sent last to reach the other end, after it has ended."""
 _log = structlog.get_logger()
 
 
@@ -90,6 +92,7 @@ class Services:
         self._machine = assignment.spec.machine
         self._credentials = credentials
         self._relays = Background(0)
+        self._peer: Peer | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._outside = ""
         """The address by which this PC was last seen from outside."""
@@ -99,6 +102,11 @@ class Services:
         """Note that something in the machine listens on a port."""
         if port in self._open:
             self._open[port].set()
+
+    async def finish(self) -> None:
+        """Let what a machine sent before it ended reach the other ends, for some seconds at most."""
+        if self._peer is not None:
+            await self._peer.finish_streams(_FINISH_S)
 
     async def run(self, driver: Caged, handle: MachineHandle) -> None:
         """Serve until cancelled. What fails here is begun again after a pause: it never ends the attempt."""
@@ -134,7 +142,11 @@ class Services:
                 for work in serving:
                     work.close()
                 raise
-            await self._serve(peer, serving)
+            self._peer = peer
+            try:
+                await self._serve(peer, serving)
+            finally:
+                self._peer = None
 
     async def _serve(self, peer: Peer, serving: list[Coroutine[Any, Any, None]]) -> None:
         try:

@@ -403,6 +403,49 @@ async def test_leaving_ends_streams_and_is_told_to_the_server(grid: SmallGrid, e
     await eventually(lambda: not called.connections())
 
 
+async def test_what_was_sent_before_leaving_arrives_if_it_is_let_finish(grid: SmallGrid) -> None:
+    last_words = bytes(3_000_000)
+
+    async def speaks_and_goes() -> socket.socket:
+        local, program = await pair()
+        asyncio.get_running_loop().run_in_executor(None, _say, program, last_words)
+        return local
+
+    await grid.start_hub()
+    local, program = await pair()
+    async with Peer(await grid.endpoint(), _calls(grid, "b"), offers={"bye": speaks_and_goes}) as called:
+        await called.ready(5)
+        caller = await grid.peer("a", await grid.endpoint())
+        await caller.connect("bye.b", local)
+        hearing = asyncio.create_task(_hear(program))
+        await eventually(lambda: hearing.done() or bool(called.connections()))
+        await called.finish_streams(30)
+    assert await hearing == last_words
+
+
+async def test_a_stream_that_does_not_finish_is_waited_for_no_longer_than_said(grid: SmallGrid, echo: Dial) -> None:
+    caller, called = await two(grid, echo)
+    local, program = await pair()
+    await caller.connect("echo.b", local)
+    with program:
+        await called.finish_streams(0.05)
+        assert called.connections()
+
+
+async def _hear(program: socket.socket) -> bytes:
+    heard = bytearray()
+    with program:
+        while data := await asyncio.get_running_loop().sock_recv(program, 1 << 16):
+            heard += data
+    return bytes(heard)
+
+
+def _say(program: socket.socket, words: bytes) -> None:
+    with program:
+        program.setblocking(True)
+        program.sendall(words)
+
+
 async def test_a_peer_may_be_entered_again_after_the_server_was_away(grid: SmallGrid, echo: Dial) -> None:
     grid.is_away = True
     peer = Peer(await grid.endpoint(), _calls(grid, "b"), offers={"echo": echo})
