@@ -294,10 +294,12 @@ async def test_any_garbage_and_any_number_of_connections_leave_the_keeper_servin
     for _ in range(200):
         (await caged.socket()).close()
     assert keeper.memory_info().rss < before + (1 << 20)
-    assert keeper.num_fds() < 80
+    if os.geteuid() == 0:  # others may not see its files
+        assert keeper.num_fds() < 80
     for connection in idle:
         connection.close()
-    await eventually(lambda: keeper.num_fds() < 10)
+    if os.geteuid() == 0:
+        await eventually(lambda: keeper.num_fds() < 10)
 
 
 async def test_hundreds_of_sockets_are_given_at_the_same_time(make: Callable[..., Caged]) -> None:
