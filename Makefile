@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 2
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 export DESKGRID_CACHE ?= $(CURDIR)/.cache
 
 .PHONY: help setup demo test test-full check lint format docs lock bench clean clean-all

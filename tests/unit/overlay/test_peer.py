@@ -428,6 +428,7 @@ async def test_a_stream_that_does_not_finish_is_waited_for_no_longer_than_said(g
     local, program = await pair()
     await caller.connect("echo.b", local)
     with program:
+        await eventually(lambda: bool(called.connections()))
         await called.finish_streams(0.05)
         assert called.connections()
 
