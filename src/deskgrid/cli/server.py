@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json as json_format
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,7 +122,7 @@ def _keep_settings(home: Path, given: dict[str, str | None]) -> None:
 
 
 @app.command
-async def run(
+def run(
     *,
     home: Home = None,
     listen: Listen = None,
@@ -160,7 +162,17 @@ async def run(
 
     given = {"listen": listen, "address": address, "hub_listen": hub_listen, "hub_address": hub_address, "database": database}
     given |= {"blobs": blobs, "metrics_listen": metrics_listen}
-    await run_server(folder, load_server_settings(folder, **given), ready=ready)
+    with asyncio.Runner(loop_factory=_quick_loop()) as runner:
+        runner.run(run_server(folder, load_server_settings(folder, **given), ready=ready))
+
+
+def _quick_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes an event loop whose TLS takes a fifth of the memory and less time; None (asyncio's own) where that is not to be had."""
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return None
+    return uvloop.new_event_loop
 
 
 @app.command
