@@ -237,6 +237,8 @@ async def _run_server(home: Path, settings: ServerSettings, place: int, ready: C
             chain, key = ensure_certificate(home / "authority", [name for name in hosts if name], _utc_now())
             config = server_config(make_app(services), chain, key)
             config.load()
+            assert config.ssl is not None
+            config.ssl.num_tickets = 0  # to take up a session again, which none of our clients does
         server = _Server(config, lambda: ready and ready(shown, hub))
         chores = do_chores_forever(services, Random())  # noqa: S311 - pauses
         await _serve(server, listener, sweep_forever(services), chores, clean_forever(services))
