@@ -121,6 +121,10 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Whose jobs it takes: mine (the PC's owner, who made its link), group:NAME, user:NAME or everyone."""
     packages: tuple[str, ...] = ()
     """What is installed on this PC, for jobs that need it, as in root or cuda-12."""
+    unsandboxed: bool = False
+    """Whether process jobs may run even where no sandbox can be made. WARNING: such a job is a program of the user who runs the worker: it can read,
+    change and remove all his files, use his network and see his other programs. Only for PCs that hold nothing else, with `accepts` set to
+    people whom you trust. Where a sandbox can be made it is used all the same."""
     overlay: bool = True
     """Whether machines may have a network with the services of their jobs."""
     internet: bool = False

@@ -99,7 +99,11 @@ class ProcessDriver(ABC):
         """Stop the guest from writing on to `log`, which has become too long. This one ends the machine."""
         identity = self._identity(handle)
         if identity is not None:
-            await processes.kill(identity, self._clock)
+            await self._kill(handle, identity)
+
+    async def _kill(self, handle: MachineHandle, identity: ProcessIdentity) -> None:
+        """End the machine's process and all that ends with it."""
+        await processes.kill(identity, self._clock)
 
     # ---- the protocol
 
@@ -150,7 +154,7 @@ class ProcessDriver(ABC):
             if identity is None or (not alive and not news):
                 break
             if alive and logs.journal().io_error:
-                await processes.kill(identity, self._clock)
+                await self._kill(handle, identity)
                 continue
             for log in logs.overlong():
                 await self._cut(handle, log)
@@ -167,13 +171,13 @@ class ProcessDriver(ABC):
         (Path(handle.workdir) / STOPPED_MARK).touch()
         if grace_s > 0 and await self._ask_to_stop(handle, identity):
             await processes.wait_gone(identity, self._clock, limit_s=grace_s)
-        await processes.kill(identity, self._clock)
+        await self._kill(handle, identity)
 
     async def destroy(self, handle: MachineHandle) -> None:
         """See Driver. Raise MachineFailed only if the process cannot be ended or the files cannot be removed."""
         identity = self._identity(handle)
         if identity is not None:
-            await processes.kill(identity, self._clock)
+            await self._kill(handle, identity)
         await cage.wait_keeper_gone(Path(handle.workdir), self._clock)
         await asyncio.to_thread(_remove, Path(handle.workdir))
 

@@ -1,5 +1,8 @@
 """Process jobs: native programs in a sandbox (process_sandbox.py), as an ordinary user, with bubblewrap. Linux only.
 
+Where no sandbox can be made and the owner said so (`unsandboxed`), they run without: the same files, process and bounds, but another command line.
+Then the job is one of the owner's own programs and can do what he can; only what it is bounded by stays.
+
 The machine's process is process_machine.py; the sandbox's processes end with it. In the machine's folder, besides what base.py lists:
 
     plan.json  filter.bpf      what process_machine.py is told, the sandbox's seccomp filter
@@ -29,7 +32,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -37,15 +40,18 @@ from msgspec import Struct
 
 from deskgrid.clock import Clock
 from deskgrid.errors import DeskgridError, InvalidInput, MachineFailed
-from deskgrid.machines import cage, process_machine, processes, qmp
+from deskgrid.machines import cage, process_machine, process_tree, processes, qmp
 from deskgrid.machines.base import STOPPED_MARK, ProcessDriver
 from deskgrid.machines.context import OWN_FOLDER, environment_file, services_file
 from deskgrid.machines.driver import ExitCause, Exited, MachineEvent, MachineHandle, MachineSpec, Recovery
 from deskgrid.machines.process_sandbox import (
     Folders,
+    bare_environment,
+    bare_line,
     confinement_faults,
     environment_of,
     missing,
+    missing_bare,
     sandbox_line,
     seccomp_filter,
     system_files,
@@ -80,25 +86,44 @@ class SandboxDriver(ProcessDriver):
     name = DriverName.PROCESS
     kind = MachineKind.PROCESS
 
-    def __init__(self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False) -> None:
+    def __init__(
+        self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False, unsandboxed: bool = False
+    ) -> None:
         super().__init__(clock, nice=nice, overlay=overlay, internet=internet)
         self._turn = itertools.count()
+        self._unsandboxed = unsandboxed
+        self._bare = False
+        """Jobs have no sandbox: none can be made here, and the owner allows it."""
 
     # ---- what this PC can do
 
     async def fingerprint(self) -> Fingerprint:
         """See Driver. Runs a job that looks around in its sandbox; takes 0.1 s."""
-        reason = self._missing()
-        if not reason:
-            try:
-                async with asyncio.timeout(_PROBE_LIMIT_S):
-                    reason = await self._try_out()
-            except TimeoutError:
-                reason = f"the smallest job in a sandbox was not done after {_PROBE_LIMIT_S:.0f} s"
-            except (DeskgridError, OSError) as error:
-                reason = f"no sandbox can be made: {error}"
+        self._bare, self._networks = False, self._allowed
+        reason = self._missing() or await self._fault(self._try_out)
+        if reason and self._unsandboxed:
+            return await self._bare_fingerprint(reason)
         found = Fingerprint(self.name, (self.kind,), not reason, reason, await asyncio.to_thread(self._version))
         return await self._with_networks(found) if found.usable else found
+
+    async def _bare_fingerprint(self, reason: str) -> Fingerprint:
+        """Return what can be done without a sandbox, of which there is none for a reason."""
+        self._bare, self._networks = True, (Network.NONE,)
+        fault = missing_bare() if sys.platform == "linux" else reason
+        fault = fault or await self._fault(self._try_bare)
+        if fault:
+            return Fingerprint(self.name, (self.kind,), usable=False, reason=fault)
+        words = f"WITHOUT A SANDBOX, as the owner allows: {reason}; so jobs that need a network are not taken"
+        return Fingerprint(self.name, (self.kind,), usable=True, reason=words, networks=self._networks)
+
+    async def _fault(self, try_out: Callable[[], Awaitable[str]]) -> str:
+        try:
+            async with asyncio.timeout(_PROBE_LIMIT_S):
+                return await try_out()
+        except TimeoutError:
+            return f"the smallest job was not done after {_PROBE_LIMIT_S:.0f} s"
+        except (DeskgridError, OSError) as error:
+            return f"no job can be run: {error}" if self._bare else f"no sandbox can be made: {error}"
 
     def _missing(self) -> str:
         return missing() if sys.platform == "linux" else "sandboxes for processes exist only on Linux"
@@ -108,16 +133,31 @@ class SandboxDriver(ProcessDriver):
 
     async def _try_out(self) -> str:
         """Return what is wrong with sandboxes here, "" if nothing."""
+        exited, told = await self._probe(_look_around)
+        if exited.cause is not ExitCause.POWERED_OFF:
+            return f"no sandbox can be made: {exited.detail or exited.cause}{cage.namespaces_hint()}"
+        return _judge_probe(told)
+
+    async def _try_bare(self) -> str:
+        """Return what is wrong with jobs without sandbox here, "" if nothing."""
+        exited, told = await self._probe(lambda _: "echo DONE")
+        if told != "DONE\n":
+            return f"no job can be run: {exited.detail or exited.cause}"
+        return ""
+
+    async def _probe(self, script: Callable[[Path], str]) -> tuple[Exited, str]:
+        """Run a script, which is made for the machine's folder, as a job; return its end and what it printed."""
         with tempfile.TemporaryDirectory(prefix="deskgrid-probe-") as folder:
             workdir = Path(folder, "machine")
-            spec = MachineSpec("probe", self.kind, 256 * MIB, 1, 16 * MIB, command=("/bin/sh", "-c", _look_around(workdir)))
+            spec = MachineSpec("probe", self.kind, 256 * MIB, 1, 16 * MIB, command=("/bin/sh", "-c", script(workdir)))
             handle = await self.prepare(spec, workdir)
             try:
                 await self.start(handle)
                 async for event in self.events(handle):
-                    if isinstance(event, Exited) and event.cause is not ExitCause.POWERED_OFF:
-                        return f"no sandbox can be made: {event.detail or event.cause}{cage.namespaces_hint()}"
-                return _judge_probe((workdir / process_machine.REPORT / "stdout").read_text(errors="replace"))
+                    exited = event  # the last one counts
+                assert isinstance(exited, Exited)
+                output = workdir / process_machine.REPORT / "stdout"
+                return exited, output.read_text(errors="replace") if output.is_file() else ""
             finally:
                 await self.destroy(handle)
 
@@ -142,7 +182,8 @@ class SandboxDriver(ProcessDriver):
         _add_network_files(workdir / _CONTEXT, spec)
         for name, text in system_files(spec).items():
             (workdir / _ETC / name).write_text(text)
-        (workdir / FILTER).write_bytes(seccomp_filter())
+        if not self._bare:
+            (workdir / FILTER).write_bytes(seccomp_filter())
         qmp.create_journal(workdir)
         (workdir / process_machine.PLAN_FILE).write_bytes(msgspec.json.encode(self._plan(handle)))
 
@@ -151,9 +192,9 @@ class SandboxDriver(ProcessDriver):
         networked = spec.network is not Network.NONE
         return {
             "command": self._job_line(handle),
-            "environment": environment_of(spec),
-            "filter": FILTER,
-            "sandboxed": True,
+            "environment": bare_environment(spec, self._folders(handle)) if self._bare else environment_of(spec),
+            "filter": "" if self._bare else FILTER,
+            "sandboxed": not self._bare,
             "memory_bytes": spec.memory_bytes,
             "processes": spec.processes,
             "cpu_time_s": spec.cpu_time_s,
@@ -167,7 +208,8 @@ class SandboxDriver(ProcessDriver):
         }
 
     def _job_line(self, handle: MachineHandle) -> list[str]:
-        return sandbox_line(handle.spec, self._folders(handle))
+        line = bare_line if self._bare else sandbox_line
+        return line(handle.spec, self._folders(handle))
 
     def _folders(self, handle: MachineHandle) -> Folders:
         workdir = Path(handle.workdir)
@@ -262,7 +304,7 @@ class SandboxDriver(ProcessDriver):
         """See Driver."""
         identity = self._identity(handle)
         if identity is not None:
-            await processes.kill(identity, self._clock)
+            await self._kill(handle, identity)
         await self._sweep(handle)
         await super().destroy(handle)
 
@@ -276,6 +318,11 @@ class SandboxDriver(ProcessDriver):
     def scratch(self, handle: MachineHandle) -> Path:
         """Return the folder with the result and the report: scratch and report in it (results.py)."""
         return Path(handle.workdir) / OUTCOME
+
+    async def _kill(self, handle: MachineHandle, identity: ProcessIdentity) -> None:
+        if _is_bare(handle):
+            await asyncio.to_thread(_end_below, identity)
+        await super()._kill(handle, identity)
 
     async def _sweep(self, handle: MachineHandle) -> None:
         """End what is left of the sandbox of a machine whose process was killed: it is about to end, but may not have yet.
@@ -292,6 +339,17 @@ class SandboxDriver(ProcessDriver):
                 if found is None:
                     break
                 await processes.kill(found, self._clock)
+        if _is_bare(handle):
+            await self._sweep_bare(str(workdir / _TMP))
+
+    async def _sweep_bare(self, folder: str) -> None:
+        """End what is left of a job without sandbox, by the one variable that all its processes have unless they threw it away."""
+        for _ in range(_MOST_SWEEPS):
+            found = await asyncio.to_thread(processes.find_by_variable, "TMPDIR", folder)
+            if not found:
+                return
+            for identity in found:
+                await processes.kill(identity, self._clock)
 
     def _exit(self, handle: MachineHandle) -> Exited:
         workdir = Path(handle.workdir)
@@ -300,6 +358,28 @@ class SandboxDriver(ProcessDriver):
                 end = msgspec.json.decode((workdir / process_machine.END_FILE).read_bytes(), type=_End)
                 return Exited(end.cause, end.detail)
         return super()._exit(handle)
+
+
+class _Kind(Struct, frozen=True):
+    """Of a plan."""
+
+    sandboxed: bool = True
+
+
+def _is_bare(handle: MachineHandle) -> bool:
+    """Tell whether a machine has no sandbox, by its plan: another worker may have made it."""
+    try:
+        plan = (Path(handle.workdir) / process_machine.PLAN_FILE).read_bytes()
+        return not msgspec.json.decode(plan, type=_Kind).sandboxed
+    except (OSError, msgspec.MsgspecError):
+        return False
+
+
+def _end_below(identity: ProcessIdentity) -> None:
+    """End all processes below that of a machine, which stands still meanwhile and so stays their parent. Blocks."""
+    processes.send_signal(identity, signal.SIGSTOP)
+    if processes.is_alive(identity):
+        process_tree.end(lambda: process_tree.descendants(identity.pid))
 
 
 # ---- files

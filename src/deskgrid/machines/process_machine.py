@@ -9,6 +9,9 @@ Nothing that the job can write is opened by a name: its output comes through des
 Signals: USR1 freezes the job and then makes the file `paused`, USR2 lets it go on and removes that file, TERM asks it to end. KILL takes the
 sandbox along (PR_SET_PDEATHSIG): whoever ends a machine ends this process.
 
+Where the owner allows it a job has no sandbox (`sandboxed` is false): it is a child of this process, and what it leaves alone becomes one. Then
+whoever kills this process has to end those below it first.
+
 Bounds. What the kernel does not bound for us is looked at, the more often the nearer it is, and past it everything is ended:
 
     memory          RSS of all processes; above the bound PSS, which counts once what they share
@@ -32,7 +35,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deskgrid.machines.folders import OutOfBounds, folder_bytes
-from deskgrid.machines.process_tree import deleted_bytes, descendants, freeze, proportional_bytes, send, thaw, usage
+from deskgrid.machines.process_tree import deleted_bytes, descendants, end, freeze, proportional_bytes, send, thaw, usage
 
 __all__ = [
     "CHANNEL", "END_FILE", "JOURNAL", "PAUSED_MARK", "PLAN_FILE", "PROGRAM_SOCKET", "REPORT", "SANDBOX_FILE", "main",
@@ -52,6 +55,7 @@ FILTER_FD, STATUS_FD, FIRST_FREE_FD = 3, 4, 10
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
 _TOLD_BYTES = 1 << 20
 """Of each stream; the rest is in the report only."""
 _CHUNK_BYTES = 64 << 10
@@ -82,6 +86,8 @@ def main() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with open(PLAN_FILE, "rb") as file:
         plan: dict[str, Any] = json.load(file)
+    if not plan["sandboxed"]:
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # no sudo; in the sandbox bwrap sees to that
     Machine(plan).run()
 
 
@@ -211,14 +217,11 @@ class Machine:
 
     def _pids(self) -> list[int]:
         """Return all processes of the job."""
-        root = self._init or self._find_init()
+        root = (self._init or self._find_init()) if self._plan["sandboxed"] else os.getpid()
         return descendants(root) if root else []
 
     def _find_init(self) -> int:
         """Return the sandbox's pid 1, as bwrap tells it; 0 if it did not yet."""
-        if not self._plan["sandboxed"]:
-            self._init = self._child
-            return self._init
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError), open(SANDBOX_FILE, "rb") as file:
             self._init = int(json.loads(file.read().splitlines()[0])["child-pid"])
         return self._init
@@ -245,8 +248,8 @@ class Machine:
     def _pause(self) -> bool:
         """Freeze the job; False if that is not possible yet."""
         # With the sandbox's pid 1, which may be just about to start the job.
-        if not self._paused and (self._init or self._find_init()):
-            self._paused = freeze(lambda: [self._init, *descendants(self._init)])
+        if not self._paused and (not self._plan["sandboxed"] or self._init or self._find_init()):
+            self._paused = freeze(lambda: [*self._inits(), *self._pids()])
             if self._paused:
                 _append(PAUSED_MARK, b"")
         return self._paused
@@ -256,10 +259,15 @@ class Machine:
             # Gone before it runs, so that nobody takes the mark for a pause to come.
             os.unlink(PAUSED_MARK)  # noqa: PTH108
             self._paused = False
-            thaw([self._init, *self._pids()])
+            thaw([*self._inits(), *self._pids()])
+
+    def _inits(self) -> list[int]:
+        return [self._init] if self._init else []
 
     def _check_bounds(self) -> None:
         plan = self._plan
+        if not plan["sandboxed"]:
+            self._reap()
         pids = self._pids()
         used = usage(pids)
         memory = used.memory_bytes
@@ -269,7 +277,7 @@ class Machine:
             raise LimitPassed(f"it used more than {plan['memory_bytes']} bytes of memory")
         if plan["processes"] and used.threads > plan["processes"]:
             raise LimitPassed(f"it had more than {plan['processes']} processes and threads")
-        if plan["cpu_time_s"] and used.cpu_s > plan["cpu_time_s"]:
+        if plan["cpu_time_s"] and used.cpu_s + self._reaped_s() > plan["cpu_time_s"]:
             raise LimitPassed(f"it used more than {plan['cpu_time_s']:g} s of CPU time")
         left_s = (plan["memory_bytes"] - memory) / _FILL_BYTES_PER_S
         self._tick_s = max(_SHORTEST_TICK_S, min(self._tick_s, left_s))
@@ -328,6 +336,10 @@ class Machine:
 
     def _end_all(self) -> None:
         """End what is left of the job, and wait until it is gone."""
+        if not self._plan["sandboxed"]:
+            end(self._pids)
+            self._reap()
+            return
         self._find_init()
         for pid in {self._init, self._child} - {0}:
             with contextlib.suppress(ProcessLookupError):
@@ -337,8 +349,26 @@ class Machine:
             with contextlib.suppress(ChildProcessError):
                 _, status = os.waitpid(pid, 0) if pid else (0, 0)
                 if pid == self._child:
-                    code = os.waitstatus_to_exitcode(status)
-                    self._status = code if code >= 0 else 128 - code
+                    self._note_end(status)
+
+    def _reap(self) -> None:
+        """Without a sandbox: wait for those of our children that have ended; also what the job left alone is our child."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                if pid == self._child:
+                    self._note_end(status)
+
+    def _reaped_s(self) -> float:
+        """Return the CPU time of those that `_reap` saw the end of, which nobody else counts."""
+        spent = os.times()
+        return 0.0 if self._plan["sandboxed"] else spent.children_user + spent.children_system
+
+    def _note_end(self, status: int) -> None:
+        code = os.waitstatus_to_exitcode(status)
+        self._status = code if code >= 0 else 128 - code
 
 
 class _Stream:

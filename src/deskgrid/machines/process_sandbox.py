@@ -35,11 +35,14 @@ from deskgrid.model.machines import Network
 
 __all__ = [
     "Folders",
+    "bare_environment",
+    "bare_line",
     "bounds_line",
     "command_of",
     "confinement_faults",
     "environment_of",
     "missing",
+    "missing_bare",
     "namespace_words",
     "sandbox_line",
     "seccomp_filter",
@@ -66,6 +69,8 @@ EXPOSED = (
 """In /etc: what programs look up, and nothing about this PC or its people."""
 _PROC_DATA_FACTOR, _PROC_DATA_SPARE = 4, 1 << 30
 """A process may reserve more memory than it uses (threads' stacks), but not without end."""
+_SPARE_THREADS = 1000
+"""That the owner may start meanwhile before a job without sandbox can start none: there RLIMIT_NPROC counts all that the user has."""
 _MOST_SEGMENT_BYTES = 64 << 10
 """Of System V shared memory, which is nobody's resident memory; 4096 of them may exist. Databases lock with small ones."""
 
@@ -86,10 +91,19 @@ def missing() -> str:
     """Return what of the sandbox's parts this PC lacks and what to do, "" if nothing."""
     if processes.find_program("bwrap") is None:
         return "bubblewrap is not installed (on Debian: sudo apt-get install bubblewrap)"
-    if processes.find_program("prlimit") is None:
-        return "prlimit is not installed (on Debian: sudo apt-get install util-linux)"
+    if reason := missing_bare():
+        return reason
     if load_seccomp() is None:
         return "libseccomp is not installed (on Debian: sudo apt-get install libseccomp2)"
+    return ""
+
+
+def missing_bare() -> str:
+    """Return what a job without sandbox lacks here, "" if nothing."""
+    if processes.find_program("prlimit") is None:
+        return "prlimit is not installed (on Debian: sudo apt-get install util-linux)"
+    if processes.find_program("env") is None:
+        return "env is not installed (on Debian: sudo apt-get install coreutils)"
     return ""
 
 
@@ -126,14 +140,44 @@ def namespace_words(user: int, *, network: bool) -> list[str]:
 
 def bounds_line(spec: MachineSpec) -> list[str]:
     """Return the words in front of a command that bound it."""
+    return _bounds_line(spec, spec.processes + 1)  # pid 1 of the sandbox counts
+
+
+def _bounds_line(spec: MachineSpec, threads: int) -> list[str]:
     file_bytes = min(filter(None, (spec.file_bytes, spec.scratch_bytes)), default=0)
     return [
         processes.find_program("prlimit") or "prlimit",
-        *(("--nproc=" + str(spec.processes + 1),) if spec.processes else ()),  # pid 1 of the sandbox counts
+        *(("--nproc=" + str(threads),) if spec.processes else ()),
         *(("--fsize=" + str(file_bytes),) if file_bytes else ()),
         "--data=" + str(spec.memory_bytes * _PROC_DATA_FACTOR + _PROC_DATA_SPARE),
         *("--memlock=65536", "--msgqueue=65536", "--core=0", "--"),
     ]
+
+
+def bare_line(spec: MachineSpec, folders: Folders) -> list[str]:
+    """Return the line that runs the job's command without a sandbox, in its scratch folder and within its bounds.
+
+    What the sandbox shows as /context, /app, /scratch and /tmp has other names then: in the command's words they are put in.
+    """
+    threads = processes.threads_of_user() + spec.processes + _SPARE_THREADS if spec.processes else 0
+    return [
+        *(processes.find_program("env") or "env", "-C", str(folders.scratch)),
+        *_bounds_line(spec, threads),
+        *(_placed(word, folders) for word in command_of(spec, folders.context)),
+    ]
+
+
+def _places(folders: Folders) -> dict[str, Path]:
+    """Return what the names of the sandbox are without it."""
+    app = {"/app": folders.program} if folders.program is not None else {}
+    return {"/context": folders.context, **app, "/scratch": folders.scratch, "/tmp": folders.tmp}  # noqa: S108
+
+
+def _placed(word: str, folders: Folders) -> str:
+    for name, place in _places(folders).items():
+        if word == name or word.startswith(f"{name}/"):
+            return f"{place}{word.removeprefix(name)}"
+    return word
 
 
 def command_of(spec: MachineSpec, context: Path) -> list[str]:
@@ -157,6 +201,13 @@ def environment_of(spec: MachineSpec) -> dict[str, str]:
         **dict(network_environment(spec)),
         **dict(spec.environment),
     }
+
+
+def bare_environment(spec: MachineSpec, folders: Folders) -> dict[str, str]:
+    """Return all variables of a job without sandbox; besides, where its folders are (DESKGRID_CONTEXT, ...). TMPDIR is always its own."""
+    places = {f"DESKGRID_{name.strip('/').upper()}": str(place) for name, place in _places(folders).items()}
+    own = {name: _placed(value, folders) for name, value in spec.environment}
+    return {**environment_of(spec), "HOME": str(folders.tmp), **places, **own, "TMPDIR": str(folders.tmp)}
 
 
 def system_mounts() -> Iterator[str]:

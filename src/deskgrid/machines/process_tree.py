@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-__all__ = ["Usage", "deleted_bytes", "descendants", "freeze", "proportional_bytes", "send", "thaw", "usage"]
+__all__ = ["Usage", "deleted_bytes", "descendants", "end", "freeze", "proportional_bytes", "send", "thaw", "usage"]
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _QUIET = frozenset("TtZXD")
 """States in which a process runs no instruction of its own; D is one that waits for its vforked child, which is stopped itself."""
+_ENDED = frozenset("ZX")
 _FREEZE_ROUNDS = 1000
+_END_ROUNDS, _END_PAUSE_S = 5000, 0.001
 _BLOCK_BYTES = 512
 """Of st_blocks (stat(2))."""
 
@@ -84,6 +87,18 @@ def freeze(find: Callable[[], list[int]]) -> bool:
         if not running:
             return True
         send(running, signal.SIGSTOP)
+    return False
+
+
+def end(find: Callable[[], list[int]]) -> bool:
+    """Kill all processes that `find` returns, until it finds none that lives. False if that takes longer than some seconds."""
+    freeze(find)  # so that none makes new ones meanwhile
+    for _ in range(_END_ROUNDS):
+        living = [pid for pid in find() if (stat := _stat(pid)) is not None and stat.state not in _ENDED]
+        if not living:
+            return True
+        send(living, signal.SIGKILL)
+        time.sleep(_END_PAUSE_S)
     return False
 
 

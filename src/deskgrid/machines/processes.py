@@ -24,6 +24,7 @@ from deskgrid.errors import MachineFailed
 __all__ = [
     "ProcessIdentity",
     "find_by_token",
+    "find_by_variable",
     "find_program",
     "gently",
     "identify",
@@ -32,6 +33,7 @@ __all__ = [
     "read_identity",
     "send_signal",
     "spawn",
+    "threads_of_user",
     "wait_gone",
     "write_identity",
 ]
@@ -150,6 +152,26 @@ def find_by_token(token: str) -> ProcessIdentity | None:
             found[process.pid] = (process.info["ppid"], ProcessIdentity(process.pid, began))
     # A child has its parent's arguments until it becomes another program.
     return next((identity for parent, identity in found.values() if parent not in found), None)
+
+
+def find_by_variable(name: str, value: str) -> list[ProcessIdentity]:
+    """Return the processes of our own user that were started with this variable, not ourselves."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(name) == value and _is_ours(process):
+                began = _began(process.pid)
+                if began is not None:
+                    found.append(ProcessIdentity(process.pid, began))
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def threads_of_user() -> int:
+    """Return how many threads our own user has now, as the kernel counts them for RLIMIT_NPROC."""
+    told = (process.info["num_threads"] for process in psutil.process_iter(["num_threads"]) if _is_ours(process))
+    return sum(threads or 0 for threads in told)
 
 
 def identify(pid: int, word: str) -> ProcessIdentity | None:

@@ -227,7 +227,7 @@ def _lines(status: StatusAnswer) -> list[str]:
         if status.connected and status.trouble:
             lines.append(f"takes no work: {status.trouble}")
     for driver in status.drivers:
-        what = f"{driver.version} {driver.accelerator}".strip() if driver.usable else "not usable"
+        what = f"{driver.version} {driver.accelerator}".strip() or "usable" if driver.usable else "not usable"
         lines.append(f"driver {driver.driver}: {what}{f' ({driver.reason})' if driver.reason else ''}")
     if status.lent is not None and status.free is not None:
         lines.append(f"lent: {_amount(status.lent)}; free: {_amount(status.free)}")

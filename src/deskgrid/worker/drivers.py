@@ -31,7 +31,7 @@ def make_driver(name: str, settings: WorkerSettings, clock: Clock) -> Driver:
     lent: dict[str, Any] = {"nice": settings.nice, "overlay": settings.overlay, "internet": settings.internet}
     makers: dict[str, Callable[[], Driver]] = {
         DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, **lent),
-        DriverName.PROCESS: lambda: SandboxDriver(clock, **lent),
+        DriverName.PROCESS: lambda: SandboxDriver(clock, unsandboxed=settings.unsandboxed, **lent),
         DriverName.CONTAINER: lambda: ContainerDriver(clock, **lent),
         DriverName.FAKE: lambda: FakeDriver(clock, **lent),
     }
