@@ -59,6 +59,28 @@ open("fetched/db", "wb").write(answer)
 """
 
 
+LEAVER = """
+import asyncio, sys, time
+from pathlib import Path
+from deskgrid.clock import SystemClock
+from deskgrid.machines.driver import MachineSpec
+from deskgrid.machines.process import SandboxDriver
+from deskgrid.model.machines import MachineKind
+
+async def leave():
+    driver = SandboxDriver(SystemClock())
+    spec = MachineSpec("warm", MachineKind.PROCESS, 1 << 28, 1, 1 << 26, interactive=True, command=("/bin/sh", "-c", "sleep 600"))
+    handle = await driver.prepare(spec, Path(sys.argv[1]))
+    await driver.start(handle)
+    (await driver.connect_program(handle)).close()
+    print(handle.token, flush=True)
+
+asyncio.run(leave())
+time.sleep(600)
+"""
+"""A worker that keeps a program which never reads its end."""
+
+
 def python(code: str, **changes: Any) -> dict[str, Any]:
     """Return the changes of a spec that run a piece of Python."""
     return {"command": (PYTHON, "-c", code), **changes}
@@ -399,6 +421,30 @@ class TestProcessDriver(DriverContract):
         await driver.start(handle)
         with pytest.raises(MachineFailed, match="no program"):
             await driver.connect_program(handle)
+
+    async def test_program_that_is_kept_ends_with_the_process_that_started_it(self, tmp_path: Path) -> None:
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", LEAVER, str(tmp_path / "machine"), stdout=asyncio.subprocess.PIPE
+        )
+        assert worker.stdout is not None
+        token = (await worker.stdout.readline()).decode().strip()
+        assert processes.find_by_token(token) is not None
+        worker.kill()
+        await worker.wait()
+        async with asyncio.timeout(20):
+            while processes.find_by_token(token) is not None or processes.find_by_token(str(tmp_path / "machine")) is not None:
+                await asyncio.sleep(0.02)
+
+    async def test_machine_ends_by_itself_after_its_lifetime_in_which_it_was_not_frozen(
+        self, driver: SandboxDriver, prepare: Prepare
+    ) -> None:
+        handle = await prepare(EMPTY, lifetime_s=1.0, **shell("echo ready; sleep 60"))
+        await driver.start(handle)
+        await driver.pause(handle)
+        await asyncio.sleep(1.5)
+        assert processes.find_by_token(handle.token) is not None
+        await driver.resume(handle)
+        assert (await events_until_exit(driver, handle))[-1] == Exited(ExitCause.LIMIT, "it ran for longer than 1 s")
 
     async def test_words_of_a_program_that_stays_are_told(self, driver: SandboxDriver, prepare: Prepare) -> None:
         _, end, out, err = await done(driver, prepare, **shell("echo problem >&2; echo answer", interactive=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from deskgrid.client.grid import Grid, describe_file
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
 from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState, Limits, Machine, Results
-from deskgrid.model.machines import MachineKind
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.units import MIB
 from tests.system.harness import System, until, wait
 
@@ -154,6 +155,51 @@ def test_job_that_wants_no_files_sends_none(processes: System):
     detail = processes.wait_for(job.id, "completed")
     assert detail["job"]["result"] is None
     processes.nothing_left()
+
+
+def test_warm_program_ends_by_itself_when_its_worker_was_killed_and_nobody_comes_after(processes: System) -> None:
+    machine = msgspec.structs.replace(PROCESS, warm=True)
+    job = submit(
+        processes,
+        JobSpec(machine=machine, command=("/bin/sleep", "600"), results=Results(paths=()), limits=Limits(attempts=1)),
+    )
+    until(lambda: processes.states(job.id)[1] == ["running"], what="the program has its job")
+    assert processes.machines()
+    processes.workers["pc"].kill()
+    until(lambda: not processes.machines(), what="the program has ended", limit_s=10)
+    assert list((processes.folder / "pc" / "journal").glob("*.machine"))
+    processes.workers["pc"].start()
+    processes.wait_for(job.id, "active", ["lost", "running"])
+    processes.cli("job", "cancel", str(job.id))
+    processes.nothing_left()
+
+
+def test_ordinary_job_survives_its_killed_worker_and_is_finished_by_the_next(processes: System) -> None:
+    job = submit(processes, spec("/bin/sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.1; done; echo done"))
+    until(lambda: processes.states(job.id)[1] == ["running"], what="it runs")
+    processes.workers["pc"].kill()
+    processes.workers["pc"].process.wait()  # type: ignore[union-attr]
+    before = {process.pid for process in processes.machines()}
+    processes.workers["pc"].start()
+    until(lambda: processes.workers["pc"].said().count("machine_found_again") == 1, what="it was found again")
+    assert before and before == {process.pid for process in processes.machines()}
+    (go,) = (processes.folder / "pc" / "attempts").glob("*/machine/tmp")
+    (go / "go").touch()
+    processes.wait_for(job.id, "completed", ["succeeded"])
+    processes.nothing_left()
+
+
+def test_owner_who_allows_it_gets_jobs_on_a_pc_without_bubblewrap(system: System, tmp_path: Path) -> None:
+    for name in ("env", "prlimit", "nice", "ionice", "sh"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    system.add_worker(DESKGRID_WORKER_DRIVERS="process", DESKGRID_WORKER_UNSANDBOXED="true", PATH=str(tmp_path))
+    job = submit(system, spec("/bin/sh", "-c", "echo made >out"))
+    networked = msgspec.structs.replace(PROCESS, network=Network.OVERLAY)
+    never = submit(system, JobSpec(machine=networked, command=("/bin/true",), limits=Limits(attempts=1)))
+    system.wait_for(job.id, "completed", ["succeeded"])
+    assert "WITHOUT A SANDBOX" in system.cli("worker", "status", "--home", system.folder / "pc").stdout
+    assert system.states(never.id) == ("waiting", [])
+    system.nothing_left()
 
 
 def test_set_starts_together_on_two_workers(processes: System):

@@ -96,6 +96,8 @@ class MachineSpec(Struct, frozen=True):
     """Largest file that a process or container may write; 0: no bound but scratch_bytes."""
     interactive: bool = False
     """Of a process: `command` is a program that is talked to over one stream socket, its stdin and stdout (see Conversing)."""
+    lifetime_s: float = 0.0
+    """Seconds, suspensions left out, after which a process or container ends itself, should its worker not come back; 0: no bound."""
     cpu_time_s: float = 0.0
     """CPU seconds after which the kernel may end it, so that a machine that lost its worker cannot run for ever; 0: no bound."""
 
@@ -270,7 +272,8 @@ class Conversing(Protocol):
     async def connect_program(self, handle: MachineHandle) -> socket.socket:
         """Return a stream socket (AF_UNIX, blocking) whose other end is the program's stdin and stdout; waits for one that starts.
 
-        All calls, of a restarted worker too, give the same stream: only one may use it at a time. It ends when the program does.
+        All calls give the same stream: only one may use it at a time. It ends when the program does. The program ends with the process that
+        started it, however that ends: nobody else knows which jobs it was given.
         Raise MachineFailed if the machine is off, or not interactive.
         """
         ...

@@ -198,6 +198,7 @@ class SandboxDriver(ProcessDriver):
             "memory_bytes": spec.memory_bytes,
             "processes": spec.processes,
             "cpu_time_s": spec.cpu_time_s,
+            "lifetime_s": spec.lifetime_s,
             "disk_bytes": spec.scratch_bytes,
             "measured": [str(workdir / name) for name in (OUTCOME, _TMP, _SHARED)],
             "cpu_set": self._choose_cpus(spec.cpus),
@@ -233,7 +234,9 @@ class SandboxDriver(ProcessDriver):
         return [usable[(first + place) % len(usable)] for place in range(wanted)]
 
     async def _command(self, handle: MachineHandle) -> list[str]:
-        return python_command("deskgrid.machines.process_machine", "main", handle.workdir, handle.token)
+        # A program that is kept ends with its worker. Others go on for one that comes after.
+        worker = str(os.getpid()) if handle.spec.interactive else "0"
+        return python_command("deskgrid.machines.process_machine", "main", handle.workdir, handle.token, worker)
 
     # ---- control
 

@@ -12,11 +12,14 @@ sandbox along (PR_SET_PDEATHSIG): whoever ends a machine ends this process.
 Where the owner allows it a job has no sandbox (`sandboxed` is false): it is a child of this process, and what it leaves alone becomes one. Then
 whoever kills this process has to end those below it first.
 
+A program that is kept for many jobs ends with the worker that started it, however that ends. Other jobs go on, for a worker that comes after.
+
 Bounds. What the kernel does not bound for us is looked at, the more often the nearer it is, and past it everything is ended:
 
     memory          RSS of all processes; above the bound PSS, which counts once what they share
     threads         of all processes (besides RLIMIT_NPROC, which does not hold for root)
     CPU time        of all processes (besides RLIMIT_CPU, which holds for each)
+    lifetime        seconds that it was not frozen: more than its worker gives it, in case there is none any more
     disk            blocks of scratch, tmp and shared memory, and of files without a name that are held open
 """
 
@@ -78,7 +81,10 @@ class LimitPassed(Exception):
 
 
 def main() -> None:
-    """Run one machine: arguments are its folder and its token (which is there only to be found). Exit with 0 if all is told."""
+    """Run one machine: arguments are its folder, its token (which is there only to be found) and the process with which it ends, or 0.
+
+    Exit with 0 if all is told.
+    """
     os.chdir(sys.argv[1])
     # The job has our user id.
     _prctl(_PR_SET_DUMPABLE, 0)
@@ -88,14 +94,16 @@ def main() -> None:
         plan: dict[str, Any] = json.load(file)
     if not plan["sandboxed"]:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # no sudo; in the sandbox bwrap sees to that
-    Machine(plan).run()
+    Machine(plan, int(sys.argv[3])).run()
 
 
 class Machine:
     """One job's processes, from their start to the report."""
 
-    def __init__(self, plan: dict[str, Any]) -> None:
+    def __init__(self, plan: dict[str, Any], worker: int) -> None:
         self._plan = plan
+        self._worker = worker
+        self._ran_s = 0.0
         self._streams = (_Stream(f"{REPORT}/stdout", b"1"), _Stream(f"{REPORT}/stderr", b"2"))
         self._signals: set[int] = set()
         self._silent: set[int] = set(plan["offer"])
@@ -201,10 +209,25 @@ class Machine:
         poll.register(wake, select.POLLIN)
         if self._program is not None:
             poll.register(self._program.listener, select.POLLIN)
+        worker = -1
+        if self._worker:
+            with contextlib.suppress(ProcessLookupError):
+                worker = os.pidfd_open(self._worker)
+                poll.register(worker, select.POLLIN)
+            if os.getppid() != self._worker:  # it has ended already
+                self._stopping = True
+                return
+        seen = time.monotonic()
         while True:
             ready = {number for number, _ in poll.poll(self._tick_s * 1000)}
             if ended in ready:
                 return
+            if worker in ready:
+                self._stopping = True
+                return
+            now = time.monotonic()
+            self._ran_s += 0.0 if self._paused else now - seen
+            seen = now
             if wake in ready:
                 _drain(wake)
             if self._program is not None and self._program.listener.fileno() in ready:
@@ -279,6 +302,8 @@ class Machine:
             raise LimitPassed(f"it had more than {plan['processes']} processes and threads")
         if plan["cpu_time_s"] and used.cpu_s + self._reaped_s() > plan["cpu_time_s"]:
             raise LimitPassed(f"it used more than {plan['cpu_time_s']:g} s of CPU time")
+        if plan["lifetime_s"] and self._ran_s > plan["lifetime_s"]:
+            raise LimitPassed(f"it ran for longer than {plan['lifetime_s']:g} s")
         left_s = (plan["memory_bytes"] - memory) / _FILL_BYTES_PER_S
         self._tick_s = max(_SHORTEST_TICK_S, min(self._tick_s, left_s))
         self._disk.check(pids)

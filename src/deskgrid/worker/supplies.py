@@ -29,6 +29,8 @@ _CONTEXT_LIMITS = archive.UnpackLimits(bytes=2 * GIB, apparent_bytes=16 * GIB, f
 _DOWNLOAD_TRIES = 8
 """Failures in a row without a byte of progress after which a download is given up."""
 _CPU_SLACK_S = 600.0
+_LIFE_SLACK_S = 60.0
+"""That a machine without worker may live on beyond its wall time: a worker that is there ends it first, and says why."""
 WARM_LIFE_S = 3600.0
 """After which a warm program is given no more jobs: its CPU time is bounded, and what it gathers in its folders and its memory, too."""
 _CONTEXT, _CONTEXT_ARCHIVE, _CREDENTIALS = "context", "context.tar.zst", "credentials.json"
@@ -158,6 +160,7 @@ class Supplies:
                 *(() if machine.warm else self._names_of_job()),
                 *((name, self._filled(value, f"environment.{name}")) for name, value in assignment.spec.environment),
             ),
+            lifetime_s=limits.wall_time_s + (WARM_LIFE_S if machine.warm else 0.0) + _LIFE_SLACK_S,
             # Emulation has threads besides those of the guest's CPUs.
             cpu_time_s=(limits.wall_time_s + (WARM_LIFE_S if machine.warm else 0.0) + _CPU_SLACK_S) * (machine.cpus + 1),
         )
