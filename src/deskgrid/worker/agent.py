@@ -52,7 +52,9 @@ from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile
 from deskgrid.worker.runner import Runner
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
-from deskgrid.worker.warm import WarmAttempt, WarmPool, WarmProgram
+from deskgrid.worker.warm import WarmPool
+from deskgrid.worker.warm_jobs import WarmAttempt
+from deskgrid.worker.warm_program import WarmProgram
 
 __all__ = ["Agent", "run_worker"]
 
