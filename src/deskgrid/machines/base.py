@@ -76,6 +76,8 @@ class ProcessDriver(ABC):
             *((Network.INTERNET,) if overlay and internet else ()),
         )
         self._networks = self._allowed
+        self._fresh: set[str] = set()
+        """Tokens of machines that we made and have not started: there is no process to be looked for."""
 
     # ---- what a subclass says
 
@@ -120,12 +122,13 @@ class ProcessDriver(ABC):
             if making.cancelled() or making.exception() is None:
                 await self.destroy(handle)
             raise
+        self._fresh.add(handle.token)
         return handle
 
     async def start(self, handle: MachineHandle) -> None:
         """See Driver. Idempotent while it runs; raise MachineFailed if it ran already or was removed."""
         workdir = Path(handle.workdir)
-        identity = self._identity(handle)
+        identity = None if handle.token in self._fresh else self._identity(handle)
         if identity is not None:
             if processes.is_alive(identity):
                 return
@@ -136,6 +139,7 @@ class ProcessDriver(ABC):
         if handle.spec.network is not Network.NONE:
             command = cage.enter(command, workdir)
         command = processes.gently(command, nice=self._nice, cpu_time_s=handle.spec.cpu_time_s)
+        self._fresh.discard(handle.token)
         processes.write_identity(workdir, processes.spawn(command, cwd=workdir, log=workdir / PROCESS_LOG))
 
     async def events(self, handle: MachineHandle) -> AsyncIterator[MachineEvent]:
@@ -160,7 +164,7 @@ class ProcessDriver(ABC):
                 await self._cut(handle, log)
             delay_s = _POLL_MIN_S if news else min(delay_s * 1.5, _POLL_MAX_S)
             if alive and not logs.more:
-                await self._clock.sleep(delay_s)
+                await processes.wait_ended(identity, self._clock, delay_s)
         yield self._exit(handle)
 
     async def stop(self, handle: MachineHandle, *, grace_s: float) -> None:
@@ -175,6 +179,7 @@ class ProcessDriver(ABC):
 
     async def destroy(self, handle: MachineHandle) -> None:
         """See Driver. Raise MachineFailed only if the process cannot be ended or the files cannot be removed."""
+        self._fresh.discard(handle.token)
         identity = self._identity(handle)
         if identity is not None:
             await self._kill(handle, identity)

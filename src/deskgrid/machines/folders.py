@@ -5,9 +5,10 @@ No link is followed, nothing is opened by more than its own name, and a tree of 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
+
+from deskgrid.machines.process_tree import ignoring
 
 __all__ = ["MOST_DEPTH", "MOST_ENTRIES", "OutOfBounds", "folder_bytes", "remove_tree"]
 
@@ -45,7 +46,7 @@ class _Measure:
             folder, depth = todo.pop()
             if depth > MOST_DEPTH:
                 raise OutOfBounds(f"folders are nested more than {MOST_DEPTH} deep")
-            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            with ignoring(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     total += self._entry_bytes(entry)
                     if entry.is_dir(follow_symlinks=False):
@@ -109,7 +110,7 @@ def _move_up(child: str, folder: int, top: int, count: int) -> int:
         except FileExistsError:
             continue
         # A folder that cannot be written cannot be moved, for its own .. changes (rename(2)).
-        with contextlib.suppress(OSError):
+        with ignoring(OSError):
             os.chmod(child, 0o700, dir_fd=folder)
         os.rename(child, f"{_NAME}{count}", src_dir_fd=folder, dst_dir_fd=top)
         return count

@@ -5,7 +5,7 @@ Then the job is one of the owner's own programs and can do what he can; only wha
 
 The machine's process is process_machine.py; the sandbox's processes end with it. In the machine's folder, besides what base.py lists:
 
-    plan.json  filter.bpf      what process_machine.py is told, the sandbox's seccomp filter
+    plan  filter.bpf           what process_machine.py is told, the sandbox's seccomp filter
     context  etc  tmp  shared  what the sandbox sees as /context, /etc, /tmp, /dev/shm
     outcome/scratch            its /scratch, which is the result
     outcome/report             exit, stdout, stderr
@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import marshal
 import os
 import re
 import shutil
@@ -182,10 +183,12 @@ class SandboxDriver(ProcessDriver):
         _add_network_files(workdir / _CONTEXT, spec)
         for name, text in system_files(spec).items():
             (workdir / _ETC / name).write_text(text)
-        if not self._bare:
+        if self._bare:
+            (workdir / process_machine.UNSANDBOXED_MARK).touch()
+        else:
             (workdir / FILTER).write_bytes(seccomp_filter())
         qmp.create_journal(workdir)
-        (workdir / process_machine.PLAN_FILE).write_bytes(msgspec.json.encode(self._plan(handle)))
+        (workdir / process_machine.PLAN_FILE).write_bytes(marshal.dumps(self._plan(handle)))
 
     def _plan(self, handle: MachineHandle) -> dict[str, object]:
         spec, workdir = handle.spec, Path(handle.workdir)
@@ -363,19 +366,9 @@ class SandboxDriver(ProcessDriver):
         return super()._exit(handle)
 
 
-class _Kind(Struct, frozen=True):
-    """Of a plan."""
-
-    sandboxed: bool = True
-
-
 def _is_bare(handle: MachineHandle) -> bool:
-    """Tell whether a machine has no sandbox, by its plan: another worker may have made it."""
-    try:
-        plan = (Path(handle.workdir) / process_machine.PLAN_FILE).read_bytes()
-        return not msgspec.json.decode(plan, type=_Kind).sandboxed
-    except (OSError, msgspec.MsgspecError):
-        return False
+    """Tell whether a machine has no sandbox; another worker may have made it."""
+    return (Path(handle.workdir) / process_machine.UNSANDBOXED_MARK).exists()
 
 
 def _end_below(identity: ProcessIdentity) -> None:

@@ -2,8 +2,8 @@
 
     nice ... [cage_entry] -- this program -- bwrap -- pid 1 of the sandbox -- prlimit -> the job's command -- ...
 
-It is outside of the sandbox and, with a network, inside the cage. Standard library only, for it starts anew with every job. It reads
-`plan.json` and leaves the traces that QEMU and an agent leave: the channel, the journal, and in `outcome/report` stdout, stderr and exit.
+It is outside of the sandbox and, with a network, inside the cage. It starts anew with every job, so of the standard library it imports only what is there in no time: `_signal` and `marshal`, not `signal` and
+`json`. It reads `plan` and leaves the traces that QEMU and an agent leave: the channel, the journal, and in `outcome/report` stdout, stderr and exit.
 Nothing that the job can write is opened by a name: its output comes through descriptors.
 
 Signals: USR1 freezes the job and then makes the file `paused`, USR2 lets it go on and removes that file, TERM asks it to end. KILL takes the
@@ -25,26 +25,32 @@ Bounds. What the kernel does not bound for us is looked at, the more often the n
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
+import marshal
 import os
 import select
-import signal
 import sys
 import time
-from array import array
-from collections.abc import Callable
-from typing import Any
 
 from deskgrid.machines.folders import OutOfBounds, folder_bytes
-from deskgrid.machines.process_tree import deleted_bytes, descendants, end, freeze, proportional_bytes, send, thaw, usage
+from deskgrid.machines.process_tree import deleted_bytes, descendants, end, freeze, ignoring, proportional_bytes, send, thaw, usage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+    from typing import Any
+else:
+    import _signal
 
 __all__ = [
-    "CHANNEL", "END_FILE", "JOURNAL", "PAUSED_MARK", "PLAN_FILE", "PROGRAM_SOCKET", "REPORT", "SANDBOX_FILE", "main",
+    "CHANNEL", "END_FILE", "JOURNAL", "PAUSED_MARK", "PLAN_FILE", "PROGRAM_SOCKET", "REPORT", "SANDBOX_FILE",
+    "UNSANDBOXED_MARK", "main",
 ]  # fmt: skip
 
-PLAN_FILE = "plan.json"
+PLAN_FILE = "plan"
+"""A dict, by marshal: this very Python wrote it, before there was a job."""
+UNSANDBOXED_MARK = "unsandboxed"
 CHANNEL, JOURNAL = "channel.log", "journal.out"
 """As base.py and qmp.py name them."""
 REPORT = "outcome/report"
@@ -91,7 +97,7 @@ def main() -> None:
     # So that the sandbox's pid 1, whose parent ends before it, becomes our child, and we know when it is gone.
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with open(PLAN_FILE, "rb") as file:
-        plan: dict[str, Any] = json.load(file)
+        plan: dict[str, Any] = marshal.load(file)  # noqa: S302 ours
     if not plan["sandboxed"]:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # no sudo; in the sandbox bwrap sees to that
     Machine(plan, int(sys.argv[3])).run()
@@ -163,7 +169,7 @@ class Machine:
             command,
             plan["environment"],
             file_actions=[(os.POSIX_SPAWN_DUP2, number, place) for place, number in enumerate(spare)],
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores these two, and what is ignored stays so
+            setsigdef=[_signal.SIGPIPE, _signal.SIGXFSZ],  # Python ignores these two, and what is ignored stays so
         )
         for number in spare:
             os.close(number)
@@ -174,11 +180,11 @@ class Machine:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def _catch_signals(self) -> int:
-        """Return a descriptor that becomes readable with a signal."""
+        """Return a descriptor that becomes readable with a _signal."""
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda got, _: self._signals.add(got))
+        _signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (_signal.SIGTERM, _signal.SIGUSR1, _signal.SIGUSR2):
+            _signal.signal(number, lambda got, _: self._signals.add(got))
         return reader
 
     def _await_doors(self) -> None:
@@ -211,7 +217,7 @@ class Machine:
             poll.register(self._program.listener, select.POLLIN)
         worker = -1
         if self._worker:
-            with contextlib.suppress(ProcessLookupError):
+            with ignoring(ProcessLookupError):
                 worker = os.pidfd_open(self._worker)
                 poll.register(worker, select.POLLIN)
             if os.getppid() != self._worker:  # it has ended already
@@ -245,27 +251,26 @@ class Machine:
 
     def _find_init(self) -> int:
         """Return the sandbox's pid 1, as bwrap tells it; 0 if it did not yet."""
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError), open(SANDBOX_FILE, "rb") as file:
-            self._init = int(json.loads(file.read().splitlines()[0])["child-pid"])
+        self._init = _told("child-pid") or 0
         return self._init
 
     def _obey(self) -> None:
         while self._signals:
             number = self._signals.pop()
-            if number == signal.SIGTERM:
+            if number == _signal.SIGTERM:
                 if not self._pids():
                     self._signals.add(number)  # again, when there is somebody to hear it
                     return
                 self._stopping = True
-                self._signals.discard(signal.SIGUSR1)
+                self._signals.discard(_signal.SIGUSR1)
                 self._resume()
-                send(self._pids(), signal.SIGTERM)
-            elif number == signal.SIGUSR1:
+                send(self._pids(), _signal.SIGTERM)
+            elif number == _signal.SIGUSR1:
                 if not self._pause():
                     self._signals.add(number)  # again, at the next look
                     return
-            elif number == signal.SIGUSR2:
-                self._signals.discard(signal.SIGUSR1)
+            elif number == _signal.SIGUSR2:
+                self._signals.discard(_signal.SIGUSR1)
                 self._resume()
 
     def _pause(self) -> bool:
@@ -343,19 +348,15 @@ class Machine:
             os.replace(f"{REPORT}/exit.new", f"{REPORT}/exit")  # noqa: PTH105
             _append(CHANNEL, b"! context-exited %d\n" % code)
         detail = limit or (_last_words(self._streams[1].path) if cause == "start_failed" else "")
-        _append(f"{END_FILE}.new", json.dumps({"cause": cause, "detail": detail}).encode())
+        _append(f"{END_FILE}.new", _end_text(cause, detail))
         os.replace(f"{END_FILE}.new", END_FILE)  # noqa: PTH105
 
     def _exit_code(self) -> int | None:
         """Return the exit code of the job's command, None if it never ran."""
         if not self._plan["sandboxed"]:
             return self._status
-        with contextlib.suppress(OSError, ValueError), open(SANDBOX_FILE, "rb") as file:
-            for line in file.read().splitlines():
-                told = json.loads(line)
-                if "exit-code" in told:
-                    return int(told["exit-code"]) & 0xFF
-        return None
+        code = _told("exit-code")
+        return None if code is None else code & 0xFF
 
     # ---- end
 
@@ -367,18 +368,18 @@ class Machine:
             return
         self._find_init()
         for pid in {self._init, self._child} - {0}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            with ignoring(ProcessLookupError):
+                os.kill(pid, _signal.SIGKILL)
         # The sandbox's pid 1 ends when all others in it have. Never any child: the keeper of the cage is one, too.
         for pid in (self._child, self._init):
-            with contextlib.suppress(ChildProcessError):
+            with ignoring(ChildProcessError):
                 _, status = os.waitpid(pid, 0) if pid else (0, 0)
                 if pid == self._child:
                     self._note_end(status)
 
     def _reap(self) -> None:
         """Without a sandbox: wait for those of our children that have ended; also what the job left alone is our child."""
-        with contextlib.suppress(ChildProcessError):
+        with ignoring(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if not pid:
@@ -482,11 +483,11 @@ class _Program:
 
     def serve(self) -> None:
         """Answer one who connected."""
-        with contextlib.suppress(OSError):
+        with ignoring(OSError):
             connection, _ = self.listener.accept()
             with connection:
                 connection.setblocking(False)
-                connection.sendmsg([b"."], [(*self._rights, array("i", [self._outer.fileno()]))])
+                connection.sendmsg([b"."], [(*self._rights, self._outer.fileno().to_bytes(4, sys.byteorder))])
 
 
 def _listening_ports() -> set[int]:
@@ -498,7 +499,7 @@ def _listeners() -> set[tuple[str, int]]:
     """Return address (IPv4 as usual, IPv6 as in the table) and port of all that listens in this network namespace."""
     found = set()
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(name) as file:
+        with ignoring(OSError), open(name) as file:
             for line in file.readlines()[1:]:
                 fields = line.split()
                 address, _, port = fields[1].rpartition(":")
@@ -512,15 +513,33 @@ def _dotted(digits: str) -> str:
     return ".".join(map(str, int(digits, 16).to_bytes(4, sys.byteorder)))
 
 
+def _told(name: str) -> int | None:
+    """Return a number that bwrap has told of itself, None if it did not yet."""
+    with ignoring(OSError, ValueError), open(SANDBOX_FILE, "rb") as file:
+        _, found, rest = file.read().partition(b'"%s":' % name.encode())
+        if found and (b"," in rest or b"}" in rest):  # whole
+            return int(rest.partition(b",")[0].partition(b"}")[0])
+    return None
+
+
+def _end_text(cause: str, detail: str) -> bytes:
+    """Return a JSON object."""
+    if not detail:
+        return b'{"cause": "%s", "detail": ""}' % cause.encode()
+    import json  # most jobs end without words
+
+    return json.dumps({"cause": cause, "detail": detail}).encode()
+
+
 def _last_words(path: str) -> str:
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with ignoring(OSError), open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
         return "; ".join(file.read().decode(errors="replace").splitlines()[-3:])
     return ""
 
 
 def _drain(descriptor: int) -> None:
-    with contextlib.suppress(BlockingIOError):
+    with ignoring(BlockingIOError):
         while os.read(descriptor, 512):
             pass
 

@@ -6,6 +6,7 @@ its arguments, so it is found even if we were killed between starting it and wri
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ __all__ = [
     "send_signal",
     "spawn",
     "threads_of_user",
+    "wait_ended",
     "wait_gone",
     "write_identity",
 ]
@@ -45,6 +47,8 @@ MOST_FILES = 4096
 _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/opt/homebrew/bin")
 """Where mke2fs and the like may be without being on an ordinary user's PATH."""
 
+_found: dict[tuple[str, str], str] = {}
+"""Programs by name and PATH, which are looked for with every job."""
 _children: dict[int, subprocess.Popen[bytes]] = {}
 """Those of our own that may have to be reaped; a worker started later is not their parent and has none."""
 
@@ -59,7 +63,13 @@ class ProcessIdentity(Struct, frozen=True):
 
 def find_program(name: str) -> str | None:
     """Return the path of a program, also from the folders that only root has on PATH; None if there is none."""
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(_SYSTEM_FOLDERS))
+    path = os.environ.get("PATH", os.defpath)
+    found = _found.get((name, path))
+    if found is None or not os.access(found, os.X_OK):
+        found = shutil.which(name, path=path) or shutil.which(name, path=os.pathsep.join(_SYSTEM_FOLDERS))
+        if found is not None:
+            _found[name, path] = found
+    return found
 
 
 def gently(command: Sequence[str], *, nice: int, cpu_time_s: float = 0.0) -> list[str]:
@@ -132,6 +142,24 @@ async def wait_gone(identity: ProcessIdentity, clock: Clock, *, limit_s: float) 
             return False
         await clock.sleep(_POLL_S)
     return True
+
+
+async def wait_ended(identity: ProcessIdentity, clock: Clock, seconds: float) -> None:
+    """Sleep for so long, or shorter if the process ends meanwhile."""
+    try:
+        descriptor = os.pidfd_open(identity.pid)
+    except (AttributeError, OSError):  # not Linux, or it is gone
+        await clock.sleep(seconds if not hasattr(os, "pidfd_open") else 0.0)
+        return
+    loop = asyncio.get_running_loop()
+    sleep = asyncio.ensure_future(clock.sleep(seconds))
+    loop.add_reader(descriptor, sleep.cancel)
+    try:
+        await asyncio.wait((sleep,))
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        sleep.cancel()
 
 
 async def kill(identity: ProcessIdentity, clock: Clock, *, limit_s: float = 20.0) -> None:

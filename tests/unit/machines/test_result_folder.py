@@ -276,3 +276,26 @@ def test_tree_of_any_depth_without_rights_is_removed(tmp_path: Path) -> None:
 def test_results_module_knows_both(outcome: Path) -> None:
     with results._open_image(outcome) as descriptor:
         assert stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+async def test_folder_of_which_nothing_is_wanted_is_read_without_a_child_and_leaves_no_archive(
+    outcome: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(results, "run_child")
+    report = await extract_results(outcome, outcome.with_name("result.tar.zst"), paths=())
+    assert (report.exit_code, report.stdout, report.stderr) == (7, b"o" * (1 << 20), b"err")
+    assert (report.files, report.archive_bytes) == (0, 0) and not outcome.with_name("result.tar.zst").exists()
+
+
+async def test_report_that_is_no_file_of_its_folder_is_not_read(outcome: Path, tmp_path: Path) -> None:
+    for name in ("exit", "stdout", "stderr"):
+        (outcome / "report" / name).unlink()
+    (tmp_path / "secret").write_text("0")
+    (outcome / "report" / "exit").symlink_to(tmp_path / "secret")
+    os.mkfifo(outcome / "report" / "stdout")
+    (outcome / "report" / "stderr").mkdir()
+    report = await extract_results(outcome, outcome.with_name("result.tar.zst"), paths=())
+    assert (report.exit_code, report.stdout, report.stderr) == (None, b"", b"")
+    (outcome / "report").rename(outcome / "real")
+    (outcome / "report").symlink_to(outcome / "real")
+    assert (await extract_results(outcome, outcome.with_name("result.tar.zst"), paths=())).exit_code is None
