@@ -24,7 +24,7 @@ from deskgrid.archive import sync_folder
 from deskgrid.errors import Conflict
 from deskgrid.model.ids import AttemptId
 
-__all__ = ["Home", "locked", "make_empty", "remove", "write_durably"]
+__all__ = ["Home", "locked", "make_empty", "remove", "write_durably", "write_whole"]
 
 
 class Home(Struct, frozen=True):
@@ -98,17 +98,23 @@ else:
 
 def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Write a file such that after a power cut it is there whole, or as it was before. Raise OSError."""
+    write_whole(path, data, mode=mode, synced=True)
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes, *, mode: int = 0o600, synced: bool = False) -> None:
+    """Write a file such that it is there whole or as it was before, whenever we are killed. Raise OSError. `synced`: it is on the disk."""
     temporary = path.with_name(f"{path.name}.new")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def make_empty(folder: Path) -> None:

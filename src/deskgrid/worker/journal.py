@@ -23,7 +23,7 @@ from deskgrid.machines.driver import Exited, MachineHandle, decode_handle, encod
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import Assignment, AttemptReport
-from deskgrid.worker.home import write_durably
+from deskgrid.worker.home import write_durably, write_whole
 
 __all__ = ["Entry", "Journal", "Phase", "Verdict"]
 
@@ -78,21 +78,29 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 
 class Journal:
-    """The entries in one folder. Blocks; `write` and `remove` are durable when they return."""
+    """The entries in one folder. Blocks. What is written survives the worker however it is killed; `durably`, a power cut, too.
+
+    After a power cut no machine is left, so only two things must not be lost: that one was started, and what a finished one has brought. An entry
+    that is older than it should be leads to the same step once more, and one that is damaged, or gone, gives the job back.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def write(self, entries: Iterable[Entry]) -> None:
+    def write(self, entries: Iterable[Entry], *, durably: bool = True) -> None:
         """Write entries, each whole or not at all. Raise NoSpace; then earlier ones may be written already."""
-        for entry in entries:
-            with out_of_space("the worker's journal"):
-                write_durably(self._path(entry.assignment.attempt_id), msgspec.json.encode(entry, enc_hook=str))
+        written = False
+        with out_of_space("the worker's journal"):
+            for entry in entries:
+                data = msgspec.json.encode(entry, enc_hook=str)
+                write_whole(self._path(entry.assignment.attempt_id), data, synced=durably)
+                written = True
+            if written and durably:
+                sync_folder(self._folder)
 
     def remove(self, attempt_id: AttemptId) -> None:
-        """Forget an attempt. Idempotent."""
+        """Forget an attempt. Idempotent. After a power cut it may be there again: its report is then acknowledged once more."""
         self._path(attempt_id).unlink(missing_ok=True)
-        sync_folder(self._folder)
 
     def read(self) -> list[Entry]:
         """Return all entries by attempt. What cannot be read is moved aside, so its files belong to no attempt any more."""

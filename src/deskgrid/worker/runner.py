@@ -190,7 +190,7 @@ class Runner:
         # An owner's paths are nobody else's business.
         clean = reason.replace(str(self._kit.home.folder), "HOME")
         report = AttemptReport(attempt_id=self.id, state=state, exit_code=exit_code, reason=clean, result=result)
-        await self._note(phase=Phase.SETTLED, settled=report)
+        await self._note(durably=True, phase=Phase.SETTLED, settled=report)
         if state is AttemptState.REFUSED and rests:
             self._kit.fault(reason)
 
@@ -293,7 +293,7 @@ class Runner:
             # At once, so that whoever cancels us now knows what to remove.
             self.entry = msgspec.structs.replace(self.entry, handle=handle)
             self._hold_disk()
-        await self._note(durable=True, phase=Phase.PREPARED)
+        await self._note(needed=True, phase=Phase.PREPARED)
         await in_thread(remove, *self._supplies.files())
 
     @contextlib.asynccontextmanager
@@ -314,7 +314,7 @@ class Runner:
                 return
             await self._driver().start(self._handle())
             self._since = self._clock.monotonic()
-            await self._note(phase=Phase.STARTED, started_at=self._clock.now())
+            await self._note(durably=True, phase=Phase.STARTED, started_at=self._clock.now())
         _log.info("machine_started", **self._names())
         self._kit.changed()
 
@@ -425,7 +425,8 @@ class Runner:
         if removed:
             await in_thread(remove, self._folder)
             self.disk_bytes = 0
-        await self._note(phase=Phase.DONE, report=report)
+        # One with a result must not look for that again when it has been removed.
+        await self._note(durably=report.result is not None, phase=Phase.DONE, report=report)
         _log.info("attempt_done", **self._names(), state=report.state.value, exit_code=report.exit_code, reason=report.reason)
         self._kit.changed()
 
@@ -461,8 +462,8 @@ class Runner:
         state, reason = fault_of(error)
         await self.settle(state, reason)
 
-    async def _note(self, *, durable: bool = False, **changes: Any) -> None:
-        """Change the entry and journal it. Raise NoSpace only if it must be durable before we go on."""
+    async def _note(self, *, needed: bool = False, durably: bool = False, **changes: Any) -> None:
+        """Change the entry and journal it, `durably` (journal.py) or not. Raise NoSpace only if it is `needed` before we go on."""
         running = self._since is not None
         self.entry = msgspec.structs.replace(
             self.entry, **changes, ran_s=self.ran_s(), ran_at=self._clock.now() if running else None
@@ -471,9 +472,9 @@ class Runner:
             if self._forgotten:
                 return
             try:
-                await in_thread(self._kit.journal.write, (self.entry,))
+                await in_thread(self._kit.journal.write, (self.entry,), durably=durably)
             except (NoSpace, OSError) as error:
-                if durable:
+                if needed:
                     raise
                 _log.warning("journal_not_written", **self._names(), error=str(error))
 
