@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Coroutine
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from deskgrid import archive
@@ -199,6 +201,31 @@ def test_owner_who_allows_it_gets_jobs_on_a_pc_without_bubblewrap(system: System
     system.wait_for(job.id, "completed", ["succeeded"])
     assert "WITHOUT A SANDBOX" in system.cli("worker", "status", "--home", system.folder / "pc").stdout
     assert system.states(never.id) == ("waiting", [])
+    system.nothing_left()
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def test_quick_jobs_leased_ahead_never_run_beside_more_than_is_lent_and_none_is_lost_by_a_kill(system: System) -> None:
+    worker = system.add_worker(DESKGRID_WORKER_DRIVERS="process", DESKGRID_WORKER_CPUS="1")
+    wanted = JobSpec(machine=PROCESS, command=("/bin/sleep", "0.05"), results=Results(paths=()))
+    made = with_grid(system, lambda grid: grid.transport.call(wire.SUBMIT_ARRAY, wire.SubmitArray(spec=wanted, count=60)))
+    most = 0
+
+    def completed() -> int:
+        nonlocal most
+        most = max(most, sum("process_machine" in " ".join(cmdline(process)) for process in system.machines()))
+        return with_grid(system, lambda grid: grid.array(made.id)).jobs.get(JobState.COMPLETED, 0)  # type: ignore[no-any-return]
+
+    until(lambda: completed() >= 20, what="a third is done")
+    worker.kill()
+    worker.start()
+    until(lambda: completed() == 60, what="all are done")
+    assert most <= 1
     system.nothing_left()
 
 

@@ -52,6 +52,7 @@ from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile
 from deskgrid.worker.runner import Runner
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
+from deskgrid.worker.waiting import WaitingLine
 from deskgrid.worker.warm import WarmPool
 from deskgrid.worker.warm_jobs import WarmAttempt
 from deskgrid.worker.warm_program import WarmProgram
@@ -122,11 +123,13 @@ class Agent:
             clock=clock,
             rng=rng,
             changed=self._note_change,
+            freed=lambda: self._waiting.give_places(),
             fault=self._bounds.rest,
             result_room=lambda: self._bounds.result_room(self._disk_bytes()),
             **kit,
         )
         self._warm = WarmPool(self._kit, self._free)
+        self._waiting = WaitingLine(clock, self._free)
         self._runners: dict[AttemptId, Runner] = {}
         self._tasks: dict[AttemptId, asyncio.Task[None]] = {}
         self._going: set[AttemptId] = set()
@@ -179,6 +182,7 @@ class Agent:
         async with self._owner_lock:
             self._owner.resume()
             await asyncio.gather(*(runner.resume() for runner in list(self._runners.values())), self._warm.resume())
+            self._waiting.give_places()
             self._note_change()
         _log.info("resumed")
 
@@ -255,7 +259,10 @@ class Agent:
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             self._group = group
-            for runner in list(self._runners.values()):
+            runners = list(self._runners.values())
+            self._runners.clear()
+            for runner in runners:
+                self._add(runner)
                 self._begin(runner)
             loops = [group.create_task(loop()) for loop in (self._keep_synced, self._keep_awake, self._keep_bounds, self._warm.run)]
             await self._ending.wait()
@@ -355,7 +362,9 @@ class Agent:
 
     def _ahead(self) -> dict[int, int]:
         """Return how many jobs more than fit at once are wanted, by class."""
-        return {} if self._ending.is_set() or self._bounds.why_resting() else self._warm.ahead()
+        if self._ending.is_set() or self._owner.paused or self._bounds.why_resting():
+            return {}
+        return {**self._warm.ahead(), **self._waiting.ahead(self._runners.values())}
 
     def _note_contact(self, asked_at: float, lease_s: float) -> None:
         """Note that the server answered. The lease counts from before we asked, so it never seems longer than it is."""
@@ -410,7 +419,7 @@ class Agent:
             return
         for entry in new:
             runner = Runner(self._kit, entry)
-            self._runners[runner.id] = runner
+            self._add(runner)
             _log.info("attempt_taken", attempt_id=runner.id, job_id=entry.assignment.job_id, number=entry.assignment.number)
             if self._owner.paused:
                 self._spawn(runner, runner.give_back(""))
@@ -419,6 +428,11 @@ class Agent:
         if new:
             self._warm.trim()
         self._warm.take(one for one in given if self._warm.takes(one))
+
+    def _add(self, runner: Runner) -> None:
+        """Hold an attempt; one for which there is no place waits for it."""
+        self._waiting.admit(runner)
+        self._runners[runner.id] = runner
 
     def _begin(self, runner: Runner) -> None:
         self._spawn(runner, runner.run())
@@ -443,6 +457,7 @@ class Agent:
         self._tasks.pop(attempt_id, None)
         if sent.state in (AttemptState.SUCCEEDED, AttemptState.FAILED):
             self._bounds.forgive()
+            self._waiting.note_ran(runner.entry.assignment, runner.ran_s())
 
     def _discard(self, attempt_id: AttemptId) -> None:
         """Stop, destroy and forget an attempt that the server does not want any more."""
@@ -460,6 +475,7 @@ class Agent:
         await runner.discard(grace_s=self._settings.stop_grace_s)
         self._runners.pop(runner.id, None)
         self._going.discard(runner.id)
+        self._waiting.give_places()
         self._note_change()
 
     async def _halt(self, runner: Runner) -> None:
@@ -478,6 +494,14 @@ class Agent:
                 return
             self._begin(runner)  # its machine came up under our hands
         await runner.suspend()
+
+    async def _give_back_starved(self, runner: Runner) -> None:
+        """Give an attempt back that was leased ahead and has found no place."""
+        async with self._owner_lock:
+            if runner.id in self._going or not runner.starting or runner.placed:
+                return
+            await self._halt(runner)
+            self._spawn(runner, runner.give_back(""))
 
     def _status_of(self, runner: Runner) -> AttemptStatus:
         return msgspec.structs.replace(
@@ -512,6 +536,9 @@ class Agent:
                 await self._hold_bounds()
             except (DeskgridError, OSError) as error:
                 _log.error("bounds_not_held", error=str(error))
+            self._waiting.give_places()
+            for runner in self._waiting.starved():
+                await self._give_back_starved(runner)
             await self._clock.sleep(_MEASURE_S)
 
     async def _hold_bounds(self) -> None:

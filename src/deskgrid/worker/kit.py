@@ -55,6 +55,8 @@ class Kit(Struct, frozen=True, kw_only=True):
     rng: Random
     changed: Callable[[], None]
     """Tell the server soon."""
+    freed: Callable[[], None]
+    """A machine's place is free."""
     fault: Callable[[str], None]
     """This PC could not do what was asked, for this reason: take no new work for a while."""
     result_room: Callable[[], int]

@@ -96,6 +96,8 @@ class Runner:
         self._released = asyncio.Event()
         if not entry.assignment.hold or entry.phase not in (Phase.FETCHING, Phase.PREPARED):
             self._released.set()
+        self._placed = asyncio.Event()
+        self._placed.set()
         if entry.phase in (Phase.PREPARED, Phase.STARTED):
             self._hold_disk()
         self._ran_s = entry.ran_s
@@ -119,8 +121,23 @@ class Runner:
 
     def usage(self) -> Usage:
         """Return what it counts for in the owner's bounds."""
-        needs_machine = self.entry.phase not in (Phase.SETTLED, Phase.DONE)
+        needs_machine = not self.needless and (self.placed or not self.starting)
         return usage_of(self.entry.assignment.spec, disk_bytes=self.disk_bytes, needs_machine=needs_machine)
+
+    @property
+    def starting(self) -> bool:
+        """Whether its machine has not started yet."""
+        return self.entry.phase in (Phase.FETCHING, Phase.PREPARED)
+
+    @property
+    def needless(self) -> bool:
+        """Whether it needs no machine any more."""
+        return self.entry.phase in (Phase.SETTLED, Phase.DONE)
+
+    @property
+    def placed(self) -> bool:
+        """Whether there is a place for its machine, or none has to be waited for."""
+        return self._placed.is_set()
 
     def ran_s(self) -> float:
         """Return the seconds that its machine has run, suspensions left out."""
@@ -146,6 +163,14 @@ class Runner:
     def release(self) -> None:
         """Let it start, if it was held until all of its set can. Idempotent."""
         self._released.set()
+
+    def queue(self) -> None:
+        """Let it be made ready, but not start before `place`."""
+        self._placed.clear()
+
+    def place(self) -> None:
+        """Let it start: there is a place for its machine. Idempotent."""
+        self._placed.set()
 
     async def suspend(self) -> None:
         """Stop the CPUs of its machine. One that cannot be frozen is ended: the owner comes first."""
@@ -193,6 +218,7 @@ class Runner:
         await self._note(durably=True, phase=Phase.SETTLED, settled=report)
         if state is AttemptState.REFUSED and rests:
             self._kit.fault(reason)
+        self._kit.freed()
 
     async def give_back(self, reason: str) -> None:
         """Let it end as refused, at once, its machine and files removed and the rest of its output unsent. `run` must not be running.
@@ -308,6 +334,7 @@ class Runner:
 
     async def _start(self) -> None:
         await self._released.wait()
+        await self._placed.wait()
         async with self._machine_lock:
             if self._kit.owner.paused:
                 await self.settle(AttemptState.REFUSED, "", rests=False)

@@ -15,7 +15,7 @@ from deskgrid.core.matching import need_of
 from deskgrid.model.jobs import JobSpec
 from deskgrid.model.workers import Capacity
 
-__all__ = ["NOTHING", "Usage", "excess_bytes", "free_capacity", "usage_of"]
+__all__ = ["NOTHING", "Usage", "excess_bytes", "fits", "free_capacity", "usage_of"]
 
 NOTHING = Capacity(cpus=0, memory_bytes=0, disk_bytes=0)
 
@@ -25,6 +25,11 @@ class Usage(Struct, frozen=True):
 
     promised: Capacity
     disk_bytes: int
+
+
+def fits(need: Capacity, free: Capacity) -> bool:
+    """Tell whether something fits in what is free."""
+    return need.cpus <= free.cpus and need.memory_bytes <= free.memory_bytes and need.disk_bytes <= free.disk_bytes
 
 
 def usage_of(spec: JobSpec, *, disk_bytes: int, needs_machine: bool) -> Usage:

@@ -26,7 +26,7 @@ from deskgrid.worker.control import AttemptStatus
 from deskgrid.worker.home import remove
 from deskgrid.worker.journal import Verdict
 from deskgrid.worker.kit import Kit
-from deskgrid.worker.slots import NOTHING, Usage
+from deskgrid.worker.slots import NOTHING, Usage, fits
 from deskgrid.worker.tasks import in_thread
 from deskgrid.worker.warm_jobs import BACK, STOPPED, WarmAttempt, WarmLine, fault_of_warm
 from deskgrid.worker.warm_program import WarmProgram
@@ -161,7 +161,7 @@ class WarmPool:
         """End idle programs as far as the owner's bounds have no room for them any more; call it when others have taken some."""
         idle = sorted((program for program in self._programs if program.idle), key=lambda program: program.idle_since)
         free = self._free()
-        while idle and not _fits(_total(program.line.need for program in idle), free):
+        while idle and not fits(_total(program.line.need for program in idle), free):
             idle.pop(0).end_now(None)
 
     async def pause(self) -> None:
@@ -237,15 +237,15 @@ class WarmPool:
             return False
         free = self._free()
         idle = sorted((program for program in self._programs if program.idle), key=lambda program: program.idle_since)
-        if not _fits(need, free):
+        if not fits(need, free):
             return False
         left = [program.line.need for program in idle]
-        if _fits(_total([need, *left]), free):
+        if fits(_total([need, *left]), free):
             return True
         for program in idle:
             program.end_now(None)  # it is counted until it is gone; then `gone` brings us here again
             left.pop(0)
-            if _fits(_total([need, *left]), free):
+            if fits(_total([need, *left]), free):
                 break
         return False
 
@@ -370,7 +370,3 @@ def _total(needs: Iterable[Capacity]) -> Capacity:
     for need in needs:
         cpus, memory, disk = cpus + need.cpus, memory + need.memory_bytes, disk + need.disk_bytes
     return Capacity(cpus=cpus, memory_bytes=memory, disk_bytes=disk)
-
-
-def _fits(need: Capacity, free: Capacity) -> bool:
-    return need.cpus <= free.cpus and need.memory_bytes <= free.memory_bytes and need.disk_bytes <= free.disk_bytes
