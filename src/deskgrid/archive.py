@@ -34,7 +34,6 @@ import errno
 import hashlib
 import os
 import queue
-import secrets
 import shutil
 import stat
 import sys
@@ -182,7 +181,7 @@ def atomic_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
 
     An existing file at `path` is replaced.
     """
-    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name[:100]}.{os.urandom(4).hex()}.part")
     try:
         with out_of_space(path.name):
             descriptor = os.open(part, _NEW_FILE, 0o600)
@@ -803,7 +802,7 @@ def unpack(
             return unpack(source, destination, limits=limits, progress=progress)
     destination = destination.absolute()
     _check_free(destination)
-    staging = destination.with_name(f".{destination.name[:100]}.{secrets.token_hex(4)}.part")
+    staging = destination.with_name(f".{destination.name[:100]}.{os.urandom(4).hex()}.part")
     with out_of_space(destination.name):
         try:
             staging.mkdir()

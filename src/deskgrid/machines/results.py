@@ -27,7 +27,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import signal
 import stat
 import sys
@@ -150,7 +149,7 @@ async def extract_results(
     compile_globs(paths)
     if not paths and image.is_dir() and not image.is_symlink():
         return await _report_alone(image)
-    part = output.with_name(f".{output.name[:100]}.{secrets.token_hex(4)}.part")
+    part = output.with_name(f".{output.name[:100]}.{os.urandom(4).hex()}.part")
     try:
         with _open_image(image) as source, out_of_space(output.name), part.open("xb") as target:
             folder = source if stat.S_ISDIR(os.fstat(source).st_mode) else None

@@ -142,7 +142,9 @@ def python_command(module: str, function: str, *arguments: str) -> list[str]:
 
     No site-packages are scanned (-S), nothing of PYTHON* or the working directory is used (-I). `arguments` are sys.argv[1:] there.
     """
-    boot = f"import sys; sys.path += sys.argv.pop(1).split('\\n'); from {module} import {function}; {function}()"
+    # msgspec does without typing_extensions, too, and that takes as long as all of msgspec.
+    boot = "import sys; sys.path += sys.argv.pop(1).split('\\n'); sys.modules['typing_extensions'] = None; "
+    boot += f"from {module} import {function}; {function}()"
     return [sys.executable, "-I", "-S", "-X", "utf8", "-c", boot, "\n".join(_import_path()), *arguments]
 
 
