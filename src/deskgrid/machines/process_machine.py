@@ -193,6 +193,8 @@ class Machine:
         Not for ever, for the worker may be away, and not if we are asked for something.
         """
         wanted = {(host, port) for host, port in self._plan["doors"]}
+        if not wanted:
+            return  # the table of a PC with many connections takes long to read
         deadline = time.monotonic() + _DOORS_S
         while wanted - _listeners() and time.monotonic() < deadline and not self._signals:
             time.sleep(_DOORS_POLL_S)
