@@ -123,6 +123,22 @@ async def test_call_repeated_at_another_process_meanwhile_gets_the_same_answer_a
     assert await store.read(lambda tx: tx.value(sa.select(sa.func.count()).select_from(team))) == 1
 
 
+async def test_call_whose_other_self_is_in_its_way_gets_the_answer_of_that(store: SqlStore, other: SqlStore):
+    """The other process commits after this one has looked for an answer, before it looks whether the name is free."""
+    begun, done = threading.Event(), threading.Event()
+
+    def add(tx: Transaction) -> str:
+        begun.set()
+        assert done.wait(10)
+        return accounts.add_team(tx, "hep").name
+
+    late = asyncio.create_task(store.write(lambda tx: once(tx, "user:1", "key", lambda: add(tx))))
+    await asyncio.to_thread(begun.wait, 10)
+    first = await other.write(lambda tx: once(tx, "user:1", "key", lambda: accounts.add_team(tx, "hep").name))
+    done.set()
+    assert await late == first
+
+
 def _meet(both: threading.Barrier) -> None:
     """Go on once both processes are here; whoever runs again finds nobody to wait for."""
     try:

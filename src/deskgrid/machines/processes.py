@@ -110,10 +110,12 @@ def spawn(command: Sequence[str], *, cwd: Path, log: Path) -> ProcessIdentity:
 
 def is_alive(identity: ProcessIdentity) -> bool:
     """Tell whether the process runs (or is frozen); one that only waits to be reaped does not."""
+    alive = _began(identity.pid) == identity.began
+    # After that look: whoever hears that it has ended asks no more, and then it must have been reaped.
     child = _children.get(identity.pid)
     if child is not None and child.poll() is not None:
-        del _children[identity.pid]
-    return _began(identity.pid) == identity.began
+        _children.pop(identity.pid, None)
+    return alive
 
 
 def send_signal(identity: ProcessIdentity, number: signal.Signals) -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request as HttpRequest
 
 from deskgrid.clock import Clock
 from deskgrid.core.rights import ROLES, covers
-from deskgrid.errors import Forbidden, InvalidInput, Unauthenticated
+from deskgrid.errors import DeskgridError, Forbidden, InvalidInput, Unauthenticated
 from deskgrid.model import wire
 from deskgrid.server.authority import Authority
 from deskgrid.server.live import Live
@@ -26,7 +26,7 @@ from deskgrid.server.metrics import Metrics
 from deskgrid.server.repository import Repository
 from deskgrid.server.store import accounts
 from deskgrid.server.store.accounts import Caller
-from deskgrid.server.store.engine import Store, Transaction
+from deskgrid.server.store.engine import DoneElsewhere, Store, Transaction
 from deskgrid.server.store.schema import idempotency
 from deskgrid.settings import ServerSettings
 
@@ -129,10 +129,15 @@ def caller_of(tx: Transaction, route: wire.Route[Any, Any], token: str) -> Calle
 
 def once(tx: Transaction, principal: str, key: str, function: Callable[[], Any]) -> bytes:
     """Return the encoded answer of `function`, or the stored one if this principal used the key before."""
-    mine = idempotency.c.principal == principal
-    stored: bytes | None = tx.value(sa.select(idempotency.c.answer).where(mine, idempotency.c.key == key))
+    query = sa.select(idempotency.c.answer).where(idempotency.c.principal == principal, idempotency.c.key == key)
+    stored: bytes | None = tx.value(query)
     if stored is not None:
         return stored
-    answer = msgspec.json.encode(function())
+    try:
+        answer = msgspec.json.encode(function())
+    except DeskgridError as error:
+        if tx.value(query) is not None:  # the same call, at another process: its own doing is in its way
+            raise DoneElsewhere from error
+        raise
     tx.run(sa.insert(idempotency).values(principal=principal, key=key, answer=answer, created_at=tx.now))
     return answer

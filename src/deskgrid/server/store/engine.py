@@ -37,6 +37,7 @@ from deskgrid.server.store.statement import Statement
 __all__ = [
     "CHANNEL",
     "EVERYTHING",
+    "DoneElsewhere",
     "SqlStore",
     "Store",
     "Transaction",
@@ -62,6 +63,10 @@ _SAME_ROW = frozenset({"23505", "23503"})
 """unique_violation, foreign_key_violation: another process has just made the same row, or removed one that is referred to."""
 _CUTS = ("08", "57P0")
 """Beginnings of the codes that say that the connection is gone, or the server on its way down or up."""
+
+
+class DoneElsewhere(Exception):
+    """Another process has done meanwhile what this function is about: it is undone and run again, and finds that."""
 
 
 class Transaction:
@@ -483,7 +488,9 @@ class _Faults:
         return self._is_postgresql and self._code(error) in _COLLISIONS | _SAME_ROW
 
     def is_same_row(self, error: BaseException) -> bool:
-        """Tell whether a statement failed because another process has just made the same row, or removed one."""
+        """Tell whether it failed because another process has just made the same row, or removed one."""
+        if isinstance(error, DoneElsewhere):
+            return True
         return self._is_postgresql and self._code(error) in _SAME_ROW
 
     def is_cut(self, error: BaseException) -> bool:
