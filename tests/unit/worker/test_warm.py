@@ -214,8 +214,9 @@ class Warm:
         """Lease jobs ahead of what fits."""
         attempts = self.submit(count)
         given, self.rig.server.waiting = self.rig.server.waiting, []
-        self.rig.server.leased |= {one.attempt_id: one for one in given}
         await agent._take(given)
+        # Not before: a call of the worker in between would not list them, and they would count as given back.
+        self.rig.server.leased |= {one.attempt_id: one for one in given}
         return attempts
 
     async def quick(self, agent: Agent) -> Player:
