@@ -8,7 +8,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
-from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES
+from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.core.reach import Source, TargetJob, check_job, check_named, may_use
 from deskgrid.core.trust import Grant
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
@@ -20,7 +20,7 @@ from deskgrid.server.store import accounts, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.hubs import HUBS
-from deskgrid.server.store.schema import attempt, job, submission
+from deskgrid.server.store.schema import IS_LIVE, attempt, job, submission
 from deskgrid.server.store.submissions import job_topic
 
 __all__ = ["Waiting", "Way", "find_way"]
@@ -98,9 +98,11 @@ def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId
     state = JobState(row.state)  # type: ignore[union-attr]
     if state in FINAL_JOB_STATES:
         raise Conflict(f"job {job_id} is {state.value}")
-    live = attempt.c.state.in_([state.value for state in LIVE_STATES])
     newest = tx.row(
-        sa.select(attempt.c.id, attempt.c.number).where(attempt.c.job_id == job_id, live).order_by(attempt.c.number.desc()).limit(1)
+        sa.select(attempt.c.id, attempt.c.number)
+        .where(attempt.c.job_id == job_id, IS_LIVE)
+        .order_by(attempt.c.number.desc())
+        .limit(1)
     )
     topics = (job_topic(job_id), peers.job_peers_topic(job_id))
     if newest is None:

@@ -10,7 +10,6 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
-from deskgrid.core.lifecycle import LIVE_STATES
 from deskgrid.core.rights import RULES, Right, Thing, Viewer, Who, check_given, is_allowed, is_of_admin, parse_rights
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
@@ -19,7 +18,7 @@ from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.model.wire import AddToken, SetUser
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, attempt, job, membership, secret, team, token, worker
+from deskgrid.server.store.schema import IS_LIVE, account, attempt, job, membership, secret, team, token, worker
 from deskgrid.server.store.statement import Statement
 
 __all__ = [
@@ -54,7 +53,6 @@ __all__ = [
 _NAME = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
 JOIN, LOGIN, HUB = "join", "login", "hub"
 """What a secret is for."""
-_LIVE = tuple(state.value for state in LIVE_STATES)
 
 
 class Caller(Struct, frozen=True):
@@ -255,7 +253,7 @@ def _job_caller(tx: Transaction, attempt_id: AttemptId) -> Caller:
     """Return who a job's own token stands for: its owner, with no more rights than a user has. Raise Unauthenticated after its attempt."""
     joined = attempt.join(job, job.c.id == attempt.c.job_id).join(account, account.c.id == job.c.owner_id)
     columns = (attempt.c.job_id, job.c.owner_id, account.c.name)
-    row = tx.row(sa.select(*columns).select_from(joined).where(attempt.c.id == attempt_id, attempt.c.state.in_(_LIVE)))
+    row = tx.row(sa.select(*columns).select_from(joined).where(attempt.c.id == attempt_id, IS_LIVE))
     if row is None:
         raise Unauthenticated("this token was valid while its job ran")
     return Caller(Role.JOB, row.name, user_id=UserId(row.owner_id), job_id=JobId(row.job_id), attempt_id=attempt_id)

@@ -20,7 +20,7 @@ from deskgrid.model.jobs import AttemptState, JobSpec, JobState
 from deskgrid.model.workers import Assignment
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import come_back, count, note_use
-from deskgrid.server.store.schema import attempt, job, queue, submission, worker
+from deskgrid.server.store.schema import IS_LIVE, attempt, job, queue, submission, worker
 from deskgrid.server.store.statement import Statement, constant
 from deskgrid.server.store.submissions import WORK, array_topic, held_until_started, job_topic, tell_dependants
 
@@ -44,7 +44,6 @@ __all__ = [
     "worker_topic",
 ]
 
-_LIVE = tuple(state.value for state in LIVE_STATES)
 _ENDED = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.LOST, AttemptState.REFUSED, AttemptState.CANCELLED})
 _REFUSAL_MEMORY_S = 600.0
 _LONGEST_REASON = 2000
@@ -268,8 +267,7 @@ _HELD = (
 )
 # The job stands first, so that it is locked first, as by those that cancel it: no two processes wait for each other.
 _WITH_JOB = sa.select(*_HELD).select_from(job.join(attempt, job.c.id == attempt.c.job_id))
-_IS_LIVE = attempt.c.state.in_([constant(state) for state in _LIVE])
-_HELD_BY = Statement(_WITH_JOB.where(attempt.c.worker_id == sa.bindparam("worker_id"), _IS_LIVE).with_for_update())
+_HELD_BY = Statement(_WITH_JOB.where(attempt.c.worker_id == sa.bindparam("worker_id"), IS_LIVE).with_for_update())
 _ONE = Statement(_WITH_JOB.where(attempt.c.id == sa.bindparam("attempt_id")).with_for_update())
 
 
@@ -299,7 +297,7 @@ def _find(tx: Transaction, attempt_id: int) -> Held | None:
 
 _RENEW = Statement(
     sa.update(attempt)
-    .where(attempt.c.id == sa.bindparam("attempt_id"), _IS_LIVE)
+    .where(attempt.c.id == sa.bindparam("attempt_id"), IS_LIVE)
     .values(lease_expires_at=sa.bindparam("expires_at"))
 )
 
@@ -459,10 +457,10 @@ def move_job(tx: Transaction, of_job: Job, new: JobState, *, outcome: Outcome = 
 
 def cancel_attempts(tx: Transaction, job_id: JobId, reason: str) -> None:
     """Cancel what is still live of a job that is over, and tell the workers, those of lost attempts too: they may still run."""
-    unsettled = attempt.c.state.in_([*_LIVE, AttemptState.LOST.value])
+    unsettled = sa.or_(IS_LIVE, attempt.c.state == AttemptState.LOST.value)
     for row in tx.rows(_WITH_JOB.where(attempt.c.job_id == job_id, unsettled)):
         tx.topics.append(worker_topic(row.worker_id))
-        if row.state in _LIVE:
+        if row.state in LIVE_STATES:
             _charge(tx, _held(tuple(row)))
     ends = [state.value for state in sources(AttemptEvent.CANCELLED)]
     over = sa.update(attempt).where(attempt.c.job_id == job_id, attempt.c.state.in_(ends))
@@ -473,7 +471,7 @@ def expire_leases(tx: Transaction, limit: int = 500) -> int:
     """Make attempts whose lease has run out lost; return how many."""
     over = sa.select(attempt.c.id, worker.c.name).join(worker, worker.c.id == attempt.c.worker_id)
     over = over.join(job, job.c.id == attempt.c.job_id)
-    over = over.where(attempt.c.state.in_(_LIVE), attempt.c.lease_expires_at < tx.now).limit(limit)
+    over = over.where(IS_LIVE, attempt.c.lease_expires_at < tx.now).limit(limit)
     rows = tx.rows(over.with_for_update(of=(attempt, job), skip_locked=True))
     for row in rows:
         apply_event(tx, row.id, AttemptEvent.EXPIRED, Outcome(reason=f"nothing was heard of worker {row.name}"))

@@ -26,7 +26,7 @@ from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
 from deskgrid.server.store.accounts import Caller, check_group, require, visible
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, app_file, attempt, blob, data, job, queue, submission, upload
+from deskgrid.server.store.schema import IS_LIVE, account, app_file, attempt, blob, data, job, queue, submission, upload
 from deskgrid.server.store.storage import kept_bytes
 from deskgrid.units import format_size
 
@@ -204,17 +204,10 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
     """Say whether the caller holds a reference: visible data, a visible job, or (worker) a job that it was leased."""
     if caller.role is Role.WORKER:
         leased = attempt.join(job, job.c.id == attempt.c.job_id).join(submission, submission.c.id == job.c.submission_id)
-        query = (
-            sa.select(attempt.c.id)
-            .select_from(leased)
-            .where(
-                attempt.c.worker_id == caller.worker_id,
-                attempt.c.state.in_(("leased", "running", "suspended", "lost")),
-                job.c.state.in_(("waiting", "active")),
-                _needs(sha256),
-            )
-        )
-        return tx.row(query.limit(1)) is not None
+        query = sa.select(attempt.c.id).select_from(leased).where(attempt.c.worker_id == caller.worker_id, _needs(sha256))
+        query = query.where(job.c.state.in_(("waiting", "active"))).limit(1)
+        of_live, of_lost = query.where(IS_LIVE), query.where(attempt.c.state == "lost")  # an index for each
+        return tx.row(of_live) is not None or tx.row(of_lost) is not None
     if caller.role is Role.ADMIN:
         return True
     named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(tx, caller))

@@ -11,7 +11,6 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
-from deskgrid.core.lifecycle import LIVE_STATES
 from deskgrid.errors import Conflict, NotFound
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec
@@ -20,7 +19,7 @@ from deskgrid.model.users import Role
 from deskgrid.model.wire import PeerOffer
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, attempt, hub, job, peer, submission, worker
+from deskgrid.server.store.schema import IS_LIVE, account, attempt, hub, job, peer, submission, worker
 
 __all__ = [
     "NewPeer",
@@ -35,7 +34,6 @@ __all__ = [
     "user_peers_topic",
 ]
 
-_LIVE = tuple(state.value for state in LIVE_STATES)
 _MOST_CONNECTIONS, _LONGEST_NAME, _MOST_BYTES = 256, 100, (1 << 63) - 1
 
 
@@ -185,7 +183,7 @@ def _is_own(caller: Caller) -> sa.ColumnElement[bool]:
 
 
 def _is_there(tx: Transaction) -> sa.ColumnElement[bool]:
-    return sa.and_(peer.c.expires_at > tx.now, sa.or_(peer.c.attempt_id.is_(None), attempt.c.state.in_(_LIVE)))
+    return sa.and_(peer.c.expires_at > tx.now, sa.or_(peer.c.attempt_id.is_(None), IS_LIVE))
 
 
 def _joined() -> sa.Join:

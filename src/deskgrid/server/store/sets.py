@@ -17,7 +17,7 @@ import msgspec
 import sqlalchemy as sa
 
 from deskgrid.core.backoff import delay_s
-from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent
+from deskgrid.core.lifecycle import FINAL_JOB_STATES, AttemptEvent
 from deskgrid.core.rights import thing_of_job
 from deskgrid.errors import InvalidInput, NotFound
 from deskgrid.model.ids import ArrayId, JobId, SetId, UserId
@@ -28,7 +28,7 @@ from deskgrid.server.store import attempts, jobs, submissions
 from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import open_queue
-from deskgrid.server.store.schema import account, attempt, job, job_set, queue, submission
+from deskgrid.server.store.schema import IS_LIVE, account, attempt, job, job_set, queue, submission
 from deskgrid.server.store.submissions import NewSubmission
 
 __all__ = [
@@ -244,9 +244,8 @@ def start_if_complete(tx: Transaction, set_id: int) -> bool:
 
 
 def _leased(tx: Transaction, set_id: int) -> list[Any]:
-    live = attempt.c.state.in_([state.value for state in LIVE_STATES])
     joined = attempt.join(job, job.c.id == attempt.c.job_id).join(submission, submission.c.id == job.c.submission_id)
-    return tx.rows(sa.select(attempt.c.id, attempt.c.worker_id).select_from(joined).where(submission.c.set_id == set_id, live))
+    return tx.rows(sa.select(attempt.c.id, attempt.c.worker_id).select_from(joined).where(submission.c.set_id == set_id, IS_LIVE))
 
 
 def take_turns(tx: Transaction, *, turn_s: float, rng: Any) -> float | None:

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import msgspec
 import sqlalchemy as sa
 
-from deskgrid.core.lifecycle import LIVE_STATES
 from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.wire import Sync
 from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
 from deskgrid.server.store.accounts import check_shares, groups_of
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, attempt, worker
+from deskgrid.server.store.schema import IS_LIVE, account, attempt, worker
 from deskgrid.server.store.statement import Statement
 
 __all__ = ["Known", "add_worker", "how_many", "leave", "list_workers", "note_call", "owner_of", "reserve", "seen", "totals"]
@@ -77,8 +76,7 @@ def how_many(tx: Transaction, interval_s: float) -> tuple[int, int]:
     kept: tuple[float, int, int] | None = tx.memo.get("workers")
     if kept is None or not kept[0] <= tx.now < kept[0] + _COUNTED_S:
         calling = sa.select(sa.func.count()).where(worker.c.left_at.is_(None), worker.c.seen_at > tx.now - 1.2 * interval_s)
-        live = attempt.c.state.in_([state.value for state in LIVE_STATES])
-        busy = sa.select(sa.func.count(sa.distinct(attempt.c.worker_id))).where(live)
+        busy = sa.select(sa.func.count(sa.distinct(attempt.c.worker_id))).where(IS_LIVE)
         kept = tx.memo["workers"] = (tx.now, int(tx.value(calling)), int(tx.value(busy)))
     return kept[1], kept[2]
 
@@ -123,11 +121,7 @@ def owner_of(tx: Transaction, worker_id: WorkerId) -> UserId | None:
 
 def list_workers(tx: Transaction, offline_after_s: float, only: WorkerId | None = None) -> tuple[Worker, ...]:
     """Return the workers that have not left, or one of them, by number."""
-    live = (
-        sa.select(sa.func.count())
-        .where(attempt.c.worker_id == worker.c.id, attempt.c.state.in_([state.value for state in LIVE_STATES]))
-        .scalar_subquery()
-    )
+    live = sa.select(sa.func.count()).where(attempt.c.worker_id == worker.c.id, IS_LIVE).scalar_subquery()
     joined = worker.outerjoin(account, account.c.id == worker.c.owner_id)
     query = sa.select(worker, live.label("running"), account.c.name.label("owner")).select_from(joined)
     query = query.where(worker.c.left_at.is_(None)).order_by(worker.c.id)

@@ -238,6 +238,8 @@ def _slim_jobs() -> None:
         _partial_index(f"ix_job_{name}", "job", [name], f"{name} IS NOT NULL")
     op.drop_index("ix_attempt_result", table_name="attempt")
     _partial_index("ix_attempt_result", "attempt", ["result"], "result IS NOT NULL")
+    _partial_index("ix_attempt_lost_worker", "attempt", ["worker_id"], "state = 'lost'")
+    op.create_index(op.f("ix_upload_sha256"), "upload", ["sha256"], unique=False)
 
 
 def downgrade() -> None:
