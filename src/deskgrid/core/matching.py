@@ -160,10 +160,10 @@ def match(
 
 
 def _lines(ask: Ask, queues: Sequence[Queue]) -> dict[tuple[str, UserId], list[Queue]]:
-    """Return the queues by group and user, each line in the order in which they go."""
+    """Return the queues of which a job fits by group and user, each line in the order in which they go."""
     lines: dict[tuple[str, UserId], list[Queue]] = {}
     for queue in queues:
-        if queue.waiting > 0:
+        if queue.waiting > 0 and (_fits(queue.requirement, ask.free) or ask.ahead.get(queue.class_id, 0) > 0):
             lines.setdefault((queue.team, queue.owner_id), []).append(queue)
     for line in lines.values():
         line.sort(

@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 import structlog
-from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route as HttpRoute
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
 
 from deskgrid.core.rights import ROLES
 from deskgrid.errors import (
@@ -48,13 +49,14 @@ _JSON = "application/json"
 _log = structlog.get_logger("deskgrid.server")
 
 
-def make_app(services: Services) -> Starlette:
+def make_app(services: Services) -> Router:
     """Return the ASGI application. Every route of the contract has a handler, or this raises."""
     assert routes  # importing it registered the handlers
     endpoints = []
-    for route in wire.ROUTES.values():
-        handler = HANDLERS[route.name]
-        endpoints.append(HttpRoute(route.path, _endpoint(services, handler), methods=[route.method.value], name=route.name))
+    # Those that workers call all day first: the router tries one after the other.
+    for route in sorted(wire.ROUTES.values(), key=lambda route: route not in (wire.SYNC, wire.WAKE)):
+        endpoint = _Endpoint(services, HANDLERS[route.name])
+        endpoints.append(HttpRoute(route.path, endpoint, methods=[route.method.value], name=route.name))
     document = msgspec.json.format(msgspec.json.encode(openapi_document()))
     page = openapi_page()
 
@@ -65,20 +67,24 @@ def make_app(services: Services) -> Starlette:
         return HTMLResponse(page)
 
     endpoints += [HttpRoute("/openapi.json", openapi), HttpRoute("/docs", docs), *health_routes(services)]
-    return Starlette(routes=endpoints, exception_handlers={Exception: _unexpected})
+    return Router(routes=endpoints)
 
 
-def _endpoint(services: Services, handler: Handler) -> Any:
-    name = handler.route.name
-    measure = services.metrics.measure_call
-    logged = _log.bind().is_enabled_for(logging.DEBUG)  # asked once: a line that is not written costs as much as the measurement
+class _Endpoint:
+    """An ASGI application that answers one route."""
 
-    async def answer(http: HttpRequest) -> Response:
+    def __init__(self, services: Services, handler: Handler) -> None:
+        self._services = services
+        self._handler = handler
+        self._logged = _log.bind().is_enabled_for(logging.DEBUG)  # asked once: a line not written costs as much as the measurement
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        http = HttpRequest(scope, receive, send)
         started = time.perf_counter()
         request, status = _request_id(http), 500
         structlog.contextvars.bind_contextvars(request=request)
         try:
-            response = await _answer(services, handler, http, request)
+            response = await _answer(self._services, self._handler, http, request)
             status = response.status_code
         except DeskgridError as error:
             response = _error_response(error, request)
@@ -86,15 +92,16 @@ def _endpoint(services: Services, handler: Handler) -> Any:
         except ClientDisconnect:
             response = _error_response(ProtocolError("the client went away"), request)
             status = 499  # nobody gets it; counted apart, it is not the server's fault
+        except Exception as error:
+            response = _unexpected(error, request)
         finally:
             seconds = time.perf_counter() - started
-            measure(name, status, seconds)
-            if logged:
+            name = self._handler.route.name
+            self._services.metrics.measure_call(name, status, seconds)
+            if self._logged:
                 _log.debug("call", route=name, status=status, milliseconds=round(seconds * 1000, 1))
         response.raw_headers.append((b"x-request-id", request.encode()))
-        return response
-
-    return answer
+        await response(scope, receive, send)
 
 
 def _request_id(http: HttpRequest) -> str:
@@ -219,8 +226,7 @@ def _error_response(error: DeskgridError, request: str) -> Response:
     )
 
 
-async def _unexpected(_http: HttpRequest, error: Exception) -> Response:
-    request = str(structlog.contextvars.get_contextvars().get("request", ""))
+def _unexpected(error: Exception, request: str) -> Response:
     _log.error("a handler failed", error=repr(error), exc_info=error)
     body = wire.ErrorAnswer(error="OperatorError", message="the server failed on this call; its log says why", request=request)
     return Response(msgspec.json.encode(body), status_code=500, media_type=_JSON)

@@ -26,7 +26,7 @@ from random import Random
 
 import structlog
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.errors import InvalidInput, OperatorError
@@ -290,7 +290,7 @@ def _numbered(name: str, place: int, suffix: str = "") -> str:
     return f"{name}-{place}{suffix}" if place else f"{name}{suffix}"
 
 
-def server_config(app: Starlette, chain: Path, key: Path) -> uvicorn.Config:
+def server_config(app: ASGIApp, chain: Path, key: Path) -> uvicorn.Config:
     """Return how we serve: TLS always, our own logs, no lifespan protocol."""
     return uvicorn.Config(
         app,
@@ -304,6 +304,7 @@ def server_config(app: Starlette, chain: Path, key: Path) -> uvicorn.Config:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=3,
         server_header=False,
+        proxy_headers=False,
     )
 
 

@@ -374,8 +374,11 @@ class SqlStore:
         began = time.perf_counter()
         outcomes, topics = self._outcomes(batch)
         self._measure(len(batch), time.perf_counter() - began)
+        of_loop: dict[asyncio.AbstractEventLoop, list[_Outcome]] = {}
         for outcome in outcomes:
-            _call_in(outcome.write.loop, partial(self._deliver, outcome))
+            of_loop.setdefault(outcome.write.loop, []).append(outcome)
+        for loop, its_own in of_loop.items():  # one wake-up for all
+            _call_in(loop, partial(self._deliver, its_own))
         if topics:
             _call_in(batch[0].loop, partial(self._notify, topics))
 
@@ -445,16 +448,17 @@ class SqlStore:
             whole.add(transaction.deltas)
             return _Outcome(write, value, None, transaction.topics)
 
-    def _deliver(self, outcome: _Outcome) -> None:
-        if outcome.topics:
-            self._notify(outcome.topics)
-        future = outcome.write.future
-        if future.done():
-            return
-        if outcome.failure is not None:
-            future.set_exception(outcome.failure)
-        else:
-            future.set_result(outcome.value)
+    def _deliver(self, outcomes: list[_Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.topics:
+                self._notify(outcome.topics)
+            future = outcome.write.future
+            if future.done():
+                continue
+            if outcome.failure is not None:
+                future.set_exception(outcome.failure)
+            else:
+                future.set_result(outcome.value)
 
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
