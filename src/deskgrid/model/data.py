@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from deskgrid.model.ids import DataId, Sha256, UserId
 from deskgrid.model.machines import ContextLabel, DiskFormat
@@ -32,7 +33,7 @@ class Blob(Struct, frozen=True, kw_only=True):
     """Bytes in the repository, as they travel."""
 
     sha256: Sha256
-    size_bytes: int
+    size_bytes: Annotated[int, Meta(ge=0, le=1 << 62)]
 
 
 class Disk(Struct, frozen=True, kw_only=True):

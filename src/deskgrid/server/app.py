@@ -45,6 +45,8 @@ _MOST_BODY_BYTES = 8 << 20
 _NOBODY = Caller(Role.USER, "")
 _AUDIT_AT_ONCE = 1000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_VERSION = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
+_MOST_INT = 1 << 62
 _JSON = "application/json"
 _log = structlog.get_logger("deskgrid.server")
 
@@ -115,6 +117,7 @@ async def _answer(services: Services, handler: Handler, http: HttpRequest, reque
     _check_wire_version(http)
     token = _token(http)
     caller = _NOBODY if handler.knows_callers and token else await _authorise(services, route, token)
+    _check_texts(http)
     call: Call[Any] = Call(
         caller=caller,
         token=token if handler.knows_callers else "",
@@ -147,15 +150,19 @@ def _write(tx: Transaction, handler: Handler, call: Call[Any]) -> Any:
     return answer
 
 
+def _check_texts(http: HttpRequest) -> None:
+    """Refuse what PostgreSQL cannot keep, and nobody needs."""
+    if any("\0" in text for text in (*http.path_params.values(), *http.query_params.values())):
+        raise InvalidInput("the character 0 is not allowed in a text")
+
+
 def _check_wire_version(http: HttpRequest) -> None:
     """Refuse what we cannot understand: another major version, a newer minor one, or one more than two minors old."""
     text = http.headers.get(wire.WIRE_VERSION_HEADER)
     if text is None:
         return
-    major, _, minor = text.partition(".")
-    ours = wire.WIRE_VERSION
-    understood = major.isdecimal() and minor.isdecimal() and int(major) == ours[0] and ours[1] - 2 <= int(minor) <= ours[1]
-    if not understood:
+    found, ours = _VERSION.fullmatch(text), wire.WIRE_VERSION
+    if found is None or int(found[1]) != ours[0] or not ours[1] - 2 <= int(found[2]) <= ours[1]:
         raise InvalidInput(
             f"wire version {text[:20]} is not spoken here", hint="this server speaks {}.{}; update the older side".format(*ours)
         )
@@ -192,6 +199,8 @@ async def _decode_body(route: wire.Route[Any, Any], http: HttpRequest) -> Any:
         body += piece
         if len(body) > _MOST_BODY_BYTES:
             raise InvalidInput(f"the message is larger than {_MOST_BODY_BYTES} bytes")
+    if b"\\u0000" in body:  # as JSON has the character 0 in a text
+        raise InvalidInput("the character 0 is not allowed in a text")
     try:
         return msgspec.json.decode(body, type=route.request)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -206,6 +215,8 @@ def _decode_query(route: wire.Route[Any, Any], http: HttpRequest) -> dict[str, A
                 found[name] = msgspec.convert(http.query_params[name], kind, strict=False)
             except msgspec.ValidationError as error:
                 raise InvalidInput(f"{http.query_params[name][:80]!r} is not allowed", where=name, hint=kind.__name__) from error
+            if isinstance(found[name], int) and abs(found[name]) > _MOST_INT:
+                raise InvalidInput("this number is too large", where=name)  # for databases
             if isinstance(found[name], float) and not math.isfinite(found[name]):
                 raise InvalidInput("a finite number is needed", where=name)  # not a number as a delay breaks the loop's timers
     return found

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from functools import cache
 
+import structlog
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
@@ -24,6 +25,7 @@ from deskgrid.server.store.migrate import newest_revision, revision_of
 
 __all__ = ["health_routes", "metrics_response", "serving_figures", "why_not_ready"]
 
+_log = structlog.get_logger("deskgrid.server")
 _READY_WITHIN_S = 10.0
 _KEPT_S = 1.0
 """Anybody may ask /ready: how often it looks does not depend on how often they do."""
@@ -42,7 +44,8 @@ async def why_not_ready(services: Services) -> str:
     except TimeoutError:
         return f"no answer within {_READY_WITHIN_S:.0f} s"
     except (DeskgridError, OSError) as error:
-        return str(error)
+        _log.error("not ready", error=str(error))  # where the database is, and as whom we call it, is not everybody's business
+        return "the database or the repository does not work; the server's log says why"
     return ""
 
 

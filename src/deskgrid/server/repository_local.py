@@ -43,8 +43,8 @@ class LocalRepository:
         self.max_bytes = max_bytes
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """A lock is here as long as somebody holds it or waits for it."""
-        self._digests: dict[int, tuple[int, Any]] = {}
-        """Running sha256 of uploads that this process has received from their beginning: (bytes, digest)."""
+        self._digests: dict[int, tuple[tuple[int, int], Any]] = {}
+        """Running sha256 of uploads that this process has received from their beginning, of which file with how many bytes."""
         for folder in (self._blobs, self._uploads):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -111,8 +111,9 @@ class LocalRepository:
         have = os.fstat(output.fileno()).st_size
         if offset != have:
             raise Conflict(f"the upload stands at {have}, not {offset}", hint="ask where it stands and go on there")
-        size, digest = self._digests.pop(upload_id, (-1, None)) if have else (0, hashlib.sha256())
-        digest = digest if size == have else None
+        of, digest = self._digests.pop(upload_id, (None, None)) if have else (None, hashlib.sha256())
+        if have and of != _file_and_size(os.fstat(output.fileno())):
+            digest = None
         try:
             async for piece in _grouped(chunks):
                 if have + len(piece) > blob.size_bytes:
@@ -123,21 +124,21 @@ class LocalRepository:
                 have += len(piece)
         finally:
             if digest is not None:
-                self._digests[upload_id] = (self.received_bytes(upload_id), digest)
+                self._digests[upload_id] = (_file_and_size(os.fstat(output.fileno())), digest)
         return have
 
     async def finish(self, upload_id: int, blob: Blob) -> bool:
-        """See Repository. Here it never needs longer than the call."""
+        """See Repository. Here it never needs longer than the call.
+
+        That the blob is here says nothing of what was sent: bytes that are gone were wrong, or another process was quicker and has noted so.
+        """
         async with self._lock(f"upload:{upload_id}"):
-            if not self._part(upload_id).exists() and await self.holds(blob):
-                return True
             try:
                 part = await self.verified(upload_id, blob)
                 async with self._lock(blob.sha256):
                     await asyncio.to_thread(_settle, part, self._place(blob.sha256))
             except FileNotFoundError as error:
-                if not await self.holds(blob):  # otherwise another process was quicker
-                    raise Conflict("the bytes of this upload have gone", hint="ask where it stands and go on there") from error
+                raise Conflict("the bytes of this upload have gone", hint="ask where it stands and go on there") from error
             return True
 
     async def verified(self, upload_id: int, blob: Blob) -> Path:
@@ -145,8 +146,9 @@ class LocalRepository:
         part = self._part(upload_id)
         if blob.size_bytes == 0:
             part.touch()  # nothing is ever sent of an empty file
-        size, digest = self._digests.pop(upload_id, (-1, None))
-        if digest is None or size != blob.size_bytes:
+        of, digest = self._digests.pop(upload_id, ((0, -1), None))
+        found = _file_and_size(part.stat())
+        if digest is None or of != found or found[1] != blob.size_bytes:
             digest = await asyncio.to_thread(_digest_of, part)
         if digest.hexdigest() != blob.sha256:
             part.unlink(missing_ok=True)
@@ -253,6 +255,10 @@ def _append(output: Any, piece: bytes, digest: Any | None) -> None:
 
 def _full() -> StoreUnavailable:
     return StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help")
+
+
+def _file_and_size(found: os.stat_result) -> tuple[int, int]:
+    return found.st_ino, found.st_size
 
 
 def _digest_of(file: Path) -> Any:

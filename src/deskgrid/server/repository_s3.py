@@ -23,7 +23,7 @@ from typing import Any
 
 import structlog
 
-from deskgrid.errors import DeskgridError, InvalidInput, NotFound, StoreUnavailable
+from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NotFound, StoreUnavailable
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
 from deskgrid.model.wire import UploadPart
@@ -214,9 +214,8 @@ class S3Repository:
         key = self._staged(upload_id)
         staged = await self._bucket.size_and_sum(key)
         if staged is None or staged[0] != blob.size_bytes:
-            if await self.holds(blob):
-                return
-            raise InvalidInput("the bytes that came have gone", hint="send them again")
+            # That the blob is there says nothing of what was sent: they were wrong, or another process was quicker and has noted so.
+            raise Conflict("the bytes of this upload have gone", hint="ask where it stands and go on there")
         _, mark, total = staged
         found = base64.b64decode(total).hex() if total and self._trusts_sums else await self._digest(key, mark)
         if found != blob.sha256:

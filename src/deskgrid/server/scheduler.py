@@ -17,7 +17,7 @@ from deskgrid.model.data import Blob
 from deskgrid.model.ids import AttemptId, WorkerId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.wire import Sync, SyncAnswer
-from deskgrid.model.workers import MOST_VALUE_BYTES, Assignment, AttemptReport
+from deskgrid.model.workers import MOST_VALUE_BYTES, Assignment, AttemptReport, Capacity
 from deskgrid.server.store import attempts, data, queues, sets, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.attempts import Held, Outcome
@@ -28,6 +28,8 @@ __all__ = ["leave", "sync"]
 
 _MOST_PER_CALL = 500
 _MOST_ATTEMPTS, _MOST_PROFILE_BYTES = 4000, 1 << 16
+_MOST_OF_A_PC = 1 << 50
+"""Of CPUs and bytes, far below what databases take for a number."""
 """One worker must not keep the writer busy, nor make everybody's list of workers long."""
 _FINAL_REPORTS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED})
 
@@ -47,6 +49,8 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
     worker_id = _worker_of(caller)
     if len(request.attempts) > _MOST_ATTEMPTS or len(msgspec.json.encode(request.profile)) > _MOST_PROFILE_BYTES:
         raise InvalidInput("this is more than a worker has to say", hint=f"at most {_MOST_ATTEMPTS} attempts")
+    if not _is_credible(request.profile.lent) or not _is_credible(request.free):
+        raise InvalidInput("no PC has that much")
     known = workers.seen(tx, worker_id, request)
     held = attempts.held_by(tx, worker_id)
     told = _pace(tx, worker_id, settings, is_busy=bool(request.attempts))
@@ -76,6 +80,10 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
         interval_s=told.interval_s,
         hold_s=told.hold_s,
     )
+
+
+def _is_credible(amount: Capacity) -> bool:
+    return all(abs(number) <= _MOST_OF_A_PC for number in (amount.cpus, amount.memory_bytes, amount.disk_bytes))
 
 
 def _pace(tx: Transaction, worker_id: WorkerId, settings: ServerSettings, *, is_busy: bool) -> Pace:
@@ -126,7 +134,8 @@ def _take_report(
         return  # it was lost because it was suspended for too long: it stays so, but may come back running or with its result
     report = _with_proof(tx, caller, held, report)
     event = event_of_report(report.state) or event
-    outcome = Outcome(exit_code=report.exit_code, reason=report.reason, result=report.result, value=report.value)
+    exit_code = None if report.exit_code is None else max(-(1 << 31), min(report.exit_code, (1 << 31) - 1))
+    outcome = Outcome(exit_code=exit_code, reason=report.reason, result=report.result, value=report.value)
     applied = attempts.apply_event(tx, held, event, outcome)
     if report.state in _FINAL_REPORTS:
         verdict.acknowledged.append(report.attempt_id)

@@ -1,11 +1,12 @@
 """The cache of disks: verified, bounded, on disk, shared by all attempts of a worker.
 
-    FOLDER/<sha256>            an unpacked disk, complete and verified, mode 0444; its mtime is when it was last used
-    FOLDER/partial/<sha256>    the transport file (by its own sha256) of a disk that is being downloaded, or was
+    FOLDER/<sha256>-<blob>     an unpacked disk, complete and verified, mode 0444; its mtime is when it was last used
+    FOLDER/partial/<blob>      the transport file (by its own sha256) of a disk that is being downloaded, or was
 
 Rules:
 
-1. A file under its sha256 is complete: it appears by one rename, after it was verified and written to disk.
+1. A file under its name is complete: it appears by one rename, after it was verified and written to disk. It is given only to who may fetch
+   the blob that it came from, which the server has checked: that a disk has some sha256 is only what a user says.
 2. What is in use is never removed. Of the rest, partial downloads go first, then the disk used longest ago.
 3. One fetch per disk at a time; others that want it wait, and go on with it if the first gives up.
 4. A partial download survives a restart and is continued. Any other file in the folder is removed when the cache is opened.
@@ -34,7 +35,8 @@ __all__ = ["Cache", "Fetch"]
 Fetch = Callable[[Path, Path], Awaitable[object]]
 """Called with (partial, output): goes on with the download in `partial`, then makes `output` appear complete and verified."""
 
-_NAME = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{64}")
+_PARTIAL_NAME = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = "partial"
 
 
@@ -52,12 +54,13 @@ class Cache:
         self._bound_bytes = bound_bytes
         self._reserve_bytes = reserve_bytes
         self._free_bytes = free_bytes or _free_bytes
-        self._sizes: dict[Sha256, int] = {}
-        """Complete disks, the one used longest ago first."""
+        self._sizes: dict[str, int] = {}
+        """Complete disks by the names of their files, the one used longest ago first."""
         self._holds: Counter[Sha256] = Counter()
-        self._fetching: dict[Sha256, tuple[str, int]] = {}
+        self._fetching: dict[str, tuple[str, int]] = {}
         """Disks being fetched: the name of the partial file, and the bytes promised to both files."""
         self._locks: dict[Sha256, asyncio.Lock] = {}
+        """By blob: a partial download is one's at a time."""
 
     def open(self) -> None:
         """Look at what is there and remove what is no disk and no partial download. Blocks."""
@@ -68,17 +71,17 @@ class Cache:
                 continue
             status = path.lstat()
             if _is_entry(path, status):
-                found.append((status.st_mtime, Sha256(path.name), status.st_size))
+                found.append((status.st_mtime, path.name, status.st_size))
             else:
                 _remove(path)
         for path in self._partials.iterdir():
-            if not (_NAME.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode)):
+            if not (_PARTIAL_NAME.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode)):
                 _remove(path)
         self._sizes = {name: size for _, name, size in sorted(found)}
 
     def entries(self) -> tuple[Sha256, ...]:
         """Return the disks that are complete, the one used longest ago first."""
-        return tuple(self._sizes)
+        return tuple(dict.fromkeys(_disk_of(name) for name in self._sizes))
 
     def size_bytes(self) -> int:
         """Return what all files take, partial downloads included."""
@@ -100,17 +103,18 @@ class Cache:
     async def use(self, ref: DataRef, fetch: Fetch) -> AsyncIterator[Path]:
         """Yield the path of a disk, fetching it if it is not here; it stays while the block runs.
 
-        Raise NoSpace if it cannot be given room, ProtocolError if `fetch` made something else, and what `fetch` raises.
+        Raise NoSpace if it cannot be given room, ProtocolError if it comes with another size than `ref` says, and what `fetch` raises.
         """
         if ref.disk is None:
             raise BadImage("this data is not a disk")
+        name = f"{ref.disk.sha256}-{ref.blob.sha256}"
         release = self.hold(ref.disk.sha256)
         try:
-            async with self._locks.setdefault(ref.disk.sha256, asyncio.Lock()):
-                if not self._is_complete(ref.disk.sha256, ref.disk.size_bytes):
-                    await self._fetch(ref, ref.disk.sha256, ref.disk.size_bytes, fetch)
-                self._touch(ref.disk.sha256)
-            yield self._folder / ref.disk.sha256
+            async with self._locks.setdefault(ref.blob.sha256, asyncio.Lock()):
+                if not self._is_complete(name, ref.disk.size_bytes):
+                    await self._fetch(ref, name, ref.disk.size_bytes, fetch)
+                self._touch(name)
+            yield self._folder / name
         finally:
             release()
 
@@ -124,39 +128,37 @@ class Cache:
             freed += self._forget(victim)
         return freed
 
-    def _is_complete(self, sha256: Sha256, size_bytes: int) -> bool:
-        """Say whether the disk is here; one of another size was damaged and is removed."""
-        path = self._folder / sha256
-        if sha256 not in self._sizes:
-            return False
-        if path.is_file() and path.stat().st_size == size_bytes:
-            return True
-        self._forget(path)
-        return False
+    def _is_complete(self, name: str, size_bytes: int) -> bool:
+        """Say whether the disk is here. One of another size stays: either it was damaged, and will be replaced, or the size is wrong."""
+        path = self._folder / name
+        return name in self._sizes and path.is_file() and path.stat().st_size == size_bytes
 
-    async def _fetch(self, ref: DataRef, sha256: Sha256, size_bytes: int, fetch: Fetch) -> None:
-        partial, output = self._partials / ref.blob.sha256, self._folder / sha256
-        self._fetching[sha256] = (partial.name, 0)
+    async def _fetch(self, ref: DataRef, name: str, size_bytes: int, fetch: Fetch) -> None:
+        partial, output = self._partials / ref.blob.sha256, self._folder / name
+        self._fetching[name] = (partial.name, 0)
         try:
             self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
-            self._fetching[sha256] = (partial.name, ref.blob.size_bytes + size_bytes)
+            self._fetching[name] = (partial.name, ref.blob.size_bytes + size_bytes)
             await fetch(partial, output)
-            if _size(output) != size_bytes:
+            came_bytes = _size(output)
+            if came_bytes != size_bytes and name not in self._sizes:
                 _remove(output)
-                raise ProtocolError(f"disk {sha256[:12]} came with another size than it was promised with")
-            self._sizes[sha256] = size_bytes
+            else:
+                self._sizes[name] = came_bytes
+            if came_bytes != size_bytes:
+                raise ProtocolError(f"disk {name[:12]} came with another size than it was promised with")
         except (asyncio.CancelledError, Unreachable):
             raise  # what came so far is of use the next time
         except BaseException:
             _remove(partial)
             raise
         finally:
-            del self._fetching[sha256]
+            del self._fetching[name]
         _remove(partial)
 
-    def _touch(self, sha256: Sha256) -> None:
-        os.utime(self._folder / sha256)
-        self._sizes[sha256] = self._sizes.pop(sha256)
+    def _touch(self, name: str) -> None:
+        os.utime(self._folder / name)
+        self._sizes[name] = self._sizes.pop(name)
 
     def _make_room(self, need_bytes: int, *, there_bytes: int) -> None:
         """Remove what is not in use until there is room. Raise NoSpace if there is too little to remove."""
@@ -180,14 +182,18 @@ class Cache:
         yield from sorted(
             (path for path in self._partials.iterdir() if path.name not in in_work), key=lambda path: path.stat().st_mtime
         )
-        yield from (self._folder / sha256 for sha256 in list(self._sizes) if not self._holds[sha256])
+        yield from (self._folder / name for name in list(self._sizes) if not self._holds[_disk_of(name)])
 
     def _forget(self, path: Path) -> int:
         """Remove a file and return its size, at least 1 so that it counts as progress."""
         size = _size(path)
         _remove(path)
-        self._sizes.pop(Sha256(path.name), None)
+        self._sizes.pop(path.name, None)
         return max(size, 1)
+
+
+def _disk_of(name: str) -> Sha256:
+    return Sha256(name.partition("-")[0])
 
 
 def _is_entry(path: Path, status: os.stat_result) -> bool:

@@ -213,7 +213,7 @@ class Runner:
         """Decide how it ends. `rests`: a refusal lets this worker take no new work for a while."""
         self._stop_watch()
         # An owner's paths are nobody else's business.
-        clean = reason.replace(str(self._kit.home.folder), "HOME")
+        clean = reason.replace(str(self._kit.home.folder), "HOME").replace("\0", "?")  # the server takes no text with that
         report = AttemptReport(attempt_id=self.id, state=state, exit_code=exit_code, reason=clean, result=result)
         await self._note(durably=True, phase=Phase.SETTLED, settled=report)
         if state is AttemptState.REFUSED and rests:

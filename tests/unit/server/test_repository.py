@@ -69,6 +69,39 @@ async def test_wrong_bytes_are_forgotten(tmp_path: Path):
         store.path(blob.sha256)
 
 
+async def test_wrong_bytes_of_a_blob_that_is_here_are_nothing_either(tmp_path: Path):
+    """To have sent a blob is the right to read it."""
+    store, blob = repository(tmp_path), blob_of(b"right")
+    await store.receive(1, blob, 0, pieces(b"right", 5))
+    await store.finish(1, blob)
+    await store.receive(2, blob, 0, pieces(b"wrong", 5))
+    with pytest.raises(InvalidInput, match="sha256"):
+        await store.finish(2, blob)
+    with pytest.raises(Conflict, match="gone"):
+        await store.finish(2, blob)
+
+
+async def test_digest_of_a_file_that_was_forgotten_counts_for_no_other(tmp_path: Path):
+    here, elsewhere = repository(tmp_path), repository(tmp_path)
+    content, blob = b"right", blob_of(b"right")
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow():
+        yield content[:2]
+        begun.set()
+        await go_on.wait()
+        yield content[2:]
+
+    receiving = asyncio.create_task(here.receive(1, blob, 0, slow()))
+    await begun.wait()
+    await elsewhere.forget_uploads([1])
+    await elsewhere.receive(1, blob, 0, pieces(b"wrong", 5))
+    go_on.set()
+    assert await receiving == 5
+    with pytest.raises(InvalidInput, match="sha256"):
+        await here.finish(1, blob)
+
+
 async def test_more_bytes_than_announced_are_refused(tmp_path: Path):
     store = repository(tmp_path)
     with pytest.raises(InvalidInput, match="more bytes"):
@@ -116,7 +149,9 @@ async def test_repeated_finish_and_remove_do_no_harm(tmp_path: Path):
     store, blob = repository(tmp_path), blob_of(b"abc")
     await store.receive(1, blob, 0, pieces(b"abc", 3))
     await store.finish(1, blob)
-    await store.finish(1, blob)
+    with pytest.raises(Conflict):
+        await store.finish(1, blob)
+    assert await store.holds(blob)
     await store.remove(blob.sha256)
     await store.remove(blob.sha256)
     assert not await store.holds(blob)
@@ -205,5 +240,6 @@ async def test_processes_that_share_a_folder_never_append_to_the_same_upload_at_
     go_on.set()
     assert await receiving == 6
     assert await elsewhere.finish(1, blob)
-    assert await here.finish(1, blob)
+    with pytest.raises(Conflict, match="gone"):  # the other has noted it, which who asks again hears
+        await here.finish(1, blob)
     assert here.path(blob.sha256).read_bytes() == content

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from tests.unit.server.test_hostile import steal
 
 from deskgrid.client.direct import BlobStore
 from deskgrid.client.grid import Grid, describe_file, login
@@ -124,6 +125,10 @@ async def test_wrong_bytes_never_become_a_blob(grid: TestGrid, tmp_path: Path, s
         assert not await grid.services.repository.holds(blob)
         await user.transport.upload(tmp_path / "right", blob)
         assert await grid.services.repository.holds(blob)
+
+
+async def test_bytes_that_were_wrong_once_give_no_right_to_the_blob(grid: TestGrid, tmp_path: Path):
+    await steal(grid, tmp_path)
 
 
 async def test_who_has_a_url_cannot_change_a_blob_later(grid: TestGrid, store: S3Server, tmp_path: Path):

@@ -7,6 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deskgrid.errors import BadImage, NoSpace, ProtocolError, Unreachable
@@ -22,6 +23,10 @@ BOTH = SENT + SIZE
 def ref(name: str, size: int = SIZE) -> DataRef:
     disk = Disk(sha256=digest(name), size_bytes=size, virtual_bytes=size, format=DiskFormat.ISO)
     return DataRef(blob=Blob(sha256=digest("sent " + name), size_bytes=SENT), disk=disk)
+
+
+def file_of(name: str) -> str:
+    return f"{digest(name)}-{digest('sent ' + name)}"
 
 
 def digest(text: str) -> Sha256:
@@ -129,7 +134,7 @@ async def test_disk_used_longest_ago_goes_first(tmp_path: Path) -> None:
 
 async def test_order_of_use_survives_a_restart(tmp_path: Path) -> None:
     await fill(make(tmp_path), "a", "b")
-    os.utime(tmp_path / digest("a"), (2e9, 2e9))
+    os.utime(tmp_path / file_of("a"), (2e9, 2e9))
     assert make(tmp_path).entries() == (digest("b"), digest("a"))
 
 
@@ -172,9 +177,9 @@ async def test_fetches_at_the_same_time_do_not_promise_the_same_room(tmp_path: P
     await first
 
 
-async def test_disk_of_another_size_is_removed_and_fetched_again(tmp_path: Path) -> None:
+async def test_disk_of_another_size_is_fetched_again(tmp_path: Path) -> None:
     await fill(make(tmp_path), "a")
-    path = tmp_path / digest("a")
+    path = tmp_path / file_of("a")
     path.chmod(0o644)
     path.write_bytes(b"short")
     path.chmod(0o444)
@@ -188,19 +193,44 @@ async def test_fetch_that_makes_something_else_is_refused(tmp_path: Path) -> Non
     cache = make(tmp_path)
     with pytest.raises(ProtocolError):
         await cache.use(ref("a"), Source(size=SIZE - 1)).__aenter__()
-    assert cache.entries() == () and not (tmp_path / digest("a")).exists()
+    assert cache.entries() == () and not (tmp_path / file_of("a")).exists()
+
+
+async def test_disk_is_given_only_to_who_may_fetch_the_blob_it_came_from(tmp_path: Path) -> None:
+    """That some blob unpacks to this disk is only what who published it says."""
+    cache = make(tmp_path)
+    await fill(cache, "a")
+    claimed = msgspec.structs.replace(ref("a"), blob=Blob(sha256=digest("junk"), size_bytes=1))
+    source = Source()
+    source.error = BadImage("it is no disk")
+    with pytest.raises(BadImage):
+        await cache.use(claimed, source).__aenter__()
+    assert source.fetched == 1
+    assert cache.entries() == (digest("a"),)
+
+
+async def test_wrong_size_that_was_published_costs_nobody_the_disk(tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    async with cache.use(ref("a"), Source()) as path:
+        with pytest.raises(ProtocolError, match="size"):
+            await cache.use(ref("a", size=SIZE - 1), Source()).__aenter__()
+        assert path.stat().st_size == SIZE
+    source = Source()
+    async with cache.use(ref("a"), source):
+        assert source.fetched == 0
 
 
 async def test_what_is_no_disk_is_removed_at_the_start(tmp_path: Path) -> None:
     await fill(make(tmp_path), "a")
-    (tmp_path / f".{digest('b')}.1234.part").write_bytes(b"x")
-    (tmp_path / digest("c")).write_bytes(b"written to after it was complete, or never complete")
-    (tmp_path / digest("d")).symlink_to(tmp_path / digest("a"))
+    (tmp_path / f".{file_of('b')}.1234.part").write_bytes(b"x")
+    (tmp_path / digest("b")).write_bytes(b"of which blob is not known")
+    (tmp_path / file_of("c")).write_bytes(b"written to after it was complete, or never complete")
+    (tmp_path / file_of("d")).symlink_to(tmp_path / file_of("a"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "partial" / "x").write_bytes(b"x")
     (tmp_path / "partial" / digest("e")).write_bytes(b"x")
     assert make(tmp_path).entries() == (digest("a"),)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([digest("a"), "partial"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file_of("a"), "partial"])
     assert [path.name for path in (tmp_path / "partial").iterdir()] == [digest("e")]
 
 

@@ -398,6 +398,12 @@ class Rig:
             clean=True,
         )
 
+    def cached_disk(self) -> Path:
+        """Return where the one disk is that jobs need."""
+        ref = disk_ref()
+        assert ref.disk is not None
+        return self.home.cache / f"{ref.disk.sha256}-{ref.blob.sha256}"
+
     def agent(self, settings: WorkerSettings = SETTINGS) -> Agent:
         return Agent(
             self.home,

@@ -27,7 +27,7 @@ async def test_job_runs_and_leaves_nothing_but_the_disk_in_the_cache(rig: Rig) -
         assert report.result is not None and rig.server.uploads[report.result.sha256] == b"packed 1"
         assert rig.server.logs[attempt, "stdout"] == b"hello\n"
         assert rig.nothing_left()
-        assert (rig.home.cache / blob_of(DISK).sha256).read_bytes() == DISK
+        assert rig.cached_disk().read_bytes() == DISK
     assert rig.server.told[attempt][0] is AttemptState.LEASED
 
 
@@ -160,7 +160,7 @@ async def test_cancelled_while_fetching_leaves_nothing_but_the_partial_download(
         assert (rig.home.cache / "partial" / blob_of(DISK).sha256).stat().st_size == 100
         rig.server.download_gate.set()
         await rig.running()
-        assert (rig.home.cache / blob_of(DISK).sha256).read_bytes() == DISK
+        assert rig.cached_disk().read_bytes() == DISK
 
 
 async def test_cancelled_while_preparing_leaves_nothing(rig: Rig) -> None:
@@ -470,7 +470,7 @@ async def test_restarted_worker_finds_its_machine_and_delivers(rig: Rig) -> None
     await rig.pc.machine.tell(Output(Stream.STDOUT, b"two\n"))
     async with rig.working():
         await rig.until(lambda: rig.server.logs[attempt, "stdout"] == b"one\ntwo\n")
-        assert (rig.home.cache / blob_of(DISK).sha256).exists()
+        assert rig.cached_disk().exists()
         await rig.pc.machine.finish(0)
         assert (await rig.ended(attempt)).state is AttemptState.SUCCEEDED
     assert len(rig.pc.made) == 1

@@ -49,7 +49,7 @@ async def _keep_remote(services: Services, upload_id: int, old: str | None, stan
 async def upload_bytes(services: Services, call: Call[bytes], http: HttpRequest) -> wire.Upload:
     upload_id = call.number("upload")
     offset = http.headers.get(wire.UPLOAD_OFFSET_HEADER, "")
-    if not offset.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", offset):
         raise InvalidInput(f"the header {wire.UPLOAD_OFFSET_HEADER} must say where the bytes go")
     wanted, complete = await services.store.read(lambda tx: data.upload_of(tx, call.caller, upload_id))
     if complete:

@@ -6,6 +6,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 import deskgrid
+from deskgrid.core.rights import Right, holds
 from deskgrid.model import wire
 from deskgrid.model.users import Role
 from deskgrid.model.workers import WorkerState
@@ -31,6 +32,7 @@ async def status(services: Services, call: Call[wire.Nothing], _http: HttpReques
 
 
 def _status(tx: Transaction, call: Call[wire.Nothing], free_bytes: int, place: str) -> wire.GridStatus:
+    is_admin = call.caller.role is Role.ADMIN and holds(call.caller.rights, Right.ADMIN)
     states, lent = workers.totals(tx, call.settings.lease_s)
     kinds = storage.bytes_by_kind(tx)
     return wire.GridStatus(
@@ -44,6 +46,6 @@ def _status(tx: Transaction, call: Call[wire.Nothing], free_bytes: int, place: s
         storage_free_bytes=free_bytes,
         storage_place=place,
         storage=kinds,
-        storage_users=storage.bytes_by_user(tx) if call.caller.role is Role.ADMIN else {},
+        storage_users=storage.bytes_by_user(tx) if is_admin else {},
         leaving=storage.leaving(tx, data.REMOVAL_WAIT_S),
     )

@@ -94,4 +94,4 @@ def remove_worker(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
 
 @reads(wire.LIST_WORKERS)
 def list_workers(tx: Transaction, call: Call[wire.Nothing]) -> wire.WorkerList:
-    return wire.WorkerList(workers.list_workers(tx, call.settings.lease_s))
+    return wire.WorkerList(workers.list_workers(tx, call.settings.lease_s, viewer=call.caller))

@@ -79,7 +79,7 @@ def find_app(tx: Transaction, caller: Caller, reference: str, *, owner_id: UserI
     program in the place of what others run.
     """
     name, _, version = reference.partition("@")
-    if version and not version.isdecimal():
+    if version and not data.VERSION.fullmatch(version):
         raise InvalidInput(f"{reference[:80]!r} is not an app", hint="name, or name@version (a number)")
     query = _visible(tx, caller).where(app.c.name == name)
     if version:

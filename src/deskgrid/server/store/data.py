@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from deskgrid.core.rights import Thing, covers
+from deskgrid.core.rights import Right, Thing, covers, holds
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound
 from deskgrid.model.data import Blob, Data, DataKind, DataRef, Disk, Visibility
 from deskgrid.model.ids import DataId, Sha256, UserId
@@ -62,6 +62,7 @@ CLAIM_S = 30.0
 TAKE_OVER_S = 180.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}")
+VERSION = re.compile(r"[0-9]{1,18}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -208,13 +209,15 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         query = query.where(job.c.state.in_(("waiting", "active"))).limit(1)
         of_live, of_lost = query.where(IS_LIVE), query.where(attempt.c.state == "lost")  # an index for each
         return tx.row(of_live) is not None or tx.row(of_lost) is not None
-    if caller.role is Role.ADMIN:
+    if caller.role is Role.ADMIN and caller.rights is None:
         return True
     named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(tx, caller))
     of_jobs = visible(tx, caller, "get_job", owner=job.c.owner_id, group=queue.c.team)
     brought = sa.select(job.c.id).join(queue, queue.c.id == job.c.queue_id).where(job.c.result == sha256, of_jobs)
     sent = sa.select(submission.c.id).where(submission.c.owner_id == caller.user_id, submission.c.context == sha256)
     # A context is its owner's alone: his secrets may be in it.
+    if not holds(caller.rights, Right.DATA_READ):
+        named = named.where(data.c.kind == DataKind.DISK.value)  # what jobs refer to
     queries = [named] if covers(caller.rights, "get_data") else []
     queries += [brought, sent] if covers(caller.rights, "get_job") else []
     return any(tx.row(query.limit(1)) is not None for query in queries)
@@ -396,8 +399,8 @@ def _matching(reference: str) -> sa.Select[tuple[object, ...]]:
     query = _with_owner().where(data.c.name == name)
     if not version:
         return query
-    if not version.isdigit():
-        raise InvalidInput(f"{reference!r} is not a reference", hint="name, name@version (a number) or sha256")
+    if not VERSION.fullmatch(version):
+        raise InvalidInput(f"{reference[:80]!r} is not a reference", hint="name, name@version (a number) or sha256")
     return query.where(data.c.version == min(int(version), 2**31 - 1))
 
 

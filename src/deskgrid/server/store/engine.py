@@ -31,7 +31,7 @@ from sqlalchemy import Connection, Engine, event
 
 from deskgrid.clock import Clock
 from deskgrid.core.backoff import delay_s
-from deskgrid.errors import InvalidInput, OperatorError, StoreUnavailable
+from deskgrid.errors import Conflict, DeskgridError, InvalidInput, OperatorError, StoreUnavailable
 from deskgrid.server.store.statement import Statement
 
 __all__ = [
@@ -466,6 +466,9 @@ def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> N
         loop.call_soon_threadsafe(function)
 
 
+_UNIQUE = frozenset({"23505", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"})
+
+
 class _Faults:
     """What an error of the database's means, whether it comes from SQLAlchemy or from the driver itself."""
 
@@ -507,6 +510,12 @@ class _Faults:
     def wrapped(self, error: BaseException) -> BaseException:
         """Return an error as callers get it: foreign ones as StoreUnavailable."""
         cause = self._cause(error)
+        if self._code(error) in _UNIQUE or getattr(cause, "sqlite_errorname", "") in _UNIQUE:
+            failure: DeskgridError = Conflict(
+                "there is such a thing already", hint="look what is there; another call may have been quicker"
+            )
+            failure.__cause__ = error
+            return failure
         if isinstance(error, sa.exc.SQLAlchemyError) or isinstance(cause, self._any):
             first = str(cause).strip().partition("\n")[0]
             hint = "see the database's log" if self._is_postgresql else "see the server's log and its disk's free space"

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from deskgrid.model.data import DataKind
 from deskgrid.model.wire import Leaving
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, app, app_file, blob, data, job, submission
+from deskgrid.server.store.schema import account, app, app_file, blob, data, job, submission, upload
 
 __all__ = ["bytes_by_kind", "bytes_by_user", "kept_bytes", "leaving"]
 
@@ -29,6 +29,9 @@ def bytes_by_user(tx: Transaction) -> dict[str, int]:
 
 def _by_user(tx: Transaction, user_id: int | None) -> dict[int, int]:
     files = sa.select(app.c.owner_id, app_file.c.sha256, app_file.c.size_bytes).join(app, app.c.id == app_file.c.app_id)
+    # What he has sent counts from its beginning, whether something refers to it already or not.
+    is_his = upload.c.holder == sa.literal("user:") + sa.cast(account.c.id, sa.String())
+    sent = sa.select(account.c.id, upload.c.sha256, upload.c.size_bytes).join(upload, is_his)
     owned = [
         (data.c.owner_id, sa.select(data.c.owner_id, data.c.sha256, data.c.size_bytes)),
         (app.c.owner_id, files),
@@ -39,6 +42,7 @@ def _by_user(tx: Transaction, user_id: int | None) -> dict[int, int]:
                 (submission.c.parameters, submission.c.parameters_bytes),
             )
         ),
+        (account.c.id, sent),
         (job.c.owner_id, sa.select(job.c.owner_id, job.c.result, job.c.result_bytes).where(job.c.result.is_not(None))),
     ]
     mine = [query if user_id is None else query.where(owner == user_id) for owner, query in owned]

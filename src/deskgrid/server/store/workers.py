@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,9 +11,10 @@ import sqlalchemy as sa
 
 from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.ids import Sha256, UserId, WorkerId
+from deskgrid.model.users import Role
 from deskgrid.model.wire import Sync
 from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
-from deskgrid.server.store.accounts import check_shares, groups_of
+from deskgrid.server.store.accounts import Caller, check_shares, groups_of
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import IS_LIVE, account, attempt, worker
 from deskgrid.server.store.statement import Statement
@@ -62,12 +64,14 @@ def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
     [(before, call, owner_id, reserved_for, reserved_until)] = tx.fast(_LOOK, worker_id=worker_id)
     tx.change(_SEEN, worker_id=worker_id, at=tx.now, is_paused=sync.paused)
     if told != before:
-        values = {"told": told, "profile": profile.decode(), "cached": cached.decode()}
+        disks = [one for one in sync.cached[:1000] if _SHA256.fullmatch(one)]
+        values = {"told": told, "profile": profile.decode(), "cached": msgspec.json.encode(disks).decode()}
         tx.run(sa.update(worker).where(worker.c.id == worker_id).values(**values))
     reserved = reserved_for if reserved_until is None or reserved_until > tx.now else ""
     return Known(told[:32], call, owner_id, groups_of(tx, owner_id) if owner_id is not None else frozenset(), reserved)
 
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNTED_S = 10.0
 
 
@@ -119,8 +123,11 @@ def owner_of(tx: Transaction, worker_id: WorkerId) -> UserId | None:
     return UserId(row.owner_id) if row.owner_id is not None else None
 
 
-def list_workers(tx: Transaction, offline_after_s: float, only: WorkerId | None = None) -> tuple[Worker, ...]:
-    """Return the workers that have not left, or one of them, by number."""
+def list_workers(
+    tx: Transaction, offline_after_s: float, only: WorkerId | None = None, *, viewer: Caller | None = None
+) -> tuple[Worker, ...]:
+    """Return the workers that have not left, or one of them, by number. What disks they have is told to their owner and to admins: whose
+    those are, others need not know."""
     live = sa.select(sa.func.count()).where(attempt.c.worker_id == worker.c.id, IS_LIVE).scalar_subquery()
     joined = worker.outerjoin(account, account.c.id == worker.c.owner_id)
     query = sa.select(worker, live.label("running"), account.c.name.label("owner")).select_from(joined)
@@ -135,13 +142,17 @@ def list_workers(tx: Transaction, offline_after_s: float, only: WorkerId | None 
             seen_at=row.seen_at,
             running=row.running,
             profile=msgspec.json.decode(row.profile, type=Profile) if row.profile else None,
-            cached=msgspec.json.decode(row.cached, type=tuple[Sha256, ...]),
+            cached=msgspec.json.decode(row.cached, type=tuple[Sha256, ...]) if _may_see_disks(viewer, row.owner_id) else (),
             owner=row.owner or "",
             reserved_for=row.reserved_for if (row.reserved_until or tx.now + 1) > tx.now else "",
             reserved_until=row.reserved_until,
         )
         for row in rows
     )
+
+
+def _may_see_disks(viewer: Caller | None, owner_id: int | None) -> bool:
+    return viewer is None or viewer.role is Role.ADMIN or (owner_id is not None and owner_id == viewer.user_id)
 
 
 def totals(tx: Transaction, offline_after_s: float) -> tuple[dict[WorkerState, int], Capacity]:
@@ -153,7 +164,9 @@ def totals(tx: Transaction, offline_after_s: float) -> tuple[dict[WorkerState, i
     each = sa.select(state.label("state")).where(there).subquery()
     found = {WorkerState(row[0]): int(row[1]) for row in tx.rows(sa.select(each.c.state, sa.func.count()).group_by(each.c.state))}
     sums = [
-        sa.cast(sa.func.coalesce(sa.func.sum(_lent(tx, name)), 0), sa.BigInteger())
+        sa.func.coalesce(
+            sa.func.sum(sa.cast(_lent(tx, name), sa.Float())), 0.0
+        )  # what workers say may sum up to more than an integer
         for name in ("cpus", "memory_bytes", "disk_bytes")
     ]
     online = sa.select(*sums).where(there, ~silent, worker.c.paused.is_(False), worker.c.profile.is_not(None))
@@ -164,7 +177,7 @@ def totals(tx: Transaction, offline_after_s: float) -> tuple[dict[WorkerState, i
 
 def _lent(tx: Transaction, name: str) -> Any:
     if tx.connection.dialect.name == "postgresql":
-        return sa.cast(sa.cast(worker.c.profile, sa.JSON())[("lent", name)].as_string(), sa.BigInteger())
+        return sa.cast(worker.c.profile, sa.JSON())[("lent", name)].as_string()
     return sa.func.json_extract(worker.c.profile, f"$.lent.{name}")
 
 
