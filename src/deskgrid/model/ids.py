@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import NewType
 
-__all__ = ["AppId", "ArrayId", "AttemptId", "DataId", "JobId", "SetId", "Sha256", "UserId", "WorkerId", "attempt_name"]
+__all__ = ["AppId", "ArrayId", "AttemptId", "DataId", "JobId", "SetId", "Sha256", "UserId", "WorkerId", "attempt_name", "is_sha256"]
 
 JobId = NewType("JobId", int)
 ArrayId = NewType("ArrayId", int)
@@ -16,6 +17,14 @@ UserId = NewType("UserId", int)
 DataId = NewType("DataId", int)
 Sha256 = NewType("Sha256", str)
 """64 lower-case hexadecimal digits."""
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_sha256(text: str) -> bool:
+    """Tell whether a text is a `Sha256`."""
+    return _SHA256.fullmatch(text) is not None
 
 
 def attempt_name(job_id: JobId, number: int) -> str:

@@ -47,6 +47,8 @@ _AUDIT_AT_ONCE = 1000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _VERSION = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
 _MOST_INT = 1 << 62
+_CHARACTER_0 = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+"""As JSON has it in a text: after a backslash that no other stands for."""
 _JSON = "application/json"
 _log = structlog.get_logger("deskgrid.server")
 
@@ -199,7 +201,7 @@ async def _decode_body(route: wire.Route[Any, Any], http: HttpRequest) -> Any:
         body += piece
         if len(body) > _MOST_BODY_BYTES:
             raise InvalidInput(f"the message is larger than {_MOST_BODY_BYTES} bytes")
-    if b"\\u0000" in body:  # as JSON has the character 0 in a text
+    if _CHARACTER_0.search(body):
         raise InvalidInput("the character 0 is not allowed in a text")
     try:
         return msgspec.json.decode(body, type=route.request)

@@ -43,8 +43,8 @@ class LocalRepository:
         self.max_bytes = max_bytes
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """A lock is here as long as somebody holds it or waits for it."""
-        self._digests: dict[int, tuple[tuple[int, int], Any]] = {}
-        """Running sha256 of uploads that this process has received from their beginning, of which file with how many bytes."""
+        self._digests: dict[int, tuple[tuple[int, ...], Any]] = {}
+        """Running sha256 of uploads that this process has received from their beginning, and of what state of which file."""
         for folder in (self._blobs, self._uploads):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -111,8 +111,8 @@ class LocalRepository:
         have = os.fstat(output.fileno()).st_size
         if offset != have:
             raise Conflict(f"the upload stands at {have}, not {offset}", hint="ask where it stands and go on there")
-        of, digest = self._digests.pop(upload_id, (None, None)) if have else (None, hashlib.sha256())
-        if have and of != _file_and_size(os.fstat(output.fileno())):
+        of, digest = self._digests.pop(upload_id, ((), None)) if have else (None, hashlib.sha256())
+        if have and of != _state(os.fstat(output.fileno())):
             digest = None
         try:
             async for piece in _grouped(chunks):
@@ -124,7 +124,7 @@ class LocalRepository:
                 have += len(piece)
         finally:
             if digest is not None:
-                self._digests[upload_id] = (_file_and_size(os.fstat(output.fileno())), digest)
+                self._digests[upload_id] = (_state(os.fstat(output.fileno())), digest)
         return have
 
     async def finish(self, upload_id: int, blob: Blob) -> bool:
@@ -146,9 +146,9 @@ class LocalRepository:
         part = self._part(upload_id)
         if blob.size_bytes == 0:
             part.touch()  # nothing is ever sent of an empty file
-        of, digest = self._digests.pop(upload_id, ((0, -1), None))
-        found = _file_and_size(part.stat())
-        if digest is None or of != found or found[1] != blob.size_bytes:
+        of, digest = self._digests.pop(upload_id, ((), None))
+        found = part.stat()
+        if of != _state(found) or found.st_size != blob.size_bytes:
             digest = await asyncio.to_thread(_digest_of, part)
         if digest.hexdigest() != blob.sha256:
             part.unlink(missing_ok=True)
@@ -257,8 +257,9 @@ def _full() -> StoreUnavailable:
     return StoreUnavailable("the server's disk is full", hint="tell the admin; trying again later may help")
 
 
-def _file_and_size(found: os.stat_result) -> tuple[int, int]:
-    return found.st_ino, found.st_size
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Return what differs if a file was written, or made anew under its number."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _digest_of(file: Path) -> Any:

@@ -28,9 +28,9 @@ __all__ = ["leave", "sync"]
 
 _MOST_PER_CALL = 500
 _MOST_ATTEMPTS, _MOST_PROFILE_BYTES = 4000, 1 << 16
+"""One worker must not keep the writer busy, nor make everybody's list of workers long."""
 _MOST_OF_A_PC = 1 << 50
 """Of CPUs and bytes, far below what databases take for a number."""
-"""One worker must not keep the writer busy, nor make everybody's list of workers long."""
 _FINAL_REPORTS = frozenset({AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED})
 
 

@@ -64,6 +64,10 @@ class Home(Struct, frozen=True):
         """Return the folder of one attempt."""
         return self.attempts / str(attempt_id)
 
+    def told(self, reason: str) -> str:
+        """Return words as the server gets them: an owner's paths are nobody else's business, and no text there has a character 0."""
+        return reason.replace(str(self.folder), "HOME").replace("\0", "?")
+
     def create(self) -> None:
         """Make the folders, for nobody's eyes but the owner's."""
         for folder in (self.folder, self.journal, self.attempts, self.cache):

@@ -212,9 +212,8 @@ class Runner:
     ) -> None:
         """Decide how it ends. `rests`: a refusal lets this worker take no new work for a while."""
         self._stop_watch()
-        # An owner's paths are nobody else's business.
-        clean = reason.replace(str(self._kit.home.folder), "HOME").replace("\0", "?")  # the server takes no text with that
-        report = AttemptReport(attempt_id=self.id, state=state, exit_code=exit_code, reason=clean, result=result)
+        told = self._kit.home.told(reason)
+        report = AttemptReport(attempt_id=self.id, state=state, exit_code=exit_code, reason=told, result=result)
         await self._note(durably=True, phase=Phase.SETTLED, settled=report)
         if state is AttemptState.REFUSED and rests:
             self._kit.fault(reason)

@@ -269,8 +269,7 @@ class WarmPool:
         _log.info("program_ended", name=program.name, reason=verdict.reason if verdict else "")
         stopped = verdict is STOPPED
         if verdict is not None:
-            # An owner's paths are nobody else's business.
-            verdict = Verdict(verdict.state, verdict.reason.replace(str(self._kit.home.folder), "HOME").replace("\0", "?"))
+            verdict = Verdict(verdict.state, self._kit.home.told(verdict.reason))
         for attempt in program.in_hand.values():
             attempt.settle(verdict if verdict is not None and attempt is program.blamed else BACK)
         if verdict is not None and not stopped:

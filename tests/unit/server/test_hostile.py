@@ -283,6 +283,16 @@ async def test_character_0_in_a_job_is_refused(grid: TestGrid):
             await user.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=msgspec.structs.replace(SPEC, fill=("a\0b",))))
 
 
+@pytest.mark.parametrize(
+    ("text", "is_refused"), [("\\u0000", False), ("\\\\u0000", False), ("\0", True), ("\\\0", True), ("\\\\\0", True)]
+)
+async def test_text_that_only_writes_about_character_0_is_taken(grid: TestGrid, text: str, is_refused: bool):
+    async with Transport(await grid.admin()) as user:
+        secret = wire.AddToken(token_hash=Sha256("0" * 64), rights=("jobs",), label=f"printf '{text}'", lifetime_s=60.0)
+        with pytest.raises(InvalidInput, match="character 0") if is_refused else contextlib.nullcontext():
+            await user.call(wire.ADD_TOKEN, secret)
+
+
 @pytest.mark.parametrize("size", [-(10**12), 1 << 63])
 async def test_upload_of_no_possible_size_is_refused(grid: TestGrid, size: int):
     async with Transport(await grid.admin()) as user:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,20 @@ async def pieces(content: bytes, size: int, cut_after: int | None = None):
         if cut_after is not None and number >= cut_after:
             raise ConnectionResetError
         yield content[start : start + size]
+
+
+class Sender:
+    """Sends two bytes, and the rest once it may go on."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.paused, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def pieces(self):
+        yield self._content[:2]
+        self.paused.set()
+        await self.go_on.wait()
+        yield self._content[2:]
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,23 +98,25 @@ async def test_wrong_bytes_of_a_blob_that_is_here_are_nothing_either(tmp_path: P
 
 async def test_digest_of_a_file_that_was_forgotten_counts_for_no_other(tmp_path: Path):
     here, elsewhere = repository(tmp_path), repository(tmp_path)
-    content, blob = b"right", blob_of(b"right")
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    async def slow():
-        yield content[:2]
-        begun.set()
-        await go_on.wait()
-        yield content[2:]
-
-    receiving = asyncio.create_task(here.receive(1, blob, 0, slow()))
-    await begun.wait()
+    blob, sender = blob_of(b"right"), Sender(b"right")
+    receiving = asyncio.create_task(here.receive(1, blob, 0, sender.pieces()))
+    await sender.paused.wait()
     await elsewhere.forget_uploads([1])
     await elsewhere.receive(1, blob, 0, pieces(b"wrong", 5))
-    go_on.set()
+    sender.go_on.set()
     assert await receiving == 5
     with pytest.raises(InvalidInput, match="sha256"):
         await here.finish(1, blob)
+
+
+async def test_digest_counts_only_for_what_was_received(tmp_path: Path):
+    store, blob = repository(tmp_path), blob_of(b"right")
+    await store.receive(1, blob, 0, pieces(b"right", 5))
+    part = store._part(1)
+    part.write_bytes(b"wrong")  # by another process: the same file with as many bytes
+    os.utime(part, (1, 1))
+    with pytest.raises(InvalidInput, match="sha256"):
+        await store.finish(1, blob)
 
 
 async def test_more_bytes_than_announced_are_refused(tmp_path: Path):
@@ -225,19 +242,12 @@ async def test_nothing_is_kept_in_memory_of_uploads_that_are_over(tmp_path: Path
 async def test_processes_that_share_a_folder_never_append_to_the_same_upload_at_once(tmp_path: Path):
     here, elsewhere = repository(tmp_path), repository(tmp_path)
     content, blob = b"abcdef", blob_of(b"abcdef")
-    begun, go_on = asyncio.Event(), asyncio.Event()
-
-    async def slow():
-        yield content[:3]
-        begun.set()
-        await go_on.wait()
-        yield content[3:]
-
-    receiving = asyncio.create_task(here.receive(1, blob, 0, slow()))
-    await begun.wait()
+    sender = Sender(content)
+    receiving = asyncio.create_task(here.receive(1, blob, 0, sender.pieces()))
+    await sender.paused.wait()
     with pytest.raises(Conflict, match="elsewhere"):
         await elsewhere.receive(1, blob, 0, pieces(content, 6))
-    go_on.set()
+    sender.go_on.set()
     assert await receiving == 6
     assert await elsewhere.finish(1, blob)
     with pytest.raises(Conflict, match="gone"):  # the other has noted it, which who asks again hears

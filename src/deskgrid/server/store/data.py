@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from deskgrid.core.rights import Right, Thing, covers, holds
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound
 from deskgrid.model.data import Blob, Data, DataKind, DataRef, Disk, Visibility
-from deskgrid.model.ids import DataId, Sha256, UserId
+from deskgrid.model.ids import DataId, Sha256, UserId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
 from deskgrid.server.store.accounts import Caller, check_group, require, visible
@@ -63,12 +63,11 @@ TAKE_OVER_S = 180.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}")
 VERSION = re.compile(r"[0-9]{1,18}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_sha256(text: str) -> Sha256:
     """Return `text` if it is a sha256. Raise InvalidInput otherwise."""
-    if not _SHA256.fullmatch(text):
+    if not is_sha256(text):
         raise InvalidInput(f"{text[:80]!r} is not a sha256", hint="64 digits 0-9 and a-f")
     return Sha256(text)
 
@@ -212,12 +211,12 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
     named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(tx, caller))
-    of_jobs = visible(tx, caller, "get_job", owner=job.c.owner_id, group=queue.c.team)
-    brought = sa.select(job.c.id).join(queue, queue.c.id == job.c.queue_id).where(job.c.result == sha256, of_jobs)
-    sent = sa.select(submission.c.id).where(submission.c.owner_id == caller.user_id, submission.c.context == sha256)
-    # A context is its owner's alone: his secrets may be in it.
     if not holds(caller.rights, Right.DATA_READ):
         named = named.where(data.c.kind == DataKind.DISK.value)  # what jobs refer to
+    of_jobs = visible(tx, caller, "get_job", owner=job.c.owner_id, group=queue.c.team)
+    brought = sa.select(job.c.id).join(queue, queue.c.id == job.c.queue_id).where(job.c.result == sha256, of_jobs)
+    # A context is its owner's alone: his secrets may be in it.
+    sent = sa.select(submission.c.id).where(submission.c.owner_id == caller.user_id, submission.c.context == sha256)
     queries = [named] if covers(caller.rights, "get_data") else []
     queries += [brought, sent] if covers(caller.rights, "get_job") else []
     return any(tx.row(query.limit(1)) is not None for query in queries)
@@ -294,7 +293,7 @@ def adopt(tx: Transaction, found: Iterable[Blob]) -> int:
 
 def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Data:
     """Name an uploaded blob; a name of the caller's that exists gets a new version, unless its newest is the same blob."""
-    if not _NAME.fullmatch(request.name) or _SHA256.fullmatch(request.name):
+    if not _NAME.fullmatch(request.name) or is_sha256(request.name):
         raise InvalidInput(f"{request.name!r} is not a data name", hint="letters, digits, _ . + -, at most 200, not a sha256")
     if (request.disk is not None) != (request.kind is DataKind.DISK):
         raise InvalidInput("a disk needs its attributes, and only a disk has them")
@@ -393,7 +392,7 @@ def _visible(tx: Transaction, caller: Caller) -> sa.ColumnElement[bool]:
 
 
 def _matching(reference: str) -> sa.Select[tuple[object, ...]]:
-    if _SHA256.fullmatch(reference):
+    if is_sha256(reference):
         return _with_owner().where(sa.or_(data.c.sha256 == reference, data.c.disk_sha256 == reference))
     name, _, version = reference.partition("@")
     query = _with_owner().where(data.c.name == name)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
 
 from deskgrid.errors import Conflict, InvalidInput, NotFound
-from deskgrid.model.ids import Sha256, UserId, WorkerId
+from deskgrid.model.ids import Sha256, UserId, WorkerId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import Sync
 from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
@@ -64,14 +63,13 @@ def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
     [(before, call, owner_id, reserved_for, reserved_until)] = tx.fast(_LOOK, worker_id=worker_id)
     tx.change(_SEEN, worker_id=worker_id, at=tx.now, is_paused=sync.paused)
     if told != before:
-        disks = [one for one in sync.cached[:1000] if _SHA256.fullmatch(one)]
+        disks = [one for one in sync.cached[:1000] if is_sha256(one)]
         values = {"told": told, "profile": profile.decode(), "cached": msgspec.json.encode(disks).decode()}
         tx.run(sa.update(worker).where(worker.c.id == worker_id).values(**values))
     reserved = reserved_for if reserved_until is None or reserved_until > tx.now else ""
     return Known(told[:32], call, owner_id, groups_of(tx, owner_id) if owner_id is not None else frozenset(), reserved)
 
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COUNTED_S = 10.0
 
 
@@ -163,12 +161,9 @@ def totals(tx: Transaction, offline_after_s: float) -> tuple[dict[WorkerState, i
     )
     each = sa.select(state.label("state")).where(there).subquery()
     found = {WorkerState(row[0]): int(row[1]) for row in tx.rows(sa.select(each.c.state, sa.func.count()).group_by(each.c.state))}
-    sums = [
-        sa.func.coalesce(
-            sa.func.sum(sa.cast(_lent(tx, name), sa.Float())), 0.0
-        )  # what workers say may sum up to more than an integer
-        for name in ("cpus", "memory_bytes", "disk_bytes")
-    ]
+    # What workers say may sum up to more than an integer takes.
+    lent = (sa.cast(_lent(tx, name), sa.Float()) for name in ("cpus", "memory_bytes", "disk_bytes"))
+    sums = [sa.func.coalesce(sa.func.sum(amount), 0.0) for amount in lent]
     online = sa.select(*sums).where(there, ~silent, worker.c.paused.is_(False), worker.c.profile.is_not(None))
     cpus, memory_bytes, disk_bytes = tx.rows(online)[0]
     counted = {one: found.get(one, 0) for one in WorkerState}
