@@ -14,6 +14,19 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the virtual machines of the system tests be another driver's, on a PC where that one works."""
+    parser.addoption(
+        "--driver", default="qemu", choices=("qemu", "virtualbox"), help="driver of the system tests' virtual machines"
+    )
+
+
+@pytest.fixture
+def vm_worker(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Return the settings of a worker that runs virtual machines."""
+    return {"DESKGRID_WORKER_DRIVERS": request.config.getoption("--driver"), "DESKGRID_WORKER_ACCELERATOR": "tcg"}
+
+
 @pytest.fixture(autouse=True)
 def logs_as_they_were() -> Iterator[None]:
     """A command that a test runs in this process says how to log: not for the tests after it."""

@@ -1,7 +1,7 @@
 """One frozen settings object per program, read once from TOML and the environment and passed on explicitly.
 
 A file holds the fields of the struct by name. Sizes and durations may be written for people ("8GiB", "10m") where a field's
-name ends in `_bytes` or `_s`. The environment variable PREFIX_FIELD (as DESKGRID_SERVER_LEASE_S) wins over the file.
+name ends in `_bytes`, `_bytes_per_s` or `_s`. The environment variable PREFIX_FIELD (as DESKGRID_SERVER_LEASE_S) wins over the file.
 """
 
 from __future__ import annotations
@@ -105,18 +105,22 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     cpus: int = 0
     """CPUs that all machines together may use; 0: all but one, at least one."""
+    cpu_share: float = 1.0
+    """Part of the time of each CPU above that a machine may use, 0.05 to 1. Linux only."""
     memory_bytes: int = 0
     """Memory that all machines together may use; 0: half of the PC's."""
     disk_bytes: int = 20 * (1 << 30)
     """Disk that machines and results may fill, besides the cache."""
     cache_bytes: int = 20 * (1 << 30)
     """Disk that the cache of verified disks may fill; the one used longest ago goes first."""
+    network_bytes_per_s: int = 0
+    """Bytes that may go to and from the network in a second, both directions together: disks, results, streams of jobs. 0: no bound."""
     reserve_bytes: int = 1 << 30
     """Free bytes that stay on the owner's disk whatever the bounds above say."""
     max_result_bytes: int = 64 * (1 << 30)
     """Largest content of a scratch that is taken out."""
-    drivers: tuple[str, ...] = ("qemu",)
-    """Drivers that may be used, by name."""
+    drivers: tuple[str, ...] = ("qemu", "virtualbox")
+    """Drivers that may be used, by name, the preferred ones first; one with the CPU's own virtualisation goes before one without."""
     accepts: tuple[str, ...] = ("everyone",)
     """Whose jobs it takes: mine (the PC's owner, who made its link), group:NAME, user:NAME or everyone."""
     packages: tuple[str, ...] = ()
@@ -125,12 +129,27 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Whether process jobs may run even where no sandbox can be made. WARNING: such a job is a program of the user who runs the worker: it can read,
     change and remove all his files, use his network and see his other programs. Only for PCs that hold nothing else, with `accepts` set to
     people whom you trust. Where a sandbox can be made it is used all the same."""
+    hours: tuple[str, ...] = ()
+    """When it may work, in local time, as in ["mon-fri 18:00-08:00", "sat,sun"]; empty: always."""
+    idle_s: float = 0.0
+    """Seconds that keyboard and mouse must have rested; 0: it works beside its owner, at the lowest priority."""
+    busy_cpus: float = 0.0
+    """CPUs that other programs may use together, as in 1.5, before it makes way; 0: they do not matter. Not on Windows."""
+    on_battery: bool = False
+    """Whether it works on battery."""
+    full_screen: bool = False
+    """Whether it works while a program fills the screen, as a game or a talk does."""
     overlay: bool = True
     """Whether machines may have a network with the services of their jobs."""
     internet: bool = False
     """Whether machines may reach public addresses on the internet, too; private ones never."""
     accelerator: str = ""
     """kvm, hvf, whpx or tcg; empty: the best that is found to work."""
+    checkpoint_s: float = 3600.0
+    """Seconds of running after which the state of a virtual machine is written to the disk, so that a PC that is switched off loses no more; 0: never."""
+    release_s: float = 900.0
+    """Seconds after the owner came back, or paused it, when virtual machines are written to the disk and their memory is given back; other machines, of which that
+    cannot be done, are ended then. 0: never."""
     nice: int = 19
     """Scheduling priority of machines and of the worker's own work, 0 to 19 (lowest)."""
     stop_grace_s: float = 5.0
@@ -206,7 +225,7 @@ def _plain(name: str, value: Any) -> Any:
     """Return sizes and durations as numbers."""
     if not isinstance(value, str) or value.replace(".", "", 1).isdigit():
         return value
-    if name.endswith("_bytes"):
+    if name.endswith(("_bytes", "_bytes_per_s")):
         return parse_size(value)
     return parse_duration(value) if name.endswith("_s") else value
 

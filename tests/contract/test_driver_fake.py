@@ -17,8 +17,8 @@ from deskgrid.machines.processes import find_by_token
 from deskgrid.model.machines import MachineKind
 from deskgrid.testing.driver_contract import (
     NETWORK,
+    CheckpointContract,
     ContractJob,
-    DriverContract,
     Prepare,
     SuspendableDriver,
     events_until_exit,
@@ -27,7 +27,7 @@ from deskgrid.testing.driver_contract import (
 from deskgrid.units import MIB
 
 
-class TestFakeDriver(DriverContract):
+class TestFakeDriver(CheckpointContract):
     @pytest.fixture
     def new_driver(self) -> Callable[[], SuspendableDriver]:
         return lambda: FakeDriver(SystemClock())

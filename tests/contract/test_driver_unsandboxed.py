@@ -115,6 +115,7 @@ class TestWithoutSandbox:
 
     prepare = DriverContract.prepare
     _destroy_leaves_nothing = DriverContract._destroy_leaves_nothing
+    leftovers = DriverContract.leftovers
 
     # ---- the contract, as far as it is not about networks
 

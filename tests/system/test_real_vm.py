@@ -31,12 +31,12 @@ LIMIT_S = 180.0
 
 
 @pytest.fixture
-def vm_system(system: System) -> System:
-    """A grid with one QEMU worker and the published tiny template."""
+def vm_system(system: System, vm_worker: dict[str, str]) -> System:
+    """A grid with one worker for virtual machines and the published tiny template."""
     template = tiny_template()
     system.publish_template(template.qcow2, "tiny")
     system.publish_template(template.iso, "tiny-iso")
-    system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
+    system.add_worker(**vm_worker)
     return system
 
 

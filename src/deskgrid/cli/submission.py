@@ -66,6 +66,7 @@ class JobOptions:
     after_end: Annotated[tuple[str, ...] | None, _key("after_end")] = None
     retain: Annotated[str | None, _key("retain")] = None
     platforms: Annotated[tuple[str, ...] | None, _key("platforms")] = None
+    driver: Annotated[str | None, _key("driver")] = None
     need: Annotated[tuple[str, ...] | None, _key("need")] = None
     on: Annotated[str | None, _key("on")] = None
     warm: Annotated[bool | None, _key("warm")] = None

@@ -34,7 +34,11 @@ Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False
 
 
 def _settings(home: Path) -> WorkerSettings:
-    return load_settings(WorkerSettings, home / "worker.toml", "DESKGRID_WORKER")
+    from deskgrid.worker.owner import rules_of
+
+    settings = load_settings(WorkerSettings, home / "worker.toml", "DESKGRID_WORKER")
+    rules_of(settings)
+    return settings
 
 
 @app.command
@@ -128,6 +132,39 @@ async def status(*, home: Home = None, json: Json = False) -> None:
 
 
 @app.command
+async def top(*, home: Home = None, interval: str = "2s", json: Json = False) -> None:
+    """Show what the worker on this PC is doing, again and again, until Ctrl-C. With --json, an object each time.
+
+    For example:
+
+        deskgrid worker top
+
+    Parameters
+    ----------
+    interval
+        Between two looks.
+    """
+    import asyncio
+
+    from rich.live import Live
+
+    from deskgrid.cli.worker_page import page
+    from deskgrid.units import parse_duration
+    from deskgrid.worker.control import ask
+
+    configure_logs(json=json, verbose=False)
+    place, pause_s = home or worker_home(), parse_duration(interval)
+    if json:
+        while True:
+            print_json(await ask(place, "status"))
+            await asyncio.sleep(pause_s)
+    with Live(page(await ask(place, "status")), auto_refresh=False) as live:
+        while True:
+            await asyncio.sleep(pause_s)
+            live.update(page(await ask(place, "status")), refresh=True)
+
+
+@app.command
 async def pause(*, home: Home = None, json: Json = False) -> None:
     """Stop the CPUs of all machines at once and take no new work, until resume.
 
@@ -158,6 +195,28 @@ async def leave(*, home: Home = None, json: Json = False) -> None:
         deskgrid worker leave
     """
     await _ask("leave", home, json)
+
+
+@app.command
+async def doctor(*, home: Home = None, json: Json = False) -> None:
+    """Try out what this PC can run for the grid, and say why not and what would change it.
+
+    Each kind of machine is really started, with a time limit, also those that worker.toml does not allow. Takes some seconds.
+
+    For example:
+
+        deskgrid worker doctor
+    """
+    from deskgrid.clock import SystemClock
+    from deskgrid.worker.doctor import examine
+
+    configure_logs(json=json, verbose=False)
+    folder = home or worker_home()
+    found = await examine(folder, _settings(folder), SystemClock())
+    if json:
+        print_json(found)
+    else:
+        print_lines(*map(str, found))
 
 
 # Those that are lent

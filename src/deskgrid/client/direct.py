@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from yarl import URL
 
+from deskgrid.client.pace import Pace
 from deskgrid.errors import DeskgridError, InvalidInput, NotFound, ProtocolError, Unreachable
 from deskgrid.model.wire import UploadPart
 
@@ -30,7 +31,8 @@ _SILENCE_S = 60.0
 class BlobStore:
     """Calls to a blob store. Use as an async context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
+        self._pace = pace
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> BlobStore:
@@ -66,7 +68,7 @@ class BlobStore:
 
     async def _put(self, file: Path, part: UploadPart) -> None:
         headers = {**part.headers, "Content-Length": str(part.size_bytes)}
-        async with self._request("PUT", part.url, headers, _read(file, part.offset, part.size_bytes)):
+        async with self._request("PUT", part.url, headers, _read(file, part.offset, part.size_bytes, self._pace)):
             return
 
     @asynccontextmanager
@@ -114,9 +116,11 @@ def _refusal(status: int, host: str | None) -> DeskgridError:
     return Unreachable(f"the blob store {host} answers {status}")
 
 
-async def _read(file: Path, offset: int, size: int) -> AsyncIterator[bytes]:
+async def _read(file: Path, offset: int, size: int, pace: Pace | None) -> AsyncIterator[bytes]:
     with file.open("rb") as source:
         source.seek(offset)
         while size and (chunk := await asyncio.to_thread(source.read, min(_CHUNK, size))):
             yield chunk
             size -= len(chunk)
+            if pace is not None:
+                await pace.keep(len(chunk))

@@ -340,6 +340,13 @@ KEYS: tuple[Key, ...] = (
         kind=TEXTS,
         doc="Where a process or container may run, as `linux-x86_64`; by default anywhere that its app has files for.",
     ),
+    Key(
+        section="machine",
+        name="driver",
+        field="driver",
+        kind=TEXT,
+        doc="Only by this driver: qemu, virtualbox, process or container; without it by the best that a PC has.",
+    ),
     Key(section="machine", name="need", field="need", kind=TEXTS, doc="Packages that the PC must declare."),
     Key(
         section="machine",

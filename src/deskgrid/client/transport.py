@@ -26,6 +26,7 @@ from msgspec import Struct
 
 from deskgrid import errors
 from deskgrid.client.direct import BlobStore
+from deskgrid.client.pace import Pace
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NotFound, ProtocolError, StoreUnavailable, Unreachable
 from deskgrid.link import Link
 from deskgrid.model import wire
@@ -118,8 +119,11 @@ def _addresses(text: str) -> list[str]:
 class Transport:
     """Calls to one grid as one holder of a token. Use as an async context manager."""
 
-    def __init__(self, credentials: Credentials, *, tries: int = 3, rng: random.Random | None = None) -> None:
+    def __init__(
+        self, credentials: Credentials, *, tries: int = 3, rng: random.Random | None = None, pace: Pace | None = None
+    ) -> None:
         self.credentials = credentials
+        self._pace = pace
         self._tries = tries
         self._rng = rng or random.Random()  # noqa: S311 - jitter
         self._addresses = _addresses(credentials.address)
@@ -273,11 +277,11 @@ class Transport:
                 if progress:
                     progress(arrived)
 
-            async with BlobStore() as outside:
+            async with BlobStore(self._pace) as outside:
                 await outside.send(file, upload.parts, note)
             return
         headers = {wire.UPLOAD_OFFSET_HEADER: str(upload.received_bytes), wire.IDEMPOTENCY_HEADER: uuid.uuid4().hex}
-        body = _read_from(file, upload.received_bytes, progress)
+        body = _read_from(file, upload.received_bytes, progress, self._pace)
         async with self._request(wire.UPLOAD_BYTES, {"upload": upload.id}, headers=headers, data=body, wait_s=600) as answer:
             await answer.read()
 
@@ -320,7 +324,7 @@ class Transport:
                     raise ProtocolError("the server does not serve ranges")
                 return await self._keep(answer, blob, file, offset, digest, progress)
             place = answer.headers.get("Location", "")
-        async with BlobStore() as outside, outside.get(place, offset) as answer:
+        async with BlobStore(self._pace) as outside, outside.get(place, offset) as answer:
             return await self._keep(answer, blob, file, offset, digest, progress)
 
     async def _keep(
@@ -336,6 +340,8 @@ class Transport:
             async for chunk in answer.content.iter_chunked(_CHUNK):
                 await asyncio.to_thread(_take, output, digest, chunk)
                 offset += len(chunk)
+                if self._pace is not None:
+                    await self._pace.keep(len(chunk))
                 if offset > blob.size_bytes:
                     raise ProtocolError(f"more bytes came for {blob.sha256[:12]} than it has")
                 if progress:
@@ -360,7 +366,7 @@ def _hash_into(digest: Any, file: Path) -> int:
     return size
 
 
-async def _read_from(file: Path, offset: int, progress: Callable[[int], None] | None) -> AsyncIterator[bytes]:
+async def _read_from(file: Path, offset: int, progress: Callable[[int], None] | None, pace: Pace | None) -> AsyncIterator[bytes]:
     with file.open("rb") as source:
         source.seek(offset)
         while chunk := await asyncio.to_thread(source.read, _CHUNK):
@@ -368,6 +374,8 @@ async def _read_from(file: Path, offset: int, progress: Callable[[int], None] | 
             offset += len(chunk)
             if progress:
                 progress(offset)
+            if pace is not None:
+                await pace.keep(len(chunk))
 
 
 def _query_text(value: object) -> str:

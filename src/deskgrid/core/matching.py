@@ -25,7 +25,20 @@ from deskgrid.model.machines import Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Capacity
 from deskgrid.units import GIB
 
-__all__ = ["Ask", "Person", "Queue", "Requirement", "Share", "match", "need_of", "requirement_of", "suiting", "suits", "without"]
+__all__ = [
+    "Ask",
+    "Person",
+    "Queue",
+    "Requirement",
+    "Share",
+    "match",
+    "need_of",
+    "requirement_of",
+    "runs",
+    "suiting",
+    "suits",
+    "without",
+]
 
 _SCRATCH_PROMISE_BYTES = GIB
 
@@ -45,6 +58,8 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     packages: tuple[str, ...] = ()
     on: str = ""
     """worker:NUMBER or group:NAME, or empty."""
+    driver: str = ""
+    """Empty: any."""
 
 
 class Queue(Struct, frozen=True):
@@ -127,6 +142,7 @@ def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...
         platforms=tuple(sorted(platforms or machine.platforms)),
         packages=tuple(sorted(machine.need)),
         on=machine.on,
+        driver=machine.driver,
     )
 
 
@@ -217,11 +233,16 @@ def suiting(ask: Ask, queues: Iterable[Queue], people: Mapping[UserId, Person]) 
     return [queue for queue in queues if suits(ask, queue, people.get(queue.owner_id, _NOBODY))]
 
 
+def runs(driver: Fingerprint, kind: MachineKind, network: Network, name: str) -> bool:
+    """Tell whether a driver runs machines of a kind in a network; `name` is the driver that the job asks for, or empty."""
+    return driver.usable and kind in driver.kinds and network in driver.networks and name in ("", driver.driver)
+
+
 def suits(ask: Ask, queue: Queue, person: Person) -> bool:
     """Tell whether a worker may run the jobs of a queue at all, whatever is free."""
     wanted = queue.requirement
     return (
-        any(driver.usable and wanted.kind in driver.kinds and wanted.network in driver.networks for driver in ask.drivers)
+        any(runs(driver, wanted.kind, wanted.network, wanted.driver) for driver in ask.drivers)
         and (not wanted.platforms or ask.platform in wanted.platforms)
         and ask.packages.issuperset(wanted.packages)
         and _is_meant(ask, wanted.on)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from deskgrid.core.reach import check_share
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Machine
-from deskgrid.model.machines import MachineKind, Network
+from deskgrid.model.machines import DriverName, MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Offer, Reach, parse_offer, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
@@ -101,6 +101,11 @@ def _check_machine(machine: Machine) -> None:
             raise InvalidInput("a process has no disk", where="machine.disk", hint='kind = "vm", or no disk')
     elif not machine.disk:
         raise InvalidInput("a disk is needed", where="machine.disk", hint="name, name@version or sha256")
+    if machine.driver and machine.driver not in [name.value for name in DriverName]:
+        allowed = ", ".join(name for name in DriverName if name is not DriverName.FAKE)
+        raise InvalidInput(
+            f"there is no driver {machine.driver[:40]!r}", where="machine.driver", hint=f"{allowed}, or none of them"
+        )
     if machine.warm and machine.kind is not MachineKind.PROCESS:
         raise InvalidInput("only a process can be kept warm", where="machine.warm", hint='kind = "process"')
     for where, values, form, hint in (

@@ -6,6 +6,7 @@ The folder of a machine (its `workdir`):
     channel.log  console.log  process.log     what the agent tells, the console, the words of the process itself
     journal.in  journal.out                   why it ended (qmp.py)
     process.json                              which process it is
+    checkpoint.json  restoring                from where it can go on (checkpoint.py)
     cage.sock  cage.pid                       with a network: the keeper of its cage (cage.py)
     stopped                                   there if we asked it to end
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import signal
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
@@ -26,8 +28,9 @@ import msgspec
 
 from deskgrid.clock import Clock
 from deskgrid.errors import MachineFailed
-from deskgrid.machines import cage, processes, qmp
+from deskgrid.machines import cage, process_tree, processes, qmp
 from deskgrid.machines.channel import ChannelParser
+from deskgrid.machines.checkpoint import RESTORING_MARK, read_checkpoint
 from deskgrid.machines.disks import check_space, wrap_disk_error
 from deskgrid.machines.driver import (
     ExitCause,
@@ -39,13 +42,24 @@ from deskgrid.machines.driver import (
     Output,
     Recovery,
     Running,
+    Saved,
     Stream,
 )
 from deskgrid.machines.folders import remove_tree
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.model.machines import DriverName, Fingerprint, Network
 
-__all__ = ["CHANNEL_LOG", "CONSOLE_LOG", "CONTEXT_DISK", "OVERLAY_DISK", "SCRATCH_DISK", "ProcessDriver"]
+__all__ = [
+    "CHANNEL_LOG",
+    "CONSOLE_LOG",
+    "CONTEXT_DISK",
+    "OVERLAY_DISK",
+    "SCRATCH_DISK",
+    "STOPPED_MARK",
+    "ProcessDriver",
+    "earlier_part",
+    "last_words",
+]
 
 SCRATCH_DISK = "scratch.img"
 CONTEXT_DISK = "context.iso"
@@ -67,8 +81,12 @@ class ProcessDriver(ABC):
 
     name: DriverName
 
-    def __init__(self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False) -> None:
+    def __init__(
+        self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False, probes: Path | None = None
+    ) -> None:
         self._clock = clock
+        self._probes = probes
+        """Where probes have their folders."""
         self._nice = nice
         self._allowed = (
             Network.NONE,
@@ -96,6 +114,14 @@ class ProcessDriver(ABC):
     @abstractmethod
     async def _ask_to_stop(self, handle: MachineHandle, identity: ProcessIdentity) -> bool:
         """Ask the guest to power off; False if it cannot hear."""
+
+    def journal_file(self, workdir: Path) -> Path:
+        """Return the file that tells why the machine ended; it only grows while the machine runs."""
+        return workdir / qmp.JOURNAL_OUTPUT
+
+    def read_journal(self, workdir: Path) -> qmp.Journal:
+        """Return what that file tells so far."""
+        return qmp.read_journal(workdir)
 
     async def _cut(self, handle: MachineHandle, log: str) -> None:
         """Stop the guest from writing on to `log`, which has become too long. This one ends the machine."""
@@ -135,17 +161,23 @@ class ProcessDriver(ABC):
             raise MachineFailed("the machine has ended: it starts only once")
         if not workdir.is_dir():
             raise MachineFailed("the machine was removed")
+        await self._spawn(handle)
+
+    async def _spawn(self, handle: MachineHandle) -> ProcessIdentity:
+        workdir = Path(handle.workdir)
         command = await self._command(handle)
         if handle.spec.network is not Network.NONE:
             command = cage.enter(command, workdir)
         command = processes.gently(command, nice=self._nice, cpu_time_s=handle.spec.cpu_time_s)
         self._fresh.discard(handle.token)
-        processes.write_identity(workdir, processes.spawn(command, cwd=workdir, log=workdir / PROCESS_LOG))
+        identity = processes.spawn(command, cwd=workdir, log=workdir / PROCESS_LOG)
+        processes.write_identity(workdir, identity)
+        return identity
 
     async def events(self, handle: MachineHandle) -> AsyncIterator[MachineEvent]:
         """See Driver. What the machine wrote before is yielded again."""
         workdir = Path(handle.workdir)
-        logs = _Logs(workdir, frozenset(port for _, port in handle.spec.offer))
+        logs = _Logs(workdir, frozenset(port for _, port in handle.spec.offer), self)
         identity = self._identity(handle)
         delay_s = _POLL_MIN_S
         while True:
@@ -157,7 +189,7 @@ class ProcessDriver(ABC):
                 yield event
             if identity is None or (not alive and not news):
                 break
-            if alive and logs.journal().io_error:
+            if alive and logs.journal().hopeless:
                 await self._kill(handle, identity)
                 continue
             for log in logs.overlong():
@@ -194,6 +226,11 @@ class ProcessDriver(ABC):
             await self.destroy(handle)
             return Gone()
         identity = self._identity(handle)
+        if (workdir / RESTORING_MARK).exists():
+            # What was started from the checkpoint has not begun to run.
+            if identity is not None:
+                await self._kill(handle, identity)
+            return self._exit(handle)
         if identity is None:
             return Gone()
         if not processes.is_alive(identity):
@@ -214,11 +251,24 @@ class ProcessDriver(ABC):
             raise MachineFailed("the machine is off")
         return await cage.open_socket(Path(handle.workdir), lambda: processes.is_alive(identity))
 
+    def cpu_time_s(self, handle: MachineHandle) -> float:
+        """See Metered."""
+        return process_tree.usage(self._pids(handle)).cpu_s
+
+    def let_run(self, handle: MachineHandle, run: bool) -> None:
+        """See Metered."""
+        process_tree.send(self._pids(handle), signal.SIGCONT if run else signal.SIGSTOP)
+
+    def _pids(self, handle: MachineHandle) -> list[int]:
+        """Return the processes that do the job's work."""
+        identity = processes.read_identity(Path(handle.workdir))
+        return [identity.pid] if identity is not None and processes.is_alive(identity) else []
+
     # ---- shared parts
 
     async def _with_networks(self, found: Fingerprint) -> Fingerprint:
         """Return a fingerprint with the networks that machines can have here, and why not those that the owner allows besides."""
-        doubt = await cage.probe_cage(self._clock) if self._allowed != (Network.NONE,) else ""
+        doubt = await cage.probe_cage(self._clock, self._probes) if self._allowed != (Network.NONE,) else ""
         self._networks = (Network.NONE,) if doubt else self._allowed
         reason = "; ".join(words for words in (found.reason, doubt) if words)
         return msgspec.structs.replace(found, networks=self._networks, reason=reason)
@@ -246,47 +296,67 @@ class ProcessDriver(ABC):
         """Return the machine's process, alive or not; found by its token if nobody came to write it down."""
         return processes.read_identity(Path(handle.workdir)) or processes.find_by_token(handle.token)
 
-    def _exit(self, handle: MachineHandle) -> Exited:
-        """Say why the machine, which is off, ended."""
+    def _exit(self, handle: MachineHandle) -> Exited | Saved:
+        """Say why the machine, which is off, ended, or that it can go on."""
         workdir = Path(handle.workdir)
         if not workdir.is_dir():
             return Exited(ExitCause.STOPPED, "the machine was removed")
-        journal = qmp.read_journal(workdir)
+        journal = self.read_journal(workdir)
         told = journal.exit()
         if told is not None and told.cause is ExitCause.IO_ERROR:
             return told
         if (workdir / STOPPED_MARK).exists():
             return Exited(ExitCause.STOPPED)
+        if told is not None and told.cause is not ExitCause.KILLED:
+            return told
+        if read_checkpoint(workdir) is not None:
+            return Saved()
         if told is not None:
             return told
-        words = _last_words(workdir)
+        words = last_words(workdir)
         return Exited(ExitCause.KILLED, words) if journal.began else Exited(ExitCause.START_FAILED, words or "it was never started")
 
 
 class _Tail:
-    """Reads on in a file that another process writes."""
+    """Reads on in a file that another process writes, after what is in the file with its earlier part, if there is one."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = 0
+        self._parts = [earlier_part(path), path]
+        self._at = 0
+        self._read_bytes = 0
 
     def read(self) -> bytes:
         """Return at most _READ_BYTES of what is new; nothing if there is no file, or after the bound."""
+        while True:
+            data = self._read_on()
+            if data or len(self._parts) == 1:
+                return data
+            self._parts, self._at = self._parts[1:], 0
+
+    def _read_on(self) -> bytes:
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(min(_READ_BYTES, LOG_MAX_BYTES - self.offset))
+            with self._parts[0].open("rb") as file:
+                file.seek(self._at)
+                data = file.read(min(_READ_BYTES, LOG_MAX_BYTES - self._read_bytes))
         except OSError:
             return b""
-        self.offset += len(data)
+        self._at += len(data)
+        self._read_bytes += len(data)
         return data
+
+
+def earlier_part(log: Path) -> Path:
+    """Return where that part of a log is which was written before the machine's process was started from a checkpoint, if it is kept apart."""
+    return log.with_name(f"{log.name}.earlier")
 
 
 class _Logs:
     """The two serial lines of a machine."""
 
-    def __init__(self, workdir: Path, offered: frozenset[int]) -> None:
+    def __init__(self, workdir: Path, offered: frozenset[int], driver: ProcessDriver) -> None:
         self._workdir = workdir
+        self._driver = driver
+        self._journal_file = driver.journal_file(workdir)
         self._journal = (-1, qmp.Journal())
         self._channel = _Tail(workdir / CHANNEL_LOG)
         self._console = _Tail(workdir / CONSOLE_LOG)
@@ -306,15 +376,15 @@ class _Logs:
 
     def journal(self) -> qmp.Journal:
         """Return the journal, read anew only if it has grown."""
-        size = qmp.journal_size(self._workdir)
+        size = _size(self._journal_file)
         if size != self._journal[0]:
-            self._journal = (size, qmp.read_journal(self._workdir))
+            self._journal = (size, self._driver.read_journal(self._workdir))
         return self._journal[1]
 
     def overlong(self) -> list[str]:
         """Return the files that have come to their bound since the last call."""
-        names = (CHANNEL_LOG, CONSOLE_LOG, PROCESS_LOG, qmp.JOURNAL_OUTPUT)
-        found = [name for name in names if name not in self._cut and _size(self._workdir / name) >= LOG_MAX_BYTES]
+        files = (*(self._workdir / name for name in (CHANNEL_LOG, CONSOLE_LOG, PROCESS_LOG)), self._journal_file)
+        found = [file.name for file in files if file.name not in self._cut and _size(file) >= LOG_MAX_BYTES]
         self._cut.update(found)
         return found
 
@@ -326,7 +396,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _last_words(workdir: Path) -> str:
+def last_words(workdir: Path) -> str:
+    """Return what the process itself said last."""
     try:
         lines = (workdir / PROCESS_LOG).read_bytes()[-2000:].decode(errors="replace").splitlines()
     except OSError:

@@ -18,17 +18,18 @@ to a worker that was started later, too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.errors import MachineFailed
 from deskgrid.machines import cage_entry, processes
+from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.processes import ProcessIdentity
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "GATEWAY",
     "HTTP_PROXY_PORT",
     "SOCKS_PORT",
+    "clear",
     "enter",
     "namespaces_hint",
+    "namespaces_marks",
     "open_socket",
     "probe_cage",
     "receive_socket",
@@ -93,13 +96,20 @@ async def wait_keeper_gone(workdir: Path, clock: Clock) -> None:
         await processes.kill(keeper, clock)
 
 
-async def probe_cage(clock: Clock | None = None) -> str:
-    """Return "" if cages work on this PC, else why not, in words for the owner. Makes one and uses it, within 10 s. Never raises."""
+async def clear(workdir: Path, clock: Clock) -> None:
+    """Remove what is left of the cage of a machine that has ended, so that another can be made there. Idempotent."""
+    await wait_keeper_gone(workdir, clock)
+    for name in (cage_entry.SOCKET_NAME, cage_entry.KEEPER_FILE):
+        (workdir / name).unlink(missing_ok=True)
+
+
+async def probe_cage(clock: Clock | None = None, place: Path | None = None) -> str:
+    """Return "" if cages work on this PC, else why not, in words for the owner. Makes one (below folder `place`) and uses it, within 10 s. Never raises."""
     if sys.platform != "linux":
         return "machines get a network only on Linux"
     try:
         async with asyncio.timeout(_PROBE_LIMIT_S):
-            return await _probe(clock or SystemClock())
+            return await _probe(clock or SystemClock(), place)
     except TimeoutError:
         return f"a cage for the network was not made within {_PROBE_LIMIT_S:.0f} s"
     except (OSError, MachineFailed) as error:
@@ -212,20 +222,20 @@ def _checked(descriptor: int, kind: tuple[int, int, int]) -> socket.socket:
 # ---- what this PC can do
 
 
-async def _probe(clock: Clock) -> str:
-    with tempfile.TemporaryDirectory(prefix="deskgrid-probe-") as folder:
+async def _probe(clock: Clock, place: Path | None) -> str:
+    with probe_folder(place) as folder:
         # It ends with its input, should we not come to end it.
         idle = [sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"]
         child = await asyncio.create_subprocess_exec(
-            *enter(idle, Path(folder)), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            *enter(idle, folder), cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            return await _try_out(Path(folder), child)
+            return await _try_out(folder, child)
         finally:
             if child.returncode is None:
                 child.kill()
             await child.communicate()
-            await wait_keeper_gone(Path(folder), clock)
+            await wait_keeper_gone(folder, clock)
 
 
 async def _try_out(folder: Path, child: asyncio.subprocess.Process) -> str:
@@ -257,6 +267,15 @@ _HINTS = (
     ("/proc/sys/user/max_net_namespaces", "0", "network namespaces are switched off (sudo sysctl user.max_net_namespaces=10000)"),
 )
 """What forbids it, where that can be read, and what to do."""
+
+
+def namespaces_marks() -> list[str]:
+    """Return what the system says of namespaces: when that changes, what was found out about cages may not hold any more."""
+    found = []
+    for file, _, _ in _HINTS:
+        with contextlib.suppress(OSError):
+            found.append(f"{file}: {Path(file).read_text().strip()}")
+    return found
 
 
 def namespaces_hint() -> str:

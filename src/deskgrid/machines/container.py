@@ -32,6 +32,7 @@ from deskgrid.machines import processes
 from deskgrid.machines.container_image import write_archive
 from deskgrid.machines.driver import MachineHandle, MachineSpec
 from deskgrid.machines.folders import OutOfBounds, folder_bytes, remove_tree
+from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.process import SandboxDriver, program_version
 from deskgrid.machines.process_machine import FILTER_FD, STATUS_FD
 from deskgrid.machines.process_sandbox import Folders, environment_of, namespace_words, system_mounts
@@ -77,9 +78,9 @@ class ContainerDriver(SandboxDriver):
 
     async def _try_out(self) -> str:
         """Try the sandbox as for a process, and podman on the smallest image there can be."""
-        sandbox = SandboxDriver(self._clock, nice=self._nice, overlay=False)
+        sandbox = SandboxDriver(self._clock, nice=self._nice, overlay=False, probes=self._probes)
         found = await sandbox.fingerprint()
-        return found.reason or await asyncio.to_thread(_try_podman)
+        return found.reason or await asyncio.to_thread(_try_podman, self._probes)
 
     def _check(self, spec: MachineSpec) -> None:
         super()._check(spec)
@@ -255,13 +256,13 @@ def _make_place(parent: int, name: str, *, folder: bool) -> None:
         os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=parent))
 
 
-def _try_podman() -> str:
+def _try_podman(place: Path | None) -> str:
     """Return why podman cannot unpack an image here, "" if it can."""
-    with tempfile.TemporaryDirectory(prefix="deskgrid-probe-") as folder:
+    with probe_folder(place) as folder:
         layer = io.BytesIO()
         with tarfile.open(fileobj=layer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             archive.addfile(tarfile.TarInfo("probe"))
-        image, workdir = Path(folder, "image"), Path(folder, "machine")
+        image, workdir = folder / "image", folder / "machine"
         workdir.mkdir()
         write_archive(image, layer.getvalue(), {})
         try:

@@ -4,7 +4,7 @@ Rules that every driver keeps (testing/driver_contract.py holds them against it)
 
 1. `prepare` makes names and files only, inside `workdir`, and starts no process. The handle it returns is plain data
    and is journalled by the worker before `start`.
-2. `events` yields what happens, in order, and ends after exactly one `Exited`.
+2. `events` yields what happens, in order, and ends after exactly one `Exited` or `Saved`.
 3. `destroy` may be called at any moment, in any state, any number of times, by another process than the one that
    started the machine. Afterwards no process, socket, port or file of the machine is left (workdir is gone).
 4. `recover` looks for the machine by process id and start time, never by parenthood, and touches no process but ours.
@@ -27,6 +27,7 @@ from deskgrid.model.machines import ContextLabel, DiskFormat, Fingerprint, Machi
 __all__ = [
     "Booted",
     "Caged",
+    "Checkpointing",
     "ContextExited",
     "ContextStarted",
     "Conversing",
@@ -39,9 +40,12 @@ __all__ = [
     "MachineEvent",
     "MachineHandle",
     "MachineSpec",
+    "Metered",
     "Output",
+    "Recalling",
     "Recovery",
     "Running",
+    "Saved",
     "Stream",
     "Suspendable",
     "decode_handle",
@@ -184,7 +188,11 @@ class Exited(Struct, frozen=True, tag="exited"):
     detail: str = ""
 
 
-MachineEvent = Booted | ContextStarted | Output | ContextExited | Listening | Exited
+class Saved(Struct, frozen=True, tag="saved"):
+    """The machine is off, though it did not end by itself, and its last checkpoint is whole: `restore` goes on from there."""
+
+
+MachineEvent = Booted | ContextStarted | Output | ContextExited | Listening | Exited | Saved
 
 
 class Running(Struct, frozen=True, tag="running"):
@@ -195,7 +203,7 @@ class Gone(Struct, frozen=True, tag="gone"):
     """Nothing of it is left, or it never started."""
 
 
-Recovery = Running | Exited | Gone
+Recovery = Running | Saved | Exited | Gone
 
 
 class Driver(Protocol):
@@ -217,7 +225,7 @@ class Driver(Protocol):
         ...
 
     def events(self, handle: MachineHandle) -> AsyncIterator[MachineEvent]:
-        """Yield events until `Exited`. One reader at a time; after `recover` said Running it works in a new process."""
+        """Yield events until `Exited` or `Saved`. One reader at a time; after `recover` said Running it works in a new process."""
         ...
 
     async def stop(self, handle: MachineHandle, *, grace_s: float) -> None:
@@ -238,6 +246,19 @@ class Driver(Protocol):
 
 
 @runtime_checkable
+class Recalling(Protocol):
+    """A driver whose `fingerprint` takes so long that it is not asked again while the system stays as it is."""
+
+    def marks(self) -> list[str]:
+        """Return texts that change when the answer may be another one: versions of programs, rights to devices."""
+        ...
+
+    def recall(self, found: Fingerprint) -> None:
+        """Take what `fingerprint` returned earlier, with these marks, for what it would return now."""
+        ...
+
+
+@runtime_checkable
 class Suspendable(Protocol):
     """A driver whose machines can be frozen in memory."""
 
@@ -247,6 +268,45 @@ class Suspendable(Protocol):
 
     async def resume(self, handle: MachineHandle) -> None:
         """Let the CPUs run on. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A driver that can tell what a machine uses, and stop its processes for moments. Both return at once; a machine that is off is none."""
+
+    def cpu_time_s(self, handle: MachineHandle) -> float:
+        """Return the CPU seconds that the job's processes have used; what ended without being waited for is not in it."""
+        ...
+
+    def let_run(self, handle: MachineHandle, run: bool) -> None:
+        """Let the job's processes run, or stop them. It is not a pause: nothing that asks the machine for something may rely on an answer."""
+        ...
+
+
+@runtime_checkable
+class Checkpointing(Protocol):
+    """A driver whose machines can be written to the disk and go on from there, on the same PC, also after it was switched off.
+
+    A checkpoint takes about the machine's memory of disk, twice that while a new one is made.
+    """
+
+    async def checkpoint(self, handle: MachineHandle) -> None:
+        """Keep memory and disks as they are now, on the disk when it returns; the machine stands still meanwhile.
+
+        It takes the place of the checkpoint before, which is good until then. Raise NoSpace or MachineFailed; the machine goes on as before.
+        """
+        ...
+
+    async def save(self, handle: MachineHandle) -> None:
+        """Make a checkpoint and turn the machine off, which is paused or running. `events` ends with `Saved`. Errors as `checkpoint`."""
+        ...
+
+    async def restore(self, handle: MachineHandle) -> None:
+        """Start a machine that is `Saved` from its last checkpoint; it runs when this returns. What it had said since is forgotten.
+
+        Raise MachineFailed if that cannot be done; it is off then. Idempotent while it runs.
+        """
         ...
 
 

@@ -8,7 +8,8 @@ recovery, taking results out of the disk) is the real thing.
     stdout = "text"             and stderr
     duration_s = 0.0            from the start of the context to its end
     boot_s = 0.0
-    tick_s = 0.0                write the line "tick" this often, without end
+    tick_s = 0.0                write the line "tick N" this often, without end
+    no_checkpoints = false      none can be made
     hangs = false               also: never_boots, crashes, reboots, refuses (to start), io_error (as if the disk were full)
     serve = [8080]              echo servers on these ports of the machine, from its boot to its end; each is told as listening
     listening = [8080]          told as listening, too: what serves there is put into the machine's cage by a test
@@ -21,17 +22,20 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import msgspec
+import psutil
 from msgspec import Struct
 
-from deskgrid.clock import Clock
-from deskgrid.errors import InvalidInput
+from deskgrid.errors import InvalidInput, MachineFailed
 from deskgrid.machines import fake_machine, processes, qmp
-from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, SCRATCH_DISK, ProcessDriver
+from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, SCRATCH_DISK
 from deskgrid.machines.channel import channel_lines
+from deskgrid.machines.checkpoint import NOTE_NAME, Checkpoint
+from deskgrid.machines.checkpointing import CheckpointingDriver
 from deskgrid.machines.context import create_context
 from deskgrid.machines.disks import create_scratch, scratch_command
 from deskgrid.machines.driver import Doorway, MachineHandle, MachineSpec, Stream
@@ -44,6 +48,7 @@ PLAN_FILE = "fake.toml"
 _OUTPUT = "output"
 _FINISHED_DISK = "finished.img"
 _RESULT = "result"
+_BEGAN = "began"
 
 
 class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +60,7 @@ class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
     duration_s: float = 0.0
     boot_s: float = 0.0
     tick_s: float = 0.0
+    no_checkpoints: bool = False
     hangs: bool = False
     never_boots: bool = False
     crashes: bool = False
@@ -67,13 +73,13 @@ class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, str] = {}
 
 
-class FakeDriver(ProcessDriver):
-    """The Driver, Suspendable and Caged protocols without a hypervisor."""
+class FakeDriver(CheckpointingDriver):
+    """The Driver, Suspendable, Caged and Checkpointing protocols without a hypervisor.
+
+    The state of a fake machine is how long it has run and what it has said: ticks are counted on from the channel's log.
+    """
 
     name = DriverName.FAKE
-
-    def __init__(self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False) -> None:
-        super().__init__(clock, nice=nice, overlay=overlay, internet=internet)
 
     async def fingerprint(self) -> Fingerprint:
         """See Driver."""
@@ -86,6 +92,28 @@ class FakeDriver(ProcessDriver):
     async def resume(self, handle: MachineHandle) -> None:
         """See Suspendable."""
         self._signal(handle, signal.SIGCONT)
+
+    async def _freeze(self, handle: MachineHandle) -> bool:
+        ran = psutil.Process(self._living(handle).pid).status() != psutil.STATUS_STOPPED
+        self._signal(handle, signal.SIGSTOP)
+        return ran
+
+    async def _thaw(self, handle: MachineHandle) -> None:
+        self._signal(handle, signal.SIGCONT)
+
+    async def _keep_state(self, handle: MachineHandle, tag: str) -> float:
+        if _read_plan(handle.spec.context).no_checkpoints:
+            raise MachineFailed("the fake machine was told to make no checkpoint")
+        return time.time() - float((Path(handle.workdir) / _BEGAN).read_text())
+
+    async def _drop_state(self, handle: MachineHandle, tag: str) -> None:
+        """Nothing is kept but the note."""
+
+    async def _quit(self, handle: MachineHandle) -> None:
+        self._signal(handle, signal.SIGKILL)
+
+    async def _load_state(self, handle: MachineHandle, checkpoint: Checkpoint) -> None:
+        """It reads the note itself."""
 
     def _signal(self, handle: MachineHandle, number: signal.Signals) -> None:
         identity = self._identity(handle)
@@ -163,6 +191,8 @@ def _orders(plan: FakePlan, spec: MachineSpec, workdir: Path) -> dict[str, objec
         "scratch": SCRATCH_DISK,
         "finished": _FINISHED_DISK,
         "output": _OUTPUT,
+        "began": _BEGAN,
+        "checkpoint": NOTE_NAME,
         "power_off": qmp.journal_event("SHUTDOWN", guest=True, reason="guest-shutdown").decode(),
         "reset": qmp.journal_event("SHUTDOWN", guest=True, reason="guest-reset").decode(),
         "full": qmp.journal_event("BLOCK_IO_ERROR", action="stop", operation="write", nospace=True).decode(),

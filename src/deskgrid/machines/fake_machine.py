@@ -27,19 +27,22 @@ def main(workdir: Path) -> int:
     if plan["refuses"]:
         print("the fake machine was told not to start", file=sys.stderr)
         return 1
+    ran_s = _ran_s(workdir, plan)
+    (workdir / plan["began"]).write_text(str(time.time() - ran_s))
     _append(workdir / plan["journal"], GREETING)
     if plan["never_boots"]:
         _append(workdir / plan["console"], b"fake: no bootable device\n")
         _sleep_for_ever()
-    time.sleep(plan["boot_s"])
-    _append(workdir / plan["channel"], b"! booted\n! context-started\n")
-    _append(workdir / plan["channel"], (workdir / plan["output"]).read_bytes())
+    time.sleep(max(0.0, plan["boot_s"] - ran_s))
+    if not _said(workdir, plan):
+        _append(workdir / plan["channel"], b"! booted\n! context-started\n")
+        _append(workdir / plan["channel"], (workdir / plan["output"]).read_bytes())
     for port in plan["serve"]:
         _serve(port)
     for port in (*plan["serve"], *plan["listening"]):
         _append(workdir / plan["channel"], b"! listening %d\n" % port)
     _fetch_all(workdir, plan)
-    _work(workdir, plan)
+    _work(workdir, plan, max(0.0, ran_s - plan["boot_s"]))
     # The scratch disk with the result takes the empty one's place: a machine killed before has no result.
     (workdir / plan["finished"]).replace(workdir / plan["scratch"])
     _append(workdir / plan["channel"], b"! context-exited %d\n" % plan["exit_code"])
@@ -47,14 +50,31 @@ def main(workdir: Path) -> int:
     return 0
 
 
-def _work(workdir: Path, plan: dict[str, Any]) -> None:
-    if plan["tick_s"]:
-        while True:
-            _append(workdir / plan["channel"], b"1 tick\n")
-            time.sleep(plan["tick_s"])
+def _ran_s(workdir: Path, plan: dict[str, Any]) -> float:
+    """Return the seconds that it had run when the checkpoint was made from which it goes on."""
+    try:
+        return float(json.loads((workdir / plan["checkpoint"]).read_bytes())["ran_s"])
+    except OSError:
+        return 0.0
+
+
+def _said(workdir: Path, plan: dict[str, Any]) -> bytes:
+    """Return what it had told of itself by then."""
+    try:
+        return Path(workdir, plan["channel"]).read_bytes()
+    except OSError:
+        return b""
+
+
+def _work(workdir: Path, plan: dict[str, Any], worked_s: float) -> None:
+    ticks = _said(workdir, plan).count(b"1 tick ")
+    while plan["tick_s"]:
+        ticks += 1
+        _append(workdir / plan["channel"], b"1 tick %d\n" % ticks)
+        time.sleep(plan["tick_s"])
     if plan["hangs"]:
         _sleep_for_ever()
-    time.sleep(plan["duration_s"])
+    time.sleep(max(0.0, plan["duration_s"] - worked_s))
     if plan["io_error"]:
         _append(workdir / plan["journal"], plan["full"].encode())
         _sleep_for_ever()

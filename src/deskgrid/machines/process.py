@@ -32,7 +32,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -44,7 +43,8 @@ from deskgrid.errors import DeskgridError, InvalidInput, MachineFailed
 from deskgrid.machines import cage, process_machine, process_tree, processes, qmp
 from deskgrid.machines.base import STOPPED_MARK, ProcessDriver
 from deskgrid.machines.context import OWN_FOLDER, environment_file, services_file
-from deskgrid.machines.driver import ExitCause, Exited, MachineEvent, MachineHandle, MachineSpec, Recovery
+from deskgrid.machines.driver import ExitCause, Exited, MachineEvent, MachineHandle, MachineSpec, Recovery, Saved
+from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.process_sandbox import (
     Folders,
     bare_environment,
@@ -88,9 +88,16 @@ class SandboxDriver(ProcessDriver):
     kind = MachineKind.PROCESS
 
     def __init__(
-        self, clock: Clock, *, nice: int = 19, overlay: bool = True, internet: bool = False, unsandboxed: bool = False
+        self,
+        clock: Clock,
+        *,
+        nice: int = 19,
+        overlay: bool = True,
+        internet: bool = False,
+        probes: Path | None = None,
+        unsandboxed: bool = False,
     ) -> None:
-        super().__init__(clock, nice=nice, overlay=overlay, internet=internet)
+        super().__init__(clock, nice=nice, overlay=overlay, internet=internet, probes=probes)
         self._turn = itertools.count()
         self._unsandboxed = unsandboxed
         self._bare = False
@@ -148,8 +155,8 @@ class SandboxDriver(ProcessDriver):
 
     async def _probe(self, script: Callable[[Path], str]) -> tuple[Exited, str]:
         """Run a script, which is made for the machine's folder, as a job; return its end and what it printed."""
-        with tempfile.TemporaryDirectory(prefix="deskgrid-probe-") as folder:
-            workdir = Path(folder, "machine")
+        with probe_folder(self._probes) as folder:
+            workdir = folder / "machine"
             spec = MachineSpec("probe", self.kind, 256 * MIB, 1, 16 * MIB, command=("/bin/sh", "-c", script(workdir)))
             handle = await self.prepare(spec, workdir)
             try:
@@ -258,6 +265,10 @@ class SandboxDriver(ProcessDriver):
         """See Suspendable. Nothing happens if the machine is off."""
         await self._control(handle, signal.SIGUSR2, paused=False)
 
+    def _pids(self, handle: MachineHandle) -> list[int]:
+        # Not the one that watches over them.
+        return [pid for root in super()._pids(handle) for pid in process_tree.descendants(root)]
+
     async def _control(self, handle: MachineHandle, number: signal.Signals, *, paused: bool) -> None:
         """Send a signal to the machine's process, once it can take one, and wait for what it does."""
         workdir, identity = Path(handle.workdir), self._identity(handle)
@@ -357,7 +368,7 @@ class SandboxDriver(ProcessDriver):
             for identity in found:
                 await processes.kill(identity, self._clock)
 
-    def _exit(self, handle: MachineHandle) -> Exited:
+    def _exit(self, handle: MachineHandle) -> Exited | Saved:
         workdir = Path(handle.workdir)
         if not (workdir / STOPPED_MARK).exists():
             with contextlib.suppress(OSError, msgspec.DecodeError):

@@ -27,6 +27,7 @@ __all__ = [
     "find_by_token",
     "find_by_variable",
     "find_program",
+    "forget_identity",
     "gently",
     "identify",
     "is_alive",
@@ -204,12 +205,12 @@ def threads_of_user() -> int:
     return sum(threads or 0 for threads in told)
 
 
-def identify(pid: int, word: str) -> ProcessIdentity | None:
-    """Return the process of our own user that has this id now, if `word` is one of its arguments."""
+def identify(pid: int, word: str = "") -> ProcessIdentity | None:
+    """Return the process of our own user that has this id now, if `word`, where given, is one of its arguments."""
     began = _began(pid)
     try:
         process = psutil.Process(pid)
-        if began is None or word not in process.cmdline() or not _is_ours(process):
+        if began is None or (word and word not in process.cmdline()) or not _is_ours(process):
             return None
     except psutil.Error:
         return None
@@ -229,6 +230,11 @@ def read_identity(workdir: Path) -> ProcessIdentity | None:
         return msgspec.json.decode((workdir / _IDENTITY_FILE).read_bytes(), type=ProcessIdentity)
     except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
         return None
+
+
+def forget_identity(workdir: Path) -> None:
+    """Remove what `write_identity` kept. Idempotent."""
+    (workdir / _IDENTITY_FILE).unlink(missing_ok=True)
 
 
 def _is_ours(process: psutil.Process) -> bool:
@@ -260,5 +266,6 @@ def _began_linux(pid: int) -> str | None:
         return None
     # The name in parentheses may itself have blanks and parentheses; the state follows it.
     fields = stat[stat.rindex(")") + 2 :].split()
-    state, start_ticks = fields[0], fields[19]
-    return None if state in "ZX" else f"{boot}:{start_ticks}"
+    state, threads, start_ticks = fields[0], int(fields[17]), fields[19]
+    # A first thread that has ended while others have not yet still holds its files and their locks.
+    return None if state == "X" or (state == "Z" and threads <= 1) else f"{boot}:{start_ticks}"

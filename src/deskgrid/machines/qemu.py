@@ -3,7 +3,7 @@
 The guest sees a PC with IDE disks (VirtualBox guests and old kernels know them, too):
 
     hda  the job's disk: an overlay of the attempt's own over the read-only cached file; an ISO as a CD
-    hdb  scratch: raw, sparse, ext4; what the guest trims is given back to the owner's disk
+    hdb  scratch: ext4 in a qcow2, sparse; what the guest trims is given back to the owner's disk
     hdd  the context CD
     ttyS0 console, ttyS1 the agent's channel; no display, no USB
     a virtio network card if the job has a network, else none
@@ -19,11 +19,11 @@ given, so QEMU never guesses what an image is, and an image cannot name another 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +31,20 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from deskgrid.archive import printable
 from deskgrid.clock import Clock
 from deskgrid.errors import BadImage, DriverUnusable, MachineFailed
-from deskgrid.machines import processes, qmp
-from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK, ProcessDriver
+from deskgrid.machines import cage, processes, qmp
+from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK
+from deskgrid.machines.checkpoint import RESTORING_MARK, Checkpoint, sync_files
+from deskgrid.machines.checkpointing import CheckpointingDriver
 from deskgrid.machines.context import create_context
-from deskgrid.machines.disks import create_overlay, create_scratch, qcow2_virtual_size
+from deskgrid.machines.disks import create_scratch
 from deskgrid.machines.driver import MachineHandle, MachineSpec
+from deskgrid.machines.probes import file_mark, probe_folder
 from deskgrid.machines.processes import ProcessIdentity
+from deskgrid.machines.qcow2 import create_overlay, pack_sparse, qcow2_virtual_size
+from deskgrid.machines.sandbox import Confinement, run_confined
 from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, MachineKind, Network
 
 __all__ = ["DEFAULT_BINARY", "QemuDriver", "command_line"]
@@ -49,12 +55,19 @@ _HARDWARE = {"linux": "kvm", "darwin": "hvf"}
 """sys.platform -> what lets a guest run on the CPU itself there."""
 _CHARDEV_OF = {CONSOLE_LOG: "console", CHANNEL_LOG: "channel"}
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+PACKED_SCRATCH = "scratch.qcow2"
+_MACHINE_NOTE = "machine-type"
 _VERSION_LIMIT_S = 10.0
+_MEND_LIMIT_S = 600.0
+_MEND_MEMORY_BYTES = 2 << 30
+_STATE_FLOOR_S = 60.0
+_STATE_BYTES_PER_S = 10 << 20
+"""Slower than any disk writes a machine's memory."""
 _PAUSE_LIMIT_S = 5.0
 
 
-class QemuDriver(ProcessDriver):
-    """The Driver and Suspendable protocols by QEMU.
+class QemuDriver(CheckpointingDriver):
+    """The Driver, Suspendable, Caged and Checkpointing protocols by QEMU.
 
     `accelerator` ("kvm", "hvf", "tcg") overrides what `fingerprint` finds; without either, the first `start` tries it out.
     """
@@ -70,17 +83,30 @@ class QemuDriver(ProcessDriver):
         nice: int = 19,
         overlay: bool = True,
         internet: bool = False,
+        probes: Path | None = None,
     ) -> None:
-        super().__init__(clock, nice=nice, overlay=overlay, internet=internet)
+        super().__init__(clock, nice=nice, overlay=overlay, internet=internet, probes=probes)
         self._binary = binary
         self._forced = accelerator
         self._found: str | None = None
+        self._machine = ""
 
     async def fingerprint(self) -> Fingerprint:
         """See Driver. Takes 0.5 s with working hardware support, up to 20 s without; run it when the worker starts."""
-        found = await asyncio.to_thread(_fingerprint, self._binary, self._forced)
+        found = await asyncio.to_thread(_fingerprint, self._binary, self._forced, self._probes)
         self._found = found.accelerator or None
         return await self._with_networks(found)
+
+    def marks(self) -> list[str]:
+        """See Recalling."""
+        programs = [file_mark(processes.find_program(name)) for name in (self._binary, "mke2fs")]
+        usable = f"{os.access(KVM_DEVICE, os.R_OK | os.W_OK)}"
+        return [*programs, file_mark(KVM_DEVICE), usable, f"{self._forced} {self._allowed}", *cage.namespaces_marks()]
+
+    def recall(self, found: Fingerprint) -> None:
+        """See Recalling."""
+        self._found = found.accelerator or None
+        self._networks = found.networks
 
     async def pause(self, handle: MachineHandle) -> None:
         """See Suspendable. Nothing happens if the machine is off."""
@@ -89,6 +115,52 @@ class QemuDriver(ProcessDriver):
     async def resume(self, handle: MachineHandle) -> None:
         """See Suspendable. Nothing happens if the machine is off."""
         await self._control(handle, "cont")
+
+    # ---- checkpoints: internal snapshots of the writable disks, the memory in that of scratch
+
+    async def _freeze(self, handle: MachineHandle) -> bool:
+        status = await qmp.execute(Path(handle.workdir), "query-status")
+        await qmp.execute(Path(handle.workdir), "stop")
+        return bool(status.get("running"))
+
+    async def _thaw(self, handle: MachineHandle) -> None:
+        await qmp.execute(Path(handle.workdir), "cont", limit_s=_PAUSE_LIMIT_S)
+
+    async def _keep_state(self, handle: MachineHandle, tag: str) -> float:
+        workdir = Path(handle.workdir)
+        arguments: dict[str, object] = {"tag": tag, "vmstate": "scratch", "devices": _writable(handle.spec)}
+        await qmp.run_job(workdir, "snapshot-save", arguments, limit_s=_state_limit_s(handle.spec))
+        await asyncio.to_thread(sync_files, *_images(handle))
+        return 0.0
+
+    async def _drop_state(self, handle: MachineHandle, tag: str) -> None:
+        arguments: dict[str, object] = {"tag": tag, "devices": _writable(handle.spec)}
+        await qmp.run_job(Path(handle.workdir), "snapshot-delete", arguments, limit_s=_state_limit_s(handle.spec))
+
+    async def _quit(self, handle: MachineHandle) -> None:
+        with contextlib.suppress(MachineFailed):
+            await qmp.execute(Path(handle.workdir), "quit")
+
+    async def _load_state(self, handle: MachineHandle, checkpoint: Checkpoint) -> None:
+        workdir = Path(handle.workdir)
+        arguments: dict[str, object] = {"tag": checkpoint.tag, "vmstate": "scratch", "devices": _writable(handle.spec)}
+        await qmp.run_job(workdir, "snapshot-load", arguments, limit_s=_state_limit_s(handle.spec))
+        await self._thaw(handle)
+
+    async def _mend(self, handle: MachineHandle) -> None:
+        """Let qemu-img, where it is, count anew what refers to each cluster: after a power cut the counts may be older than the tables."""
+        program = processes.find_program("qemu-img")
+        if program is None:
+            return
+        for image in _images(handle):
+            confinement = Confinement(memory_bytes=_MEND_MEMORY_BYTES, cpu_s=int(_MEND_LIMIT_S), writable=(str(image.parent),))
+            command = [program, "check", "-q", "-f", "qcow2", "-r", "all", str(image)]
+            try:
+                finished = await run_confined(command, confinement, wall_s=_MEND_LIMIT_S)
+            except TimeoutError as error:
+                raise MachineFailed(f"{image.name} was not checked within {_MEND_LIMIT_S:.0f} s") from error
+            if finished.code not in (0, 3):  # 3: clusters that nobody refers to, which do no harm
+                raise MachineFailed(f"{image.name} is damaged: {printable(finished.errors[-200:].strip())}")
 
     async def _control(self, handle: MachineHandle, command: str) -> None:
         identity = self._identity(handle)
@@ -110,6 +182,8 @@ class QemuDriver(ProcessDriver):
         if spec.disk_format is DiskFormat.QCOW2:
             create_overlay(workdir / OVERLAY_DISK, qcow2_virtual_size(spec.disk))
         create_scratch(workdir / SCRATCH_DISK, spec.scratch_bytes)
+        pack_sparse(workdir / SCRATCH_DISK, workdir / PACKED_SCRATCH)
+        (workdir / SCRATCH_DISK).unlink()
         create_context(workdir / CONTEXT_DISK, spec, instance=handle.token)
         qmp.create_journal(workdir)
 
@@ -120,7 +194,29 @@ class QemuDriver(ProcessDriver):
             if not found.usable:
                 raise DriverUnusable(found.reason)
             accelerator = found.accelerator
-        return command_line(handle.spec, binary=self._binary, accelerator=accelerator, token=handle.token)
+        restoring = (Path(handle.workdir) / RESTORING_MARK).exists()
+        line = command_line(
+            handle.spec,
+            binary=self._binary,
+            accelerator=accelerator,
+            token=handle.token,
+            machine=await asyncio.to_thread(self._machine_type, Path(handle.workdir), restoring),
+        )
+        # -S: it waits for the state that is loaded next.
+        return [*line, "-S"] if restoring else line
+
+    def _machine_type(self, workdir: Path, restoring: bool) -> str:
+        """Return the PC that the guest sees, the same before and after a checkpoint although QEMU was upgraded meanwhile."""
+        note = workdir / _MACHINE_NOTE
+        if restoring and note.exists():
+            return note.read_text()
+        self._machine = self._machine or _versioned_machine(_version(self._binary))
+        note.write_text(self._machine)
+        return self._machine
+
+    def scratch(self, handle: MachineHandle) -> Path:
+        """See Driver."""
+        return Path(handle.workdir) / PACKED_SCRATCH
 
     async def _ask_to_stop(self, handle: MachineHandle, identity: ProcessIdentity) -> bool:
         workdir = Path(handle.workdir)
@@ -145,16 +241,33 @@ class QemuDriver(ProcessDriver):
             await super()._cut(handle, log)
 
 
+def _writable(spec: MachineSpec) -> list[str]:
+    """Return the names of the disks that a guest may write to."""
+    return ["disk", "scratch"] if spec.disk_format is DiskFormat.QCOW2 else ["scratch"]
+
+
+def _images(handle: MachineHandle) -> list[Path]:
+    """Return their files."""
+    names = {"disk": OVERLAY_DISK, "scratch": PACKED_SCRATCH}
+    return [Path(handle.workdir) / names[disk] for disk in _writable(handle.spec)]
+
+
+def _state_limit_s(spec: MachineSpec) -> float:
+    return _STATE_FLOOR_S + spec.memory_bytes / _STATE_BYTES_PER_S
+
+
 # ---- the command line
 
 
-def command_line(spec: MachineSpec, *, binary: str, accelerator: str, token: str, platform: str = sys.platform) -> list[str]:
+def command_line(
+    spec: MachineSpec, *, binary: str, accelerator: str, token: str, machine: str = "pc", platform: str = sys.platform
+) -> list[str]:
     """Return QEMU's command line. File names are relative to the machine's folder, except that of the cached disk."""
     return [
         *(binary, "-name", f"guest={_plain(spec.name)}@{token}"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-msg", "timestamp=on"),
         *(("-sandbox", _SANDBOX) if platform == "linux" else ()),
-        *("-machine", "pc,usb=off,vmport=off", "-accel", accelerator, "-cpu", "max"),
+        *("-machine", f"{machine},usb=off,vmport=off", "-accel", accelerator, "-cpu", "max"),
         *("-m", f"{spec.memory_bytes >> 20}M", "-smp", str(spec.cpus)),
         *("-boot", "menu=off,strict=on"),
         *_disks(spec),
@@ -172,7 +285,8 @@ def _plain(name: str) -> str:
 
 
 def _file_port(chardev: str, name: str) -> tuple[str, ...]:
-    return ("-chardev", f"file,id={chardev},path={name}", "-device", f"isa-serial,chardev={chardev}")
+    # Appended to, for a machine that goes on from a checkpoint.
+    return ("-chardev", f"file,id={chardev},path={name},append=on", "-device", f"isa-serial,chardev={chardev}")
 
 
 def _network(spec: MachineSpec) -> list[str]:
@@ -189,7 +303,7 @@ def _network(spec: MachineSpec) -> list[str]:
 def _disks(spec: MachineSpec) -> list[str]:
     first = _cd_nodes("disk", str(spec.disk)) if spec.disk_format is DiskFormat.ISO else _overlay_nodes(str(spec.disk))
     kind = "ide-cd" if spec.disk_format is DiskFormat.ISO else "ide-hd"
-    scratch = _node("scratch", "raw", {"driver": "file", "filename": SCRATCH_DISK, "discard": "unmap"}, discard="unmap")
+    scratch = _node("scratch", "qcow2", {"driver": "file", "filename": PACKED_SCRATCH, "discard": "unmap"}, discard="unmap")
     return [
         *first,
         *_device(kind, "disk", bus="ide.0", unit=0, bootindex=0),
@@ -263,7 +377,7 @@ def _boot_sector() -> bytes:
     return code.ljust(510, b"\0") + b"\x55\xaa"
 
 
-def _fingerprint(binary: str, forced: str | None) -> Fingerprint:
+def _fingerprint(binary: str, forced: str | None, place: Path | None) -> Fingerprint:
     def result(usable: bool, reason: str, version: str = "", accelerator: str = "") -> Fingerprint:
         return Fingerprint(DriverName.QEMU, (MachineKind.VM,), usable, reason, version, accelerator)
 
@@ -275,10 +389,10 @@ def _fingerprint(binary: str, forced: str | None) -> Fingerprint:
     version = _version(program)
     if not version:
         return result(False, f"{program} does not run")
-    accelerator, doubt = (forced, "") if forced else _choose_hardware(program)
+    accelerator, doubt = (forced, "") if forced else _choose_hardware(program, place)
     if accelerator and not forced:
         return result(True, "", version, accelerator)
-    trial = _try_out(program, accelerator or SOFTWARE, SOFTWARE_LIMIT_S)
+    trial = _try_out(program, accelerator or SOFTWARE, SOFTWARE_LIMIT_S, place)
     if trial.seconds is None:
         return result(False, f"QEMU cannot run even the smallest guest with {accelerator or SOFTWARE}: {trial.words}", version)
     return result(True, doubt, version, accelerator or SOFTWARE)
@@ -293,7 +407,13 @@ def _version(program: str) -> str:
     return match[1] if match else ""
 
 
-def _choose_hardware(program: str) -> tuple[str, str]:
+def _versioned_machine(version: str) -> str:
+    """Return the name that QEMU gives its PC of this version, which later versions keep; "pc" always means the newest."""
+    match = re.match(r"(\d+\.\d+)", version)
+    return f"pc-i440fx-{match[1]}" if match else "pc"
+
+
+def _choose_hardware(program: str, place: Path | None) -> tuple[str, str]:
     """Return the hardware accelerator that works here, or "" and why there is none, in words for the owner."""
     slow = "; machines run in software emulation, about ten times slower"
     name = _HARDWARE.get(sys.platform)
@@ -303,17 +423,18 @@ def _choose_hardware(program: str) -> tuple[str, str]:
         return "", f"there is no /dev/kvm: virtualisation may be switched off in the firmware{slow}"
     if name == "kvm" and not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         return "", f"this user may not use /dev/kvm (on Debian: sudo adduser $USER kvm, and log in again){slow}"
-    trial = _try_out(program, name, HARDWARE_LIMIT_S)
+    trial = _try_out(program, name, HARDWARE_LIMIT_S, place)
     return (name, "") if trial.seconds is not None else ("", f"{name} does not work here: {trial.words}{slow}")
 
 
-def _try_out(program: str, accelerator: str, limit_s: float) -> _Trial:
-    with tempfile.TemporaryDirectory(prefix="deskgrid-probe-") as folder:
-        disk = Path(folder, "probe.img")
-        disk.write_bytes(_boot_sector())
+def _try_out(program: str, accelerator: str, limit_s: float, place: Path | None) -> _Trial:
+    with probe_folder(place) as folder:
+        (folder / "probe.img").write_bytes(_boot_sector())
+        # Should we be killed meanwhile, the kernel ends what hangs.
+        line = processes.gently(_probe_line(program, accelerator), nice=0, cpu_time_s=2 * limit_s)
         began = time.monotonic()
         try:
-            done = subprocess.run(_probe_line(program, accelerator), cwd=folder, capture_output=True, timeout=limit_s, check=False)
+            done = subprocess.run(line, cwd=folder, capture_output=True, timeout=limit_s, check=False)
         except subprocess.TimeoutExpired:
             return _Trial(None, f"a guest of 512 bytes was not done after {limit_s:.0f} s")
         except OSError as error:

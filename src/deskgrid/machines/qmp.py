@@ -36,8 +36,8 @@ __all__ = [
     "create_journal",
     "execute",
     "journal_event",
-    "journal_size",
     "read_journal",
+    "run_job",
 ]
 
 SOCKET_NAME = "qmp.sock"
@@ -48,6 +48,7 @@ JOURNAL_OUTPUT = f"{JOURNAL_NAME}.out"
 
 _JOURNAL_PART_BYTES = 1 << 20
 _CONNECT_RETRY_S = 0.02
+_JOB_POLL_S = 0.02
 _DISCONNECT_LIMIT_S = 1.0
 _RESETS = frozenset({"guest-reset", "guest-panic", "subsystem-reset"})
 
@@ -79,10 +80,20 @@ class Journal(Struct, frozen=True):
     io_error: str = ""
     """A disk error that froze the machine, for people; empty if there was none."""
 
+    stuck: str = ""
+    """Why the hypervisor gave the machine up, though its process lives on."""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it will not go on, though its process lives."""
+        return bool(self.io_error or self.stuck)
+
     def exit(self) -> Exited | None:
         """Return how the machine ended, as far as the journal tells."""
         if self.io_error:
             return Exited(ExitCause.IO_ERROR, self.io_error)
+        if self.stuck:
+            return Exited(ExitCause.RESET, self.stuck)
         if self.shutdown_reason == "guest-shutdown":
             return Exited(ExitCause.POWERED_OFF)
         if self.shutdown_reason in _RESETS:
@@ -104,7 +115,7 @@ def read_journal(workdir: Path) -> Journal:
         with (workdir / JOURNAL_OUTPUT).open("rb") as file:
             data = file.read(_JOURNAL_PART_BYTES)
             # A guest can make QEMU write an event now and then (RTC_CHANGE) for days: what counts is at the two ends.
-            file.seek(max(len(data), journal_size(workdir) - _JOURNAL_PART_BYTES))
+            file.seek(max(len(data), os.fstat(file.fileno()).st_size - _JOURNAL_PART_BYTES))
             data += file.read(_JOURNAL_PART_BYTES)
     except OSError:
         return Journal()
@@ -112,14 +123,6 @@ def read_journal(workdir: Path) -> Journal:
     for line in data.split(b"\n"):
         journal = _account(journal, line)
     return journal
-
-
-def journal_size(workdir: Path) -> int:
-    """Return the bytes of the journal, 0 if there is none."""
-    try:
-        return (workdir / JOURNAL_OUTPUT).stat().st_size
-    except OSError:
-        return 0
 
 
 def journal_event(event: str, **data: object) -> bytes:
@@ -165,6 +168,40 @@ async def execute(workdir: Path, command: str, arguments: dict[str, object] | No
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             async with asyncio.timeout(_DISCONNECT_LIMIT_S):
                 await client.disconnect()
+
+
+async def run_job(workdir: Path, command: str, arguments: dict[str, object], *, limit_s: float) -> None:
+    """Run a command that QEMU carries out as a job, such as snapshot-save, to its end.
+
+    Raise MachineFailed with QEMU's words if it fails or takes longer than `limit_s`.
+    """
+    name = f"deskgrid-{command}"
+    await execute(workdir, command, {"job-id": name, **arguments}, limit_s=limit_s)
+    try:
+        async with asyncio.timeout(limit_s):
+            job = await _concluded(workdir, name, limit_s)
+    except TimeoutError as error:
+        raise MachineFailed(f"QEMU did not do {command} within {limit_s:.0f} s") from error
+    await execute(workdir, "job-dismiss", {"id": name})
+    if job.get("error"):
+        raise MachineFailed(f"QEMU did not do {command}: {job['error']}")
+
+
+async def _concluded(workdir: Path, name: str, limit_s: float) -> dict[str, Any]:
+    """Return a job when it has come to its end."""
+    while True:
+        job = _job(await execute(workdir, "query-jobs", limit_s=limit_s), name)
+        if job.get("status") == "concluded":
+            return job
+        await asyncio.sleep(_JOB_POLL_S)
+
+
+def _job(jobs: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return a job by its name. Raise MachineFailed if QEMU knows none."""
+    for job in jobs:
+        if job.get("id") == name:
+            return job
+    raise MachineFailed(f"QEMU forgot {name}")
 
 
 async def _meet(client: QMPClient, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Results: the files of a scratch image, or of a folder that a process wrote, as an archive, taken out by a confined child.
+"""Results: the files of a scratch disk (a raw or qcow2 image), or of a folder that a process wrote, as an archive, taken out by a confined child.
 
 The image is hostile. The worker itself never parses it: it starts a child (sandbox.py, a reader) with three descriptors,
 
@@ -40,6 +40,7 @@ from msgspec import Struct
 from deskgrid.archive import MAX_REPORTED, ArchiveWriter, Extent, PackReport, out_of_space, printable, sync_folder, zstd
 from deskgrid.errors import BadImage, DeskgridError, InvalidInput, MachineFailed, NoSpace
 from deskgrid.machines.ext4 import ROOT_INODE, Ext4, Inode, Run, file_reader
+from deskgrid.machines.qcow2 import Qcow2Reader, is_qcow2
 from deskgrid.machines.result_folder import MOST_OPEN, REPORT_BYTES, ResultFolder, Unreadable, read_report
 from deskgrid.machines.sandbox import (
     Confinement,
@@ -140,7 +141,7 @@ async def extract_results(
     paths: tuple[str, ...] = ("**",),
     limits: ExtractLimits = ExtractLimits(),  # noqa: B008 frozen
 ) -> ResultReport:
-    """Write the files of a raw ext4 image, or of a result folder, that match `paths` (see `compile_globs`) to the archive `output`.
+    """Write the files of an ext4 image (raw or qcow2), or of a result folder, that match `paths` (see `compile_globs`) to the archive `output`.
 
     `output` appears complete and on disk, replacing what was there, or not at all; of a folder of which nothing is wanted there is none. The image must not be in use. Raises BadImage (not
     readable, or over a limit), NoSpace, InvalidInput (a pattern) or MachineFailed (the child could not be run). However this
@@ -331,7 +332,14 @@ def _extract(request: _Request, target: BinaryIO, held: tuple[str, ...]) -> Resu
 
 
 class _Image(Ext4):
-    """A scratch image, as descriptor 0."""
+    """A scratch image, as descriptor 0; `packed` if it is a qcow2."""
+
+    def __init__(self, packed: Qcow2Reader | None) -> None:
+        self._packed = packed
+        if packed is None:
+            super().__init__(file_reader(0), os.lseek(0, 0, os.SEEK_END))
+        else:
+            super().__init__(packed.read_at, packed.size_bytes)
 
     def root(self) -> Inode:
         """Return the folder that is the result."""
@@ -344,12 +352,19 @@ class _Image(Ext4):
                 yield from self.records(folder)
 
     def read_into(self, piece: memoryview, source: int) -> int:
-        """Read from a place of the image."""
-        return _read_into(piece, source)
+        """Read from a place of the disk."""
+        if self._packed is None:
+            return _read_into(piece, source)
+        place, length = self._packed.locate(source, len(piece))
+        if place is not None:
+            return _read_into(piece[:length], place)
+        piece[:length] = bytes(length)
+        return length
 
 
 def _image() -> _Image:
-    return _Image(file_reader(0), os.lseek(0, 0, os.SEEK_END))
+    reader = file_reader(0)
+    return _Image(Qcow2Reader(reader) if is_qcow2(reader(0, 4)) else None)
 
 
 class _Extractor:

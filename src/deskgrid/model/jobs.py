@@ -56,6 +56,8 @@ class Machine(Struct, frozen=True, kw_only=True):
     disk: str = ""
     """The disk to boot, or the image of a container: name, name@version or sha256. Empty for a process."""
     kind: MachineKind = MachineKind.VM
+    driver: str = ""
+    """Only by this driver, as in qemu or virtualbox; empty: by the best one that a PC has."""
     platforms: tuple[str, ...] = ()
     """Where a process or container may run, as in linux-x86_64; empty: anywhere, or where its app has files for."""
     need: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ class DriverName(StrEnum):
     """The code that runs one kind of machine."""
 
     QEMU = "qemu"
+    VIRTUALBOX = "virtualbox"
     PROCESS = "process"
     CONTAINER = "container"
     FAKE = "fake"

@@ -67,9 +67,17 @@ class Endpoint:
     """Threads that carry the streams of all peers here."""
 
     def __init__(
-        self, settings: PeerSettings, *, clock: Clock, rng: random.Random, authority_pem: str, may_dial: MayDial = dialable
+        self,
+        settings: PeerSettings,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        authority_pem: str,
+        may_dial: MayDial = dialable,
+        pace: Callable[[int], float] | None = None,
     ) -> None:
-        """`may_dial` is for tests: nothing on loopback may be dialled."""
+        """`may_dial` is for tests: nothing on loopback may be dialled. `pace` bounds what all streams carry (see Pumps)."""
+        self._pace = pace
         self.settings = settings
         self.clock = clock
         self.rng = rng
@@ -105,7 +113,7 @@ class Endpoint:
     async def __aenter__(self) -> Endpoint:
         raise_file_limit()  # the usual 1024 are fewer than the greetings that anybody may begin
         self._listener = _listen(self.settings) if self._listens() else None
-        self.pumps = Pumps(self.settings.pumps, name="stream")
+        self.pumps = Pumps(self.settings.pumps, name="stream", pace=self._pace)
         if self._listener is not None:
             self.background.start(self._accept(self._listener))
         return self

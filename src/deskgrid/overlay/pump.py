@@ -52,6 +52,7 @@ READ, WRITE, ERROR, HANGUP = 1, 4, 8, 16
 BUFFER_BYTES = 256 << 10
 _PIPE_BYTES = 1 << 20
 _SPARE_BUFFERS = 16
+_MOST_REST_S = 0.1
 _SPARE_PIPES = 16
 _F_SETPIPE_SZ = 1031
 
@@ -179,8 +180,9 @@ class Poller(Protocol):
 class Pump:
     """One thread and what it carries. Only `adopt`, `post` and `stop` may be called from other threads."""
 
-    def __init__(self, name: str, poller: Poller) -> None:
+    def __init__(self, name: str, poller: Poller, pace: Callable[[int], float] | None = None) -> None:
         self._name = name
+        self._pace = pace
         self._poller = poller
         self._masks: dict[int, int] = {}
         self._watchers: dict[int, Task] = {}
@@ -201,6 +203,11 @@ class Pump:
         self._poller.watch(self._wake_receiver.fileno(), None, READ)
         self.buffer = Buffer()
         """The thread's scratch: what is in it is lost when the task returns, unless it keeps the buffer."""
+
+    def count(self, size_bytes: int) -> None:
+        """Note that a task has moved bytes over the network."""
+        if self._pace is not None:
+            self._pace(size_bytes)
 
     # from any thread
 
@@ -315,7 +322,15 @@ class Pump:
                 self._run_soon()
             if self._timers:
                 self._run_timers()
+            if self._pace is not None:
+                self._rest(self._pace)
         self._close()
+
+    def _rest(self, pace: Callable[[int], float]) -> None:
+        """Wait until bytes may move again, all tasks together; what else there is to do waits for some moments only."""
+        rest_s = pace(0)
+        if rest_s > 0:
+            time.sleep(min(rest_s, _MOST_REST_S))
 
     def _timeout_s(self) -> float | None:
         if self._soon:
@@ -378,8 +393,14 @@ class Pump:
 class Pumps:
     """Some pump threads; tasks are spread over them. The threads start when there is something to carry."""
 
-    def __init__(self, threads: int = 2, *, name: str = "pump", portable: bool = False) -> None:
-        """Make them. `portable` leaves epoll alone, for tests of what other systems get."""
+    def __init__(
+        self, threads: int = 2, *, name: str = "pump", portable: bool = False, pace: Callable[[int], float] | None = None
+    ) -> None:
+        """Make them. `portable` leaves epoll alone, for tests of what other systems get.
+
+        `pace` is told of bytes that were moved, by any of the threads, and returns the seconds in which no more should be.
+        """
+        self._pace = pace
         self._lock = threading.Lock()
         self._closed = False
         self._pumps: list[Pump] = []
@@ -407,7 +428,7 @@ class Pumps:
     def _choose(self) -> Pump:
         idle = next((pump for pump in self._pumps if not len(pump)), None)
         if idle is None and len(self._pumps) < self._threads:
-            idle = Pump(f"{self._name}-{len(self._pumps)}", _make_poller(self._portable))
+            idle = Pump(f"{self._name}-{len(self._pumps)}", _make_poller(self._portable), self._pace)
             self._pumps.append(idle)
         return idle or min(self._pumps, key=len)
 

@@ -220,6 +220,7 @@ class Relay:
 
     def _count(self, pump: Pump, size: int) -> None:
         self.carried_bytes += size
+        pump.count(size)
         if self._idle_s:
             self._moved_at = time.monotonic()
         if self._rate:

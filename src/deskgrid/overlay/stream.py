@@ -298,6 +298,7 @@ class Stream:
             self._write_needs = READ
         except OSError as error:
             raise _Broken(_loss(error)) from error
+        pump.count(sent)
         # What is left must be offered to OpenSSL again unchanged; where it lies does not matter.
         self._out.keep(pump, [frame[sent:]] if sent < len(frame) else [])
 
@@ -321,6 +322,7 @@ class Stream:
         except OSError as error:
             raise _Broken(_loss(error)) from error
         if filled:
+            pump.count(filled)
             self._take(pump, view[:filled])
         if self._peer_gone and not (self._frames.ended and self._has_said_all()):
             raise _Broken("the peer's connection was cut")

@@ -7,12 +7,14 @@ A guest needs seconds to boot in software emulation, so what can be claimed of o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,7 @@ from deskgrid.machines import processes
 from deskgrid.machines.driver import (
     Booted,
     Caged,
+    Checkpointing,
     ContextExited,
     ContextStarted,
     Doorway,
@@ -39,13 +42,14 @@ from deskgrid.machines.driver import (
     MachineSpec,
     Output,
     Running,
+    Saved,
     Stream,
     Suspendable,
     decode_handle,
     encode_handle,
 )
 from deskgrid.machines.processes import ProcessIdentity, find_by_token
-from deskgrid.machines.qmp import read_journal
+from deskgrid.machines.qmp import Journal, read_journal
 from deskgrid.model.machines import Network
 
 __all__ = [
@@ -53,10 +57,13 @@ __all__ = [
     "NETWORK",
     "TALKING",
     "TICKING",
+    "CheckpointContract",
     "ContractJob",
     "DriverContract",
+    "LastingDriver",
     "NetworkedDriver",
     "SuspendableDriver",
+    "disk_bytes",
     "events_until_exit",
     "keepers_of",
     "output_of",
@@ -71,6 +78,10 @@ QUIET_S = 0.7
 
 class SuspendableDriver(Driver, Suspendable, Protocol):
     """The drivers that this suite is for."""
+
+
+class LastingDriver(SuspendableDriver, Caged, Checkpointing, Protocol):
+    """Those of them whose machines can be written to the disk."""
 
 
 class NetworkedDriver(SuspendableDriver, Caged, Protocol):
@@ -122,7 +133,7 @@ NETWORK: dict[str, Any] = {
     "offer": (("echo", 8080), ("never", 9)),
 }
 """What a spec needs for TALKING."""
-TICKING = ContractJob(script="while :; do echo tick; sleep 0.1; done\n", plan={"tick_s": 0.1})
+TICKING = ContractJob(script="i=0; while :; do i=$((i + 1)); echo tick $i; sleep 0.1; done\n", plan={"tick_s": 0.1})
 
 
 async def events_until_exit(driver: Driver, handle: MachineHandle) -> list[MachineEvent]:
@@ -172,7 +183,27 @@ def read_scratch(image: Path, path: str) -> bytes:
         return (image / "report" / report if report != path else image / "scratch" / path.lstrip("/")).read_bytes()
     program = processes.find_program("debugfs")
     assert program is not None, "debugfs (package e2fsprogs) is needed"
-    return subprocess.run([program, "-R", f"cat {path}", str(image)], capture_output=True, check=True).stdout
+    with _raw(image) as raw:
+        return subprocess.run([program, "-R", f"cat {path}", str(raw)], capture_output=True, check=True).stdout
+
+
+def disk_bytes(image: Path) -> int:
+    """Return the size of a scratch image as a guest sees it."""
+    with _raw(image) as raw:
+        return raw.stat().st_size
+
+
+@contextlib.contextmanager
+def _raw(image: Path) -> Iterator[Path]:
+    """Yield a raw image as it is, of a qcow2 one a raw copy, made by QEMU's own program."""
+    with image.open("rb") as file:
+        if file.read(4) != b"QFI\xfb":
+            yield image
+            return
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "raw")
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(image), str(raw)], check=True)
+        yield raw
 
 
 def _as_toml(plan: dict[str, Any]) -> str:
@@ -187,6 +218,13 @@ def _as_toml(plan: dict[str, Any]) -> str:
 
 class DriverContract:
     """The claims. Names of tests say them."""
+
+    caged = True
+    """Whether its machines may have a network."""
+
+    def leftovers(self, handle: MachineHandle) -> list[str]:
+        """Return what is left of a machine that was destroyed, besides what all drivers may leave."""
+        return []
 
     @pytest.fixture
     def new_driver(self) -> Callable[[], SuspendableDriver]:
@@ -231,7 +269,7 @@ class DriverContract:
         handle = await prepare(TICKING)
         assert find_by_token(handle.token) is None
         scratch = driver.scratch(handle)
-        assert scratch.is_dir() or scratch.stat().st_size == handle.spec.scratch_bytes
+        assert scratch.is_dir() or disk_bytes(scratch) == handle.spec.scratch_bytes
         assert await driver.recover(handle) == Gone()
 
     async def test_handle_survives_the_journal(self, prepare: Prepare) -> None:
@@ -491,22 +529,133 @@ class DriverContract:
         assert find_by_token(handle.token) is None
         assert not keepers_of(handle)
         assert not list(folder.glob("machine-*"))
+        assert not self.leftovers(handle)
         assert await driver.recover(handle) == Gone()
 
 
-async def _next_tick(events: AsyncIterator[MachineEvent]) -> None:
+async def _next_tick(events: AsyncIterator[MachineEvent]) -> int:
+    """Return the number of the last tick that the next piece of output tells."""
     async for event in events:
         if isinstance(event, Output) and event.stream is Stream.STDOUT:
-            return
+            return int(event.data.split()[-1])
     raise AssertionError("the machine ended instead of ticking")
+
+
+async def _ticks_of(driver: Driver, handle: MachineHandle, least: int) -> list[int]:
+    """Return all ticks from the first one on, once there are so many."""
+    ticks: list[int] = []
+    async with asyncio.timeout(BOOT_LIMIT_S):
+        async for event in driver.events(handle):
+            if isinstance(event, Output) and event.stream is Stream.STDOUT:
+                ticks += [int(word) for word in event.data.split() if word.isdigit()]
+            if len(ticks) >= least:
+                return ticks
+    raise AssertionError("the machine ended instead of ticking")
+
+
+def _began(driver: Driver, handle: MachineHandle) -> bool:
+    read: Callable[[Path], Journal] = getattr(driver, "read_journal", read_journal)
+    return read(Path(handle.workdir)).began
 
 
 async def _start_fully(driver: SuspendableDriver, handle: MachineHandle) -> ProcessIdentity:
     """Start a machine and wait until its process has opened its files."""
     await driver.start(handle)
     async with asyncio.timeout(BOOT_LIMIT_S):
-        while not read_journal(Path(handle.workdir)).began:  # noqa: ASYNC110 - another process's file
+        while not _began(driver, handle):  # noqa: ASYNC110 - another process's file
             await asyncio.sleep(0.005)
     identity = find_by_token(handle.token)
     assert identity is not None
     return identity
+
+
+class CheckpointContract(DriverContract):
+    """The claims of drivers with checkpoints, besides those of all."""
+
+    async def test_saved_machine_goes_on_where_it_was_with_another_worker(
+        self, driver: LastingDriver, new_driver: Callable[[], LastingDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING, **(NETWORK if self.caged else {}))
+        await driver.start(handle)
+        before = await _ticks_of(driver, handle, 3)
+        await driver.pause(handle)
+        await driver.save(handle)
+        assert find_by_token(handle.token) is None
+        assert (await events_until_exit(driver, handle))[-1] == Saved()
+        later = new_driver()
+        assert await later.recover(handle) == Saved()
+        await later.restore(handle)
+        await later.restore(handle)
+        assert await new_driver().recover(handle) == Running()
+        ticks = await _ticks_of(later, handle, len(before) + 10)
+        assert ticks == list(range(1, len(ticks) + 1))
+        if self.caged:
+            (await later.open_socket(handle)).close()
+        await later.stop(handle, grace_s=0)
+        assert await later.recover(handle) == Exited(ExitCause.STOPPED)
+        with pytest.raises(MachineFailed):
+            await later.restore(handle)
+
+    async def test_killed_machine_goes_on_from_its_last_checkpoint_and_says_nothing_twice(
+        self, driver: LastingDriver, new_driver: Callable[[], LastingDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        identity = await _start_fully(driver, handle)
+        for _ in range(3):
+            ticks = await _ticks_of(driver, handle, 3)
+            await driver.checkpoint(handle)
+            if await driver.recover(handle) == Saved():
+                await driver.restore(handle)
+            await _ticks_of(driver, handle, len(ticks) + 3)
+        lost = await _ticks_of(driver, handle, 1)
+        identity = find_by_token(handle.token) or identity
+        os.kill(identity.pid, signal.SIGKILL)
+        assert (await events_until_exit(driver, handle))[-1] == Saved()
+        later = new_driver()
+        assert await later.recover(handle) == Saved()
+        await later.restore(handle)
+        ticks = await _ticks_of(later, handle, len(lost) + 5)
+        assert ticks == list(range(1, len(ticks) + 1))
+
+    async def test_who_watches_a_machine_sees_that_it_was_saved(self, driver: LastingDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        await _ticks_of(driver, handle, 1)
+        watching = asyncio.create_task(events_until_exit(driver, handle))
+        await driver.save(handle)
+        assert (await watching)[-1] == Saved()
+
+    async def test_restart_that_was_cut_short_is_done_again(
+        self, driver: LastingDriver, new_driver: Callable[[], LastingDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        await _ticks_of(driver, handle, 1)
+        await driver.save(handle)
+        for steps in (1, 3, 8, 20, 60, 200):
+            restoring = asyncio.create_task(new_driver().restore(handle))
+            for _ in range(steps):
+                await asyncio.sleep(0.0005)
+            restoring.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await restoring
+                break
+            assert await new_driver().recover(handle) == Saved()
+            assert find_by_token(handle.token) is None
+        else:
+            await new_driver().restore(handle)
+        ticks = await _ticks_of(driver, handle, 5)
+        assert ticks == list(range(1, len(ticks) + 1))
+
+    async def test_machine_that_is_off_has_nothing_to_keep(self, driver: LastingDriver, prepare: Prepare) -> None:
+        handle = await prepare(BROKEN)
+        with pytest.raises(MachineFailed):
+            await driver.checkpoint(handle)
+        with pytest.raises(MachineFailed):
+            await driver.restore(handle)
+        await driver.start(handle)
+        await events_until_exit(driver, handle)
+        for action in (driver.checkpoint, driver.save, driver.restore):
+            with pytest.raises(MachineFailed):
+                await action(handle)
+        assert await driver.recover(handle) == Exited(ExitCause.POWERED_OFF)

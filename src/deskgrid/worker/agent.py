@@ -26,12 +26,15 @@ from typing import Any
 import msgspec
 import structlog
 
+from deskgrid.client.pace import Pace
 from deskgrid.client.peers import ServerCalls
 from deskgrid.client.transport import Credentials, Transport, load_credentials
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.core.backoff import delay_s
+from deskgrid.core.owner import Presence
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NoSpace, Unauthenticated
 from deskgrid.machines.driver import Driver
+from deskgrid.machines.probes import clear_probes
 from deskgrid.model import wire
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState
@@ -46,12 +49,15 @@ from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
 from deskgrid.worker.kit import Kit, Overlay
+from deskgrid.worker.known import Known
 from deskgrid.worker.leave import attempt_status, destroy_strays, remove_files, say_goodbye
-from deskgrid.worker.owner import Owner
+from deskgrid.worker.owner import Owner, rules_of
+from deskgrid.worker.presence import Sight, Watcher
 from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile_of
 from deskgrid.worker.runner import Runner
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
+from deskgrid.worker.throttles import Throttled, Throttles
 from deskgrid.worker.waiting import WaitingLine
 from deskgrid.worker.warm import WarmPool
 from deskgrid.worker.warm_jobs import WarmAttempt
@@ -65,9 +71,13 @@ _WAKE_HOLD_S = 25.0
 _WAKE_GAP_S = 0.02
 _BUSY_WAKE_GAP_S = 1.0
 """Least time between syncs that only a hint asked for, with and without a free slot."""
+_LOOK_S = 1.0
+"""Between looks at what the owner does with his PC."""
 _MEASURE_S = 3.0
 """Between looks at what attempts have written."""
 _GOODBYE_S = 5.0
+_SAVE_S = 60.0
+"""In which machines are written to the disk when the worker is stopped; systemd gives a service 90 s."""
 _LOCK_S = 2.0
 _LOCK_RETRY_S = 0.1
 
@@ -96,6 +106,7 @@ class Agent:
         name: str = "",
         address: str = "",
         free_bytes: Callable[[Path], int] | None = None,
+        sight: Watcher | None = None,
         **kit: Any,
     ) -> None:
         self._home = home
@@ -107,7 +118,12 @@ class Agent:
         self._bounds = Bounds(lent_by(settings), settings.reserve_bytes, home.folder, clock=clock, rng=rng, free_bytes=free_bytes)
         self._drivers = Drivers(drivers, lambda name: make_driver(name, settings, clock))
         self._profile = profile_of(settings, ())
-        self._owner = Owner(home.paused)
+        rules = rules_of(settings)
+        self._owner, self._presence = Owner(home.paused), Presence(rules)
+        self._sight: Watcher = sight or Sight(rules, clock)
+        self._paused_since: float | None = None
+        self._obeyed = False
+        """Whether machines stand still now, as the owner wanted when we last did what he wants."""
         self._journal = Journal(home.journal)
         self._cache = Cache(
             home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=free_bytes
@@ -125,11 +141,13 @@ class Agent:
             changed=self._note_change,
             freed=lambda: self._waiting.give_places(),
             fault=self._bounds.rest,
+            unthrottle=lambda handle: self._throttles.release(handle),
             result_room=lambda: self._bounds.result_room(self._disk_bytes()),
             **kit,
         )
         self._warm = WarmPool(self._kit, self._free)
         self._waiting = WaitingLine(clock, self._free)
+        self._throttles = Throttles(settings.cpu_share, clock, self._throttled)
         self._runners: dict[AttemptId, Runner] = {}
         self._tasks: dict[AttemptId, asyncio.Task[None]] = {}
         self._going: set[AttemptId] = set()
@@ -167,24 +185,66 @@ class Agent:
     async def pause(self) -> None:
         """Stop all guests' CPUs and take no work. What has not started goes back. Holds after a restart."""
         async with self._owner_lock:
-            self._owner.paused = True
             try:
                 self._owner.pause()
             except OSError as error:
                 raise NoSpace(f"paused, but not for longer than the worker runs: {error}") from error
             finally:
-                await asyncio.gather(*(self._pause_one(runner) for runner in list(self._runners.values())), self._warm.pause())
-                self._note_change()
-        _log.info("paused")
+                await self._obey()
 
     async def resume(self) -> None:
-        """Go on. Raise MachineFailed if a machine cannot."""
+        """Go on, as far as the owner's rules go. Raise MachineFailed if a machine cannot."""
         async with self._owner_lock:
             self._owner.resume()
-            await asyncio.gather(*(runner.resume() for runner in list(self._runners.values())), self._warm.resume())
+            await self._obey()
+
+    async def _obey(self) -> None:
+        """Let machines run or not, as the owner wants. Idempotent; the caller holds the owner's lock."""
+        runners = list(self._runners.values())
+        if self._owner.paused:
+            self._paused_since = self._paused_since if self._paused_since is not None else self._clock.monotonic()
+            await asyncio.gather(*(self._pause_one(runner) for runner in runners), self._warm.pause())
+        else:
+            self._paused_since = None
+            await asyncio.gather(*(runner.resume() for runner in runners), self._warm.resume())
             self._waiting.give_places()
-            self._note_change()
-        _log.info("resumed")
+        self._obeyed = self._owner.paused
+        _log.info("paused" if self._obeyed else "resumed", why=self._owner.why)
+        self._note_change()
+
+    async def _keep_rules(self) -> None:
+        """Look at the PC all the time, make way for its owner at once, and give him the memory, too, if he stays."""
+        while True:
+            objection = await self._look()
+            try:
+                async with self._owner_lock:
+                    self._owner.objection = objection
+                    if self._owner.paused is not self._obeyed:  # also if it did not succeed the last time
+                        await self._obey()
+                await self._release_memory()
+            except (DeskgridError, OSError) as error:
+                _log.error("rules_not_kept", error=str(error))
+            await self._clock.sleep(_LOOK_S)
+
+    async def _look(self) -> str:
+        """Return why the owner's rules forbid work now."""
+        return self._presence.why_not(await self._sight.look(), now=self._clock.monotonic())
+
+    def _throttled(self) -> Iterator[Throttled]:
+        """Yield the machines that run now."""
+        for one in self._writers():
+            machine = one.throttled()
+            if machine is not None:
+                yield machine
+
+    async def _release_memory(self) -> None:
+        """Write machines to the disk that have been frozen for long."""
+        release_s, since = self._settings.release_s, self._paused_since
+        if not release_s or since is None or self._clock.monotonic() - since < release_s:
+            return
+        await self._save_all([runner for runner in self._runners.values() if runner.running])
+        verdict = Verdict(AttemptState.REFUSED, "the owner needed the memory", rests=False)
+        await asyncio.gather(*(program.end(verdict) for program in self._warm.programs()))
 
     async def answer(self, command: str) -> StatusAnswer:
         """Carry out a command of control.py."""
@@ -196,7 +256,7 @@ class Agent:
             await self.resume()
         elif command != "status":
             raise InvalidInput(f"there is no command {command!r}")
-        return self.status({"pause": "paused", "resume": "resumed"}.get(command, ""))
+        return self.status({"pause": "paused", "resume": self._owner.objection or "resumed"}.get(command, ""))
 
     def status(self, message: str = "") -> StatusAnswer:
         """Return what is going on."""
@@ -205,6 +265,7 @@ class Agent:
             name=self._name,
             address=self._address,
             paused=self._owner.paused,
+            why_paused=self._owner.why,
             message=message,
             connected=self._connected_since is not None,
             connected_since=self._connected_since,
@@ -231,8 +292,12 @@ class Agent:
         try:
             self._home.create()
             await in_thread(self._cache.open)
-            await self._drivers.probe()
+            await clear_probes(self._home.probes, self._clock)
+            await self._drivers.probe(Known(self._home.probes / "known.json", self._clock))
             self._profile = profile_of(self._settings, self._drivers.fingerprints)
+            self._owner.objection = await self._look()  # before anything runs
+            self._paused_since = self._clock.monotonic() if self._owner.paused else None
+            self._obeyed = self._owner.paused
             await self._read_journal()
             try:
                 await self._work()
@@ -240,6 +305,7 @@ class Agent:
                 self._group = None
                 await finish(self._close())
         finally:
+            await finish(self._sight.close())
             self._ending.set()
             self._ended.set()
         if self._end is _End.REVOKED:
@@ -264,10 +330,14 @@ class Agent:
             for runner in runners:
                 self._add(runner)
                 self._begin(runner)
-            loops = [group.create_task(loop()) for loop in (self._keep_synced, self._keep_awake, self._keep_bounds, self._warm.run)]
+            loops = (
+                *(self._keep_synced, self._keep_awake, self._keep_bounds, self._keep_rules),
+                *(self._throttles.run, self._warm.run),
+            )
+            tasks = [group.create_task(loop()) for loop in loops]
             await self._ending.wait()
             self._group = None
-            for task in (*loops, *self._tasks.values()):
+            for task in (*tasks, *self._tasks.values()):
                 task.cancel()
 
     async def _close(self) -> None:
@@ -291,14 +361,23 @@ class Agent:
             return "left, but the server was not told and will find out by itself: it does not answer"
 
     async def _give_all_back(self) -> None:
-        """Destroy the machines and tell the server, if it can be reached. Results that are on the disk wait for the next start."""
+        """Destroy the machines and tell the server, if it can be reached. What is on the disk waits for the next start: results, and
+        machines that have done so much that they are written there."""
         runners = self._runners.values()
+        with contextlib.suppress(TimeoutError):
+            await within(self._save_all([runner for runner in runners if runner.worth_saving]), self._clock, _SAVE_S)
         given = [runner.give_back("the worker was stopped") for runner in runners if runner.entry.phase in _GIVEN_BACK]
         settled = [runner.remove_machine() for runner in runners if runner.entry.phase is Phase.SETTLED]
         await asyncio.gather(*given, *settled)
         self._warm.give_back("the worker was stopped")
         with contextlib.suppress(DeskgridError, TimeoutError):
             await within(self._sync(taking=False), self._clock, _GOODBYE_S)
+
+    async def _save_all(self, runners: Iterable[Runner]) -> None:
+        """Write machines to the disk. What cannot be done for one does not matter to the others."""
+        for found in await asyncio.gather(*(runner.save() for runner in runners), return_exceptions=True):
+            if isinstance(found, Exception):
+                _log.error("machine_not_saved", error=str(found))
 
     def _finish_as(self, end: _End) -> None:
         self._end = self._end or end
@@ -553,7 +632,7 @@ class Agent:
 
 
 _GIVEN_BACK = frozenset({Phase.FETCHING, Phase.PREPARED, Phase.STARTED})
-"""Phases whose work is lost when the worker stops; later ones have a result to bring."""
+"""Phases whose work is lost when the worker stops; later ones have a result to bring, or are on the disk."""
 
 
 # ---- the program
@@ -577,14 +656,15 @@ async def run_worker(
     clock, rng = clock or SystemClock(), rng or random.Random()  # noqa: S311 - jitter
     place = Home(home.absolute())
     credentials = load_credentials(place.credentials)
-    chosen = make_drivers(settings, clock) if drivers is None else drivers
+    chosen = make_drivers(settings, clock, probes=place.probes) if drivers is None else drivers
     async with _locked(place, clock):
         place.create()
         make_gentle(settings.nice)
-        connect = transport_factory or (lambda found: Transport(found, rng=rng))
+        pace = Pace(settings.network_bytes_per_s) if settings.network_bytes_per_s else None
+        connect = transport_factory or (lambda found: Transport(found, rng=rng, pace=pace))
         async with (
             connect(credentials) as connection,
-            _overlay(place, settings, connection, credentials, clock, rng) as overlay,
+            _overlay(place, settings, connection, credentials, clock, rng, pace) as overlay,
         ):
             agent = Agent(
                 place,
@@ -605,14 +685,21 @@ async def run_worker(
 
 @contextlib.asynccontextmanager
 async def _overlay(
-    home: Home, settings: WorkerSettings, connection: Connection, credentials: Credentials, clock: Clock, rng: random.Random
+    home: Home,
+    settings: WorkerSettings,
+    connection: Connection,
+    credentials: Credentials,
+    clock: Clock,
+    rng: random.Random,
+    pace: Pace | None,
 ) -> AsyncIterator[Overlay | None]:
     """Take part in the overlay, if the owner allows machines a network."""
     if not settings.overlay:
         yield None
         return
     chosen = load_settings(PeerSettings, home.folder / "peer.toml", "DESKGRID_PEER")
-    async with Endpoint(chosen, clock=clock, rng=rng, authority_pem=credentials.authority_pem) as endpoint:
+    spend = pace.spend if pace is not None else None
+    async with Endpoint(chosen, clock=clock, rng=rng, authority_pem=credentials.authority_pem, pace=spend) as endpoint:
         yield Overlay(endpoint=endpoint, calls=ServerCalls(connection), credentials=credentials)
 
 

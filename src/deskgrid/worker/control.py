@@ -70,6 +70,7 @@ class StatusAnswer(Struct, frozen=True, kw_only=True):
     address: str
     """Of the server."""
     paused: bool
+    why_paused: str = ""
     message: str = ""
     """What the command has done."""
     connected: bool = False
@@ -220,7 +221,8 @@ async def _without_worker(home: Home, command: str) -> StatusAnswer:
 def _lines(status: StatusAnswer) -> list[str]:
     if status.message and not status.name:
         return []
-    state = "paused" if status.paused else "running" if status.running else "not running"
+    why = f" ({status.why_paused})" if status.why_paused else ""
+    state = f"paused{why}" if status.paused else "running" if status.running else "not running"
     lines = [f"worker {status.name} of {status.address}: {state}"]
     if status.running:
         lines.append("connected" if status.connected else f"not connected: {status.trouble or 'not yet'}")

@@ -11,26 +11,37 @@ from typing import Any
 import structlog
 
 from deskgrid.clock import Clock
+from deskgrid.core.matching import runs
 from deskgrid.errors import DriverUnusable, InvalidInput
 from deskgrid.machines.container import ContainerDriver
 from deskgrid.machines.driver import Driver, MachineHandle, MachineSpec
 from deskgrid.machines.fake import FakeDriver
 from deskgrid.machines.process import SandboxDriver
 from deskgrid.machines.qemu import QemuDriver
+from deskgrid.machines.virtualbox import VirtualBoxDriver
 from deskgrid.model.jobs import Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 from deskgrid.settings import WorkerSettings
+from deskgrid.worker.known import Known
 
 __all__ = ["Drivers", "make_driver", "make_drivers"]
 
 _log = structlog.get_logger()
 
+_SOFTWARE = "tcg"
 
-def make_driver(name: str, settings: WorkerSettings, clock: Clock) -> Driver:
-    """Return a driver by its name. Raise InvalidInput for a name that is none."""
-    lent: dict[str, Any] = {"nice": settings.nice, "overlay": settings.overlay, "internet": settings.internet}
+
+def make_driver(name: str, settings: WorkerSettings, clock: Clock, *, probes: Path | None = None) -> Driver:
+    """Return a driver by its name, whose probes have their folders below `probes`. Raise InvalidInput for a name that is none."""
+    lent: dict[str, Any] = {
+        "nice": settings.nice,
+        "overlay": settings.overlay,
+        "internet": settings.internet,
+        "probes": probes,
+    }
     makers: dict[str, Callable[[], Driver]] = {
         DriverName.QEMU: lambda: QemuDriver(clock, accelerator=settings.accelerator or None, **lent),
+        DriverName.VIRTUALBOX: lambda: VirtualBoxDriver(clock, **lent),
         DriverName.PROCESS: lambda: SandboxDriver(clock, unsandboxed=settings.unsandboxed, **lent),
         DriverName.CONTAINER: lambda: ContainerDriver(clock, **lent),
         DriverName.FAKE: lambda: FakeDriver(clock, **lent),
@@ -40,9 +51,9 @@ def make_driver(name: str, settings: WorkerSettings, clock: Clock) -> Driver:
     return makers[name]()
 
 
-def make_drivers(settings: WorkerSettings, clock: Clock) -> list[Driver]:
+def make_drivers(settings: WorkerSettings, clock: Clock, *, probes: Path | None = None) -> list[Driver]:
     """Return the drivers that the owner allows. Raise InvalidInput for a name that is none."""
-    return [make_driver(name, settings, clock) for name in settings.drivers]
+    return [make_driver(name, settings, clock, probes=probes) for name in settings.drivers]
 
 
 class Drivers:
@@ -61,9 +72,9 @@ class Drivers:
         """What the drivers found out about this PC."""
         return tuple(fingerprint for fingerprint, _ in self._probed)
 
-    async def probe(self) -> None:
-        """Let all drivers find out at the same time what they can do here."""
-        found = await asyncio.gather(*(driver.fingerprint() for driver in self._drivers))
+    async def probe(self, known: Known | None = None) -> None:
+        """Let all drivers find out at the same time what they can do here; what is `known` is not tried again."""
+        found = await asyncio.gather(*(known.ask(driver) if known else driver.fingerprint() for driver in self._drivers))
         self._probed = list(zip(found, self._drivers, strict=True))
         for fingerprint in found:
             _log.info(
@@ -76,12 +87,16 @@ class Drivers:
             )
 
     def choose(self, machine: Machine) -> Driver:
-        """Return the first driver that can run a machine. Raise DriverUnusable if none can."""
-        for fingerprint, driver in self._probed:
-            if fingerprint.usable and machine.kind in fingerprint.kinds and machine.network in fingerprint.networks:
+        """Return the best driver that can run a machine. Raise DriverUnusable if none can.
+
+        The best is one with the CPU's own virtualisation: QEMU's before VirtualBox's, and that before QEMU in software.
+        """
+        for fingerprint, driver in sorted(self._probed, key=lambda probed: probed[0].accelerator == _SOFTWARE):
+            if runs(fingerprint, machine.kind, machine.network, machine.driver):
                 return driver
         reasons = "; ".join(fingerprint.reason for fingerprint in self.fingerprints if fingerprint.reason)
-        raise DriverUnusable(f"no driver of this PC runs a {machine.kind} with network {machine.network}", hint=reasons)
+        by = f" by {machine.driver}" if machine.driver else ""
+        raise DriverUnusable(f"no driver of this PC runs a {machine.kind}{by} with network {machine.network}", hint=reasons)
 
     def of(self, handle: MachineHandle) -> Driver:
         """Return the driver that made a machine. Raise DriverUnusable if there is no such driver any more."""

@@ -3,6 +3,7 @@
 credentials.json   worker.toml      who we are on which grid; what the owner lends
 journal/           attempts/<id>/   what we hold; their files
 cache/                              verified disks
+probes/                             what drivers try out, and what they found (known.json)
 paused                              there while the owner wants no work done
 control.json                        where the running worker listens for commands of this user
 lock                                held by the running worker
@@ -49,6 +50,10 @@ class Home(Struct, frozen=True):
         return self.folder / "cache"
 
     @property
+    def probes(self) -> Path:
+        return self.folder / "probes"
+
+    @property
     def paused(self) -> Path:
         return self.folder / "paused"
 
@@ -70,7 +75,7 @@ class Home(Struct, frozen=True):
 
     def create(self) -> None:
         """Make the folders, for nobody's eyes but the owner's."""
-        for folder in (self.folder, self.journal, self.attempts, self.cache):
+        for folder in (self.folder, self.journal, self.attempts, self.cache, self.probes):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 

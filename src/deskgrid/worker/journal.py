@@ -40,6 +40,8 @@ class Phase(StrEnum):
     PREPARED = "prepared"
     """The handle is journalled; no process yet."""
     STARTED = "started"
+    SAVED = "saved"
+    """The machine is off, its state on the disk; it goes on from there when the owner lets it."""
     EXITED = "exited"
     """The machine is off; its scratch waits to be read."""
     SETTLED = "settled"
@@ -54,6 +56,8 @@ class Verdict(Struct, frozen=True):
     state: AttemptState
     """failed (the job's fault) or refused (this PC's)."""
     reason: str
+    rests: bool = True
+    """Whether a refusal lets the worker take no new work for a while: not if it was only the owner's wish."""
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -69,6 +73,10 @@ class Entry(Struct, frozen=True, kw_only=True):
     ran_at: float | None = None
     """When `ran_s` was true, if the machine ran on from there."""
     booted: bool = False
+    kept_s: float = 0.0
+    """Seconds that the machine had run at its last checkpoint."""
+    restores: int = 0
+    """Times that it went on from there without a new one since."""
     verdict: Verdict | None = None
     exited: Exited | None = None
     settled: AttemptReport | None = None

@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from deskgrid.client.transport import Credentials
 from deskgrid.clock import Clock
+from deskgrid.machines.driver import MachineHandle
 from deskgrid.machines.images import unpack_disk
 from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
 from deskgrid.overlay.endpoint import Endpoint
@@ -59,6 +60,8 @@ class Kit(Struct, frozen=True, kw_only=True):
     """A machine's place is free."""
     fault: Callable[[str], None]
     """This PC could not do what was asked, for this reason: take no new work for a while."""
+    unthrottle: Callable[[MachineHandle], None]
+    """Let a machine's processes run, whatever its share: it is asked for something."""
     result_room: Callable[[], int]
     """Bytes that a packed result may take now."""
     overlay: Overlay | None = None

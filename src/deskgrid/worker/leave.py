@@ -87,7 +87,7 @@ async def say_goodbye(connection: Connection) -> str:
 
 def remove_files(home: Home) -> None:
     """Remove all that a worker has on this PC but its settings."""
-    for path in (home.credentials, home.paused, home.control, home.journal, home.attempts, home.cache):
+    for path in (home.credentials, home.paused, home.control, home.journal, home.attempts, home.cache, home.probes):
         try:
             remove(path)
         except OSError as error:

@@ -1,7 +1,9 @@
 """One attempt, from its assignment to its final report, in steps that a restarted worker can take up again.
 
     fetching -> prepared -> started -> exited -> settled -> done
-                                any of them -> settled
+                            |  ^
+                            v  |                any of them -> settled
+                            saved
 
 Whose fault it is decides what is reported. The job's: `failed`, which counts against its attempts. This PC's: `refused`, which
 does not (the server calls it lost if the machine had started): no space, a broken driver, a machine killed from outside,
@@ -35,14 +37,17 @@ from deskgrid.errors import (
 from deskgrid.machines.driver import (
     Booted,
     Caged,
+    Checkpointing,
     Driver,
     ExitCause,
     Exited,
     Gone,
     Listening,
     MachineHandle,
+    Metered,
     Output,
     Running,
+    Saved,
     Stream,
     Suspendable,
 )
@@ -50,6 +55,7 @@ from deskgrid.machines.results import ExtractLimits, ResultReport
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import AttemptState
+from deskgrid.model.machines import MachineKind
 from deskgrid.model.workers import AttemptReport
 from deskgrid.units import format_duration
 from deskgrid.worker.home import make_empty, remove
@@ -61,14 +67,19 @@ from deskgrid.worker.services import make_services
 from deskgrid.worker.slots import Usage, usage_of
 from deskgrid.worker.supplies import Supplies
 from deskgrid.worker.tasks import beside, in_thread
+from deskgrid.worker.throttles import Throttled
 
 __all__ = ["Runner"]
 
 _log = structlog.get_logger()
 
+_WITH_MACHINE = frozenset({Phase.PREPARED, Phase.STARTED, Phase.SAVED})
 _RECHECK_S = 1.0
+_WORTH_SAVING_S = 300.0
 _WHOLE_REPORT_BYTES = 1 << 20
 """The report holds the last MiB of a stream; shorter ones are known to be whole."""
+_MOST_RESTORES = 3
+"""Times that a machine goes on from the same checkpoint: then something is wrong with it, or with this PC."""
 _MACHINE, _RESULT = "machine", "result.tar.zst"
 
 
@@ -88,7 +99,7 @@ class Runner:
         self._folder = kit.home.attempt(self.id)
         self._supplies = Supplies(kit, entry.assignment)
         self._services = make_services(kit, entry.assignment, self._supplies.credentials)
-        self._output = LiveOutput(self.id, kit.connection, kit.clock, kit.rng)
+        self._output = self._make_output()
         self._machine_lock = asyncio.Lock()
         self._journal_lock = asyncio.Lock()
         self._forgotten = False
@@ -98,7 +109,13 @@ class Runner:
             self._released.set()
         self._placed = asyncio.Event()
         self._placed.set()
-        if entry.phase in (Phase.PREPARED, Phase.STARTED):
+        self._awake = asyncio.Event()
+        """The owner lets machines run."""
+        if not kit.owner.paused:
+            self._awake.set()
+        self._tried_s = entry.kept_s
+        """When the last checkpoint was made or tried, in seconds of its running."""
+        if entry.phase in _WITH_MACHINE:
             self._hold_disk()
         self._ran_s = entry.ran_s
         self._since: float | None = None
@@ -116,7 +133,7 @@ class Runner:
             return self.entry.report
         if self.entry.phase in (Phase.FETCHING, Phase.PREPARED):
             return AttemptReport(attempt_id=self.id, state=AttemptState.LEASED)
-        suspended = self.entry.phase is Phase.STARTED and self._kit.owner.paused
+        suspended = self.entry.phase is Phase.SAVED or (self.entry.phase is Phase.STARTED and self._kit.owner.paused)
         return AttemptReport(attempt_id=self.id, state=AttemptState.SUSPENDED if suspended else AttemptState.RUNNING)
 
     def usage(self) -> Usage:
@@ -174,6 +191,7 @@ class Runner:
 
     async def suspend(self) -> None:
         """Stop the CPUs of its machine. One that cannot be frozen is ended: the owner comes first."""
+        self._awake.clear()
         async with self._machine_lock:
             if self.entry.phase is not Phase.STARTED or self._since is None:
                 return
@@ -181,10 +199,12 @@ class Runner:
             self._stop_watch()
             await self._note()
         if not frozen:
-            await self.end(Verdict(AttemptState.REFUSED, "the PC was paused, and the machine could not be frozen"))
+            await self.end(Verdict(AttemptState.REFUSED, "the PC was paused, and the machine could not be frozen", rests=False))
 
     async def resume(self) -> None:
-        """Let its machine run on. Raise MachineFailed if it does not."""
+        """Let its machine run on. Raise MachineFailed if it does not. One that is on the disk goes on when `run` comes to it."""
+        if not self._kit.owner.paused:
+            self._awake.set()
         async with self._machine_lock:
             if self.entry.phase is not Phase.STARTED or self._since is not None or self._kit.owner.paused:
                 return
@@ -194,13 +214,41 @@ class Runner:
             self._since = self._clock.monotonic()
             await self._note()
 
+    def throttled(self) -> Throttled | None:
+        """Return its machine, if that runs and can be held to a share of the CPUs."""
+        if not self.running or self._since is None or self._machine_lock.locked():
+            return None
+        driver = self._driver()
+        return Throttled(driver, self._handle()) if isinstance(driver, Metered) else None
+
+    @property
+    def worth_saving(self) -> bool:
+        """Whether its machine has done so much that it should go on later rather than begin elsewhere."""
+        return self.running and self.ran_s() >= _WORTH_SAVING_S and isinstance(self._driver(), Checkpointing)
+
+    async def save(self) -> None:
+        """Write its machine to the disk and give its memory back. One for which that is not possible is ended: the owner comes first."""
+        async with self._machine_lock:
+            if not self.running:
+                return
+            fault = await self._save()
+            self._stop_watch()
+            if not fault:
+                _log.info("machine_saved", **self._names(), ran_s=round(self._ran_s, 1))
+                await self._note(durably=True, phase=Phase.SAVED, kept_s=self._ran_s, restores=0)
+            elif not isinstance(await self._driver().recover(self._handle()), Running):
+                return  # it ended by itself meanwhile
+        if fault:
+            await self.end(Verdict(AttemptState.REFUSED, f"the owner needed the memory, and {fault}", rests=False))
+
     async def end(self, verdict: Verdict, *, grace_s: float = 0.0) -> None:
         """End its machine, if it runs, for a reason of ours. What follows is up to `run`."""
         async with self._machine_lock:
-            if self.entry.phase is not Phase.STARTED or self.entry.verdict is not None:
+            if self.entry.phase not in (Phase.STARTED, Phase.SAVED) or self.entry.verdict is not None:
                 return
             _log.info("attempt_ends", **self._names(), reason=verdict.reason)
             await self._note(verdict=verdict)
+        self._awake.set()
         try:
             await self._driver().stop(self._handle(), grace_s=grace_s)
         except (DeskgridError, OSError):
@@ -226,7 +274,8 @@ class Runner:
         again at once.
         """
         self._output.close()
-        await self.settle(AttemptState.REFUSED, reason if self.entry.phase is Phase.STARTED else "", rests=False)
+        started = self.entry.phase in (Phase.STARTED, Phase.SAVED)
+        await self.settle(AttemptState.REFUSED, reason if started else "", rests=False)
         await self.run()
 
     async def discard(self, *, grace_s: float = 0.0) -> None:
@@ -251,6 +300,7 @@ class Runner:
             Phase.FETCHING: self._prepare,
             Phase.PREPARED: self._start,
             Phase.STARTED: self._watch,
+            Phase.SAVED: self._revive,
             Phase.EXITED: self._collect,
             Phase.SETTLED: self._deliver,
         }
@@ -266,7 +316,7 @@ class Runner:
 
     async def _recover(self) -> None:
         """Find the machine again, if there was one."""
-        if self.entry.phase not in (Phase.PREPARED, Phase.STARTED):
+        if self.entry.phase not in _WITH_MACHINE:
             return
         handle, driver = self._handle(), self._driver()
         found = await driver.recover(handle)
@@ -281,7 +331,16 @@ class Runner:
         if not isinstance(found, Running):
             # It is off since nobody knows when: only what we saw of its time counts.
             self._ran_s, self._since = self.entry.ran_s, None
+            if isinstance(found, Saved):
+                await self._note(phase=Phase.SAVED)
             return
+        if self.entry.phase is Phase.SAVED:
+            # Killed between making it run again and our note of it.
+            self._ran_s, self._since = self.entry.kept_s, self._clock.monotonic()
+            await self._note(phase=Phase.STARTED)
+        if isinstance(driver, Metered) and (handle.spec.kind is MachineKind.VM or not self._kit.owner.paused):
+            # A worker before us may have been killed while it throttled it. (Processes are paused by the same signal; hypervisors are not.)
+            driver.let_run(handle, True)
         if self.entry.verdict is not None:
             await driver.stop(handle, grace_s=0.0)
         elif self._kit.owner.paused:
@@ -295,7 +354,7 @@ class Runner:
         verdict = self.entry.verdict
         if verdict is not None:
             await self.settle(verdict.state, verdict.reason, rests=False)
-        elif self.entry.phase is Phase.STARTED:
+        elif self.entry.phase is not Phase.PREPARED:
             await self.settle(AttemptState.REFUSED, "the machine was gone when the worker came back", rests=False)
         else:
             # It never ran, so it can be made again.
@@ -347,17 +406,77 @@ class Runner:
     async def _watch(self) -> None:
         """Follow the machine until it is off, and what it sent last has arrived."""
         await beside(self._await_end(), self._serve())
-        self._release_disk()
+        if self.entry.phase is not Phase.SAVED:
+            self._release_disk()
 
     async def _await_end(self) -> None:
-        exited = await beside(self._follow(), self._keep_limits(), self._output.run())
+        exited = await beside(self._follow(), self._keep_limits(), self._keep_checkpoints(), self._output.run())
         self._stop_watch()
+        if isinstance(exited, Saved):
+            async with self._machine_lock:  # whoever saves it may not have noted that yet
+                await self._note(phase=Phase.SAVED)
+            return
         _log.info("machine_exited", **self._names(), cause=exited.cause.value, detail=exited.detail, ran_s=round(self._ran_s, 1))
         await self._note(phase=Phase.EXITED, exited=exited)
         if self._services is not None and self.entry.verdict is None:
             await self._services.finish()
 
-    async def _follow(self) -> Exited:
+    async def _revive(self) -> None:
+        """Let a machine that is on the disk go on, once the owner lets it."""
+        await self._awake.wait()
+        if self.entry.verdict is not None:
+            await self._note(phase=Phase.EXITED, exited=Exited(ExitCause.STOPPED))
+            self._release_disk()
+            return
+        if self.entry.restores >= _MOST_RESTORES:
+            await self.settle(AttemptState.REFUSED, "the machine was killed again and again")
+            return
+        async with self._machine_lock:
+            driver = self._driver()
+            if self._kit.owner.paused or not isinstance(driver, Checkpointing):
+                self._awake.clear()
+                return
+            await self._note(restores=self.entry.restores + 1)
+            await driver.restore(self._handle())
+            # What it had told is read again, from its beginning.
+            self._output = self._make_output()
+            self._ran_s, self._since = self.entry.kept_s, self._clock.monotonic()
+            await self._note(durably=True, phase=Phase.STARTED)
+        _log.info("machine_restored", **self._names(), ran_s=round(self._ran_s, 1))
+        self._kit.changed()
+
+    async def _keep_checkpoints(self) -> None:
+        """Write the machine's state to the disk every so often, so that a killed one does not begin anew."""
+        interval_s, driver = self._kit.settings.checkpoint_s, self._driver()
+        while interval_s > 0 and isinstance(driver, Checkpointing):
+            left_s = self._tried_s + interval_s - self.ran_s()
+            if left_s > 0 or self._since is None:
+                await self._clock.sleep(max(left_s, _RECHECK_S))
+                continue
+            self._tried_s = self.ran_s()
+            async with self._machine_lock:
+                if self.running and self._since is not None:
+                    await self._checkpoint(driver)
+
+    async def _checkpoint(self, driver: Checkpointing) -> None:
+        ran_s = self.ran_s()
+        try:
+            self._check_room()
+            self._kit.unthrottle(self._handle())
+            await driver.checkpoint(self._handle())
+        except (DeskgridError, OSError) as error:
+            _log.warning("no_checkpoint", **self._names(), error=str(error))
+            return
+        _log.info("checkpoint", **self._names(), ran_s=round(ran_s, 1))
+        await self._note(kept_s=ran_s, restores=0)
+
+    def _check_room(self) -> None:
+        """Raise NoSpace if the owner's bounds leave no room for the machine's memory on the disk."""
+        room, needed = self._kit.result_room(), self.entry.assignment.spec.machine.memory_bytes
+        if room < needed:
+            raise NoSpace(f"the machine's memory takes {needed >> 20} MiB, and {max(0, room) >> 20} MiB may be used")
+
+    async def _follow(self) -> Exited | Saved:
         events = self._driver().events(self._handle())
         try:
             async for event in events:
@@ -367,7 +486,7 @@ class Runner:
                     await self._note(booted=True)
                 elif isinstance(event, Listening) and self._services is not None:
                     self._services.listening(event.port)
-                elif isinstance(event, Exited):
+                elif isinstance(event, Exited | Saved):
                     return event
         finally:
             if isinstance(events, AsyncGenerator):
@@ -405,7 +524,7 @@ class Runner:
         if exited is None:
             raise MachineFailed("nobody knows how the machine ended")
         if verdict is not None and (verdict.state is AttemptState.REFUSED or not self.entry.booted):
-            await self.settle(verdict.state, verdict.reason)
+            await self.settle(verdict.state, verdict.reason, rests=verdict.rests)
             return
         if exited.cause in NOT_THE_JOB or (exited.cause is ExitCause.STOPPED and verdict is None):
             why = NOT_THE_JOB.get(exited.cause, "the machine was stopped from outside")
@@ -505,6 +624,7 @@ class Runner:
                 _log.warning("journal_not_written", **self._names(), error=str(error))
 
     async def _freeze(self) -> bool:
+        self._kit.unthrottle(self._handle())
         driver = self._driver()
         if not isinstance(driver, Suspendable):
             return False
@@ -514,6 +634,22 @@ class Runner:
             _log.warning("machine_not_frozen", **self._names(), error=str(error))
             return False
         return True
+
+    async def _save(self) -> str:
+        """Write its machine to the disk; return why that was not possible."""
+        driver = self._driver()
+        if not isinstance(driver, Checkpointing):
+            return f"a machine of kind {self._handle().spec.kind} cannot be written to the disk"
+        try:
+            self._check_room()
+            self._kit.unthrottle(self._handle())
+            await driver.save(self._handle())
+        except (DeskgridError, OSError) as error:
+            return f"its machine could not be written to the disk: {error}"
+        return ""
+
+    def _make_output(self) -> LiveOutput:
+        return LiveOutput(self.id, self._kit.connection, self._clock, self._kit.rng)
 
     async def _clean(self) -> None:
         """Remove the machine and all files. What cannot be removed now is at the next start."""

@@ -193,7 +193,9 @@ class Services:
                 yield serve_port(peer, str(reach.service), listener, wait_s=self._machine.reach_wait_s)
         yield serve_socks(self._joiner(peer), await listen(GATEWAY, SOCKS_PORT))
         if self._machine.network is Network.INTERNET:
-            yield serve_http_proxy(self._public_dialler(peer), await listen(GATEWAY, HTTP_PROXY_PORT))
+            yield serve_http_proxy(
+                self._public_dialler(peer), await listen(GATEWAY, HTTP_PROXY_PORT), pumps=self._overlay.endpoint.pumps
+            )
 
     def _joiner(self, peer: Peer) -> Join:
         """Return what joins a SOCKS5 client with what it asked for: a service of the spec, or the internet where that is allowed."""

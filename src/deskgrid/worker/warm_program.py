@@ -16,6 +16,7 @@ from deskgrid.machines.driver import (
     ExitCause,
     Exited,
     MachineHandle,
+    Metered,
     Output,
     Stream,
     Suspendable,
@@ -30,6 +31,7 @@ from deskgrid.worker.kit import Kit
 from deskgrid.worker.slots import Usage
 from deskgrid.worker.supplies import WARM_LIFE_S, Supplies
 from deskgrid.worker.tasks import beside, finish, in_thread, within
+from deskgrid.worker.throttles import Throttled
 from deskgrid.worker.warm_jobs import BACK, STOPPED, WarmAttempt, WarmLine, settle_by
 
 __all__ = ["Pool", "WarmProgram"]
@@ -145,6 +147,13 @@ class WarmProgram:
             self.blamed = self.head()
             self._over.set_result(verdict)
 
+    def throttled(self) -> Throttled | None:
+        """Return its machine, if that runs and can be held to a share of the CPUs."""
+        driver = self._driver()
+        if not self.ready or self.frozen or self.ending or not isinstance(driver, Metered):
+            return None
+        return Throttled(driver, self._machine())
+
     async def freeze(self) -> None:
         """Let it stand still; one that cannot is ended."""
         try:
@@ -152,6 +161,7 @@ class WarmProgram:
             if driver is None or self._handle is None or not isinstance(driver, Suspendable):
                 raise MachineFailed("the driver cannot")
             self.frozen, self._frozen_at = True, self._clock.monotonic()
+            self._kit.unthrottle(self._handle)
             await driver.pause(self._handle)
         except DeskgridError as error:
             _log.warning("program_not_frozen", name=self.name, error=str(error))

@@ -46,7 +46,7 @@ def test_the_commands_are_those_that_the_documentation_promises():
         connect offer proxy ssh scp shell peers connection.list
         server.init server.run server.join-link server.hub-link server.migrate server.backup server.restore
         hub.join hub.run hub.list hub.remove
-        worker.join worker.run worker.status worker.pause worker.resume worker.leave
+        worker.join worker.run worker.status worker.top worker.doctor worker.pause worker.resume worker.leave
         worker.link worker.list worker.reserve worker.remove
         user.add user.list user.token user.tokens user.set user.renew group.add group.list group.members group.set
         disk.build disk.publish disk.list

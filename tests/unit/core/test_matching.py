@@ -29,6 +29,7 @@ requirements = st.builds(
     platforms=st.sampled_from([(), ("linux-x86_64",), ("windows-x86_64",)]),
     packages=st.sampled_from([(), ("root",)]),
     on=st.sampled_from(["", "", "worker:7", "worker:8", "group:hep"]),
+    driver=st.sampled_from(["", "", "qemu", "virtualbox"]),
 )
 queues = st.lists(
     st.builds(
@@ -151,6 +152,15 @@ def test_higher_priority_goes_first_within_a_user_only():
 def test_cached_disk_comes_first_within_a_user():
     ask = msgspec.structs.replace(ROOMY, cached=frozenset({DISKS[1]}))
     assert match(ask, [_queue(1, 1, disk=DISKS[0], head=1), _queue(2, 1, disk=DISKS[1], head=9)], _even(), limit=1) == [Share(2, 1)]
+
+
+def test_job_that_asks_for_a_driver_goes_to_no_other():
+    spec = JobSpec(name="j", machine=Machine(disk="d", driver="virtualbox"))
+    wanted = Queue(id=1, class_id=1, owner_id=UserId(1), requirement=requirement_of(spec, disk=DISKS[0]), waiting=1)
+    asking = Ask(free=Capacity(cpus=1, memory_bytes=GIB, disk_bytes=8 * GIB), drivers=(QEMU,), platform="linux-x86_64")
+    box = Fingerprint(driver=DriverName.VIRTUALBOX, kinds=(MachineKind.VM,), usable=True)
+    assert not suits(asking, wanted, PEOPLE[UserId(1)])
+    assert suits(msgspec.structs.replace(asking, drivers=(QEMU, box)), wanted, PEOPLE[UserId(1)])
 
 
 def test_unusable_driver_gets_nothing():

@@ -70,6 +70,7 @@ def test_services_are_allowed_with_a_network(network: Network):
         (networked(ssh_keys=("\udc80",)), "machine.ssh_keys"),
         (networked(ssh_keys=("",)), "machine.ssh_keys"),
         (networked(reach_wait_s=-1.0), "machine.reach_wait"),
+        (networked(driver="xen"), "machine.driver"),
         (networked(reach_wait_s=86401.0), "machine.reach_wait"),
         (msgspec.structs.replace(GOOD, limits=Limits(wall_time_s=float("nan"))), "limits.wall_time"),
         (msgspec.structs.replace(GOOD, limits=Limits(attempts=0)), "limits.attempts"),

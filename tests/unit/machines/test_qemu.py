@@ -47,7 +47,7 @@ def test_every_format_is_given_down_to_the_file() -> None:
     assert {name: node["driver"] for name, node in found.items()} == {
         "base": "qcow2",
         "disk": "qcow2",
-        "scratch": "raw",
+        "scratch": "qcow2",
         "context": "raw",
     }
     assert all(node["file"]["driver"] == "file" for node in found.values())
@@ -126,7 +126,7 @@ async def test_networks_are_those_that_the_owner_allows(tmp_path: Path, lent: di
 
 
 async def test_pc_without_cages_offers_no_network_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def probe(clock: object) -> str:
+    async def probe(clock: object, place: object) -> str:
         return "no cage here"
 
     monkeypatch.setattr(base.cage, "probe_cage", probe)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deskgrid.errors import OperatorError
-from deskgrid.machines.disks import qcow2_virtual_size
+from deskgrid.machines.qcow2 import qcow2_virtual_size
 from deskgrid.templates import tiny
 from deskgrid.templates.tiny import REQUIRED_TOOLS, build_tiny, missing_tools
 from deskgrid.testing.tiny_template import template_cache, tiny_template

@@ -20,7 +20,8 @@ import msgspec
 
 from deskgrid.archive import zstd
 from deskgrid.clock import FakeClock
-from deskgrid.errors import DeskgridError, Forbidden, Unauthenticated, Unreachable
+from deskgrid.core.owner import Seen
+from deskgrid.errors import DeskgridError, Forbidden, MachineFailed, Unauthenticated, Unreachable
 from deskgrid.machines.driver import (
     Booted,
     ExitCause,
@@ -31,6 +32,7 @@ from deskgrid.machines.driver import (
     MachineSpec,
     Output,
     Running,
+    Saved,
     Stream,
 )
 from deskgrid.machines.results import ResultReport
@@ -47,7 +49,7 @@ from deskgrid.worker.home import Home
 
 FINAL = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED)
 DISK = b"disk" * 1000
-SETTINGS = WorkerSettings(cpus=2, memory_bytes=2 * GIB, disk_bytes=20 * GIB, reserve_bytes=0, stop_grace_s=5.0)
+SETTINGS = WorkerSettings(cpus=2, memory_bytes=2 * GIB, disk_bytes=20 * GIB, reserve_bytes=0, stop_grace_s=5.0, release_s=0.0)
 
 
 def blob_of(content: bytes) -> Blob:
@@ -241,7 +243,9 @@ class PlayMachine:
     def __init__(self, spec: MachineSpec, scratch: Path) -> None:
         self.spec = spec
         self.scratch = scratch
-        self.started = self.off = self.frozen = False
+        self.started = self.off = self.frozen = self.saved = False
+        self.checkpoints: list[float] = []
+        """When each was made, in the rig's time."""
         self.stops: list[float] = []
         self.happened: list[MachineEvent] = []
         self._news = asyncio.Condition()
@@ -261,6 +265,11 @@ class PlayMachine:
         outputs = [Output(Stream.STDOUT, stdout)] if stdout else []
         await self.tell(*outputs, Exited(cause))
 
+    async def turn_off(self) -> None:
+        """End without a word, as if the PC lost its power: it can go on from its last checkpoint, if it has one."""
+        self.saved = bool(self.checkpoints)
+        await self.tell(Saved() if self.saved else Exited(ExitCause.KILLED))
+
     async def events(self) -> AsyncIterator[MachineEvent]:
         seen = 0
         while True:
@@ -270,7 +279,7 @@ class PlayMachine:
             while seen < len(self.happened):
                 seen += 1
                 yield self.happened[seen - 1]
-                if isinstance(self.happened[seen - 1], Exited):
+                if isinstance(self.happened[seen - 1], Exited | Saved):
                     return
 
 
@@ -353,6 +362,7 @@ class PlayDriver:
         self.pc.machines[handle.workdir].frozen = True
 
     async def resume(self, handle: MachineHandle) -> None:
+        self._raise("resume")
         self.pc.machines[handle.workdir].frozen = False
 
     async def connect_program(self, handle: MachineHandle) -> socket.socket:
@@ -362,6 +372,85 @@ class PlayDriver:
     def _raise(self, method: str) -> None:
         if method in self.errors:
             raise self.errors[method]
+
+
+class SavingDriver(PlayDriver):
+    """With Checkpointing, too."""
+
+    def __init__(self, pc: Pc, clock: FakeClock) -> None:
+        super().__init__(pc)
+        self.clock = clock
+        self.restored = 0
+
+    async def checkpoint(self, handle: MachineHandle) -> None:
+        self._raise("checkpoint")
+        machine = self.pc.machines[handle.workdir]
+        if machine.off:
+            raise MachineFailed("the machine is off")
+        machine.checkpoints.append(self.clock.now())
+
+    async def save(self, handle: MachineHandle) -> None:
+        self._raise("save")
+        await self.checkpoint(handle)
+        await self.pc.machines[handle.workdir].turn_off()
+
+    async def restore(self, handle: MachineHandle) -> None:
+        self._raise("restore")
+        machine = self.pc.machines[handle.workdir]
+        assert machine.saved
+        machine.happened.remove(Saved())
+        machine.saved = machine.frozen = False
+        self.restored += 1
+
+    async def recover(self, handle: MachineHandle) -> Running | Saved | Exited | Gone:  # type: ignore[override]
+        machine = self.pc.machines.get(handle.workdir)
+        return Saved() if machine is not None and machine.saved else await super().recover(handle)
+
+
+class MeteredDriver(PlayDriver):
+    """With Metered, too: `busy` uses a CPU for as long as it may run."""
+
+    def __init__(self, pc: Pc, clock: FakeClock) -> None:
+        super().__init__(pc)
+        self.clock = clock
+        self.busy: PlayMachine | None = None
+        self.runs = True
+        self._counted_at = clock.monotonic()
+        self._used_s = 0.0
+
+    @property
+    def used_s(self) -> float:
+        now = self.clock.monotonic()
+        idle = self.busy is None or self.busy.frozen or not self.runs
+        self._used_s += 0.0 if idle else now - self._counted_at
+        self._counted_at = now
+        return self._used_s
+
+    def cpu_time_s(self, handle: MachineHandle) -> float:
+        return self.used_s
+
+    def let_run(self, handle: MachineHandle, run: bool) -> None:
+        assert self.used_s >= 0
+        self.runs = run
+
+
+class PlaySight:
+    """What is seen of a PC, as a test says."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.seen = Seen(weekday=0, minute=0, idle_s=1e9, busy_cpus=0.0)
+        self.looks: list[float] = []
+        self._clock = clock
+
+    async def look(self) -> Seen:
+        self.looks.append(self._clock.now())
+        return self.seen
+
+    def change(self, **values: Any) -> None:
+        self.seen = msgspec.structs.replace(self.seen, **values)
+
+    async def close(self) -> None:
+        pass
 
 
 async def play_unpack(transport: Path, output: Path, **_: Any) -> None:
@@ -378,6 +467,7 @@ class Rig:
         self.server = PlayServer()
         self.pc = Pc()
         self.driver = PlayDriver(self.pc)
+        self.sight = PlaySight(self.clock)
         self.free_bytes = 100 * GIB
         self.extract_error: Exception | None = None
 
@@ -415,6 +505,7 @@ class Rig:
             name="pc",
             address="grid",
             free_bytes=lambda _: self.free_bytes,
+            sight=self.sight,
             unpack=play_unpack,
             extract=self.extract,
         )

@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 from deskgrid.clock import FakeClock
 from deskgrid.core.backoff import delay_s
-from deskgrid.errors import BadImage, NoSpace
+from deskgrid.errors import BadImage, DriverUnusable, NoSpace
 from deskgrid.machines.driver import ExitCause, Exited, MachineHandle, MachineSpec, Stream
 from deskgrid.machines.results import ResultReport
 from deskgrid.model.ids import AttemptId, JobId
 from deskgrid.model.jobs import AttemptState, JobSpec, Machine
-from deskgrid.model.machines import MachineKind
+from deskgrid.model.machines import DriverName, Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity
 from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
 from deskgrid.worker import home as home_module
+from deskgrid.worker.drivers import Drivers
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
 from deskgrid.worker.judging import judge
 from deskgrid.worker.output import LiveOutput
@@ -295,3 +296,55 @@ async def test_within_cancels_what_takes_too_long() -> None:
     await clock.advance(2)
     with pytest.raises(TimeoutError):
         await task
+
+
+# ---- which driver
+
+
+def fingerprint(
+    driver: DriverName, accelerator: str, *, usable: bool = True, networks: tuple[Network, ...] = (Network.NONE,)
+) -> Fingerprint:
+    return Fingerprint(driver, (MachineKind.VM,), usable, "" if usable else "no", "1", accelerator, networks)
+
+
+class Found:
+    """A driver that found out this."""
+
+    def __init__(self, found: Fingerprint) -> None:
+        self.found = found
+
+    async def fingerprint(self) -> Fingerprint:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("qemu", "virtualbox", "asked", "chosen"),
+    [
+        ("kvm", True, "", DriverName.QEMU),
+        ("tcg", True, "", DriverName.VIRTUALBOX),
+        ("tcg", False, "", DriverName.QEMU),
+        ("tcg", True, "qemu", DriverName.QEMU),
+        ("kvm", True, "virtualbox", DriverName.VIRTUALBOX),
+        ("kvm", False, "virtualbox", None),
+    ],
+)
+async def test_hardware_goes_before_software_unless_the_job_asks(
+    qemu: str, virtualbox: bool, asked: str, chosen: DriverName | None
+) -> None:
+    both = (Network.NONE, Network.OVERLAY)
+    found = [
+        Found(fingerprint(DriverName.QEMU, qemu, networks=both)),
+        Found(fingerprint(DriverName.VIRTUALBOX, "hardware", usable=virtualbox)),
+    ]
+    drivers = Drivers(found, lambda name: None)  # type: ignore[arg-type, return-value]
+    await drivers.probe()
+    machine = Machine(disk="d", driver=asked)
+    if chosen is None:
+        with pytest.raises(DriverUnusable, match="virtualbox"):
+            drivers.choose(machine)
+        return
+    driver = drivers.choose(machine)
+    assert isinstance(driver, Found) and driver.found.driver is chosen
+    # A job with services is for a driver that can confine them, however slow.
+    wired = drivers.choose(Machine(disk="d", network=Network.OVERLAY))
+    assert isinstance(wired, Found) and wired.found.driver is DriverName.QEMU
