@@ -96,6 +96,7 @@ def packed_of(image: Path) -> Path:
 def create_packed(image: Path, size_bytes: int, *, content: Path | None = None) -> None:
     """Make a scratch disk as the QEMU driver does."""
     create_scratch(image, size_bytes, content=content)
+    packed_of(image).unlink(missing_ok=True)
     pack_sparse(image, packed_of(image))
     image.unlink()
 

@@ -21,7 +21,7 @@ import psutil
 
 from deskgrid.client.grid import Grid, join, login
 from deskgrid.client.transport import load_credentials, save_credentials
-from deskgrid.machines.images import prepare_disk
+from deskgrid.machines.disk_import import prepare_disk
 from deskgrid.model import wire
 from deskgrid.model.data import DataKind, Disk
 from deskgrid.model.ids import JobId, Sha256

@@ -41,7 +41,7 @@ class LabGrid(System):
         self.cli("login", link)
 
     def publish_file(self, file: Path, name: str, *options: str) -> None:
-        self.cli("disk", "publish", file, "--name", name, *options)
+        self.cli("disk", "import", file, "--name", name, *options)
 
     def publish(self, name: str = "tiny", content: bytes | None = None) -> None:
         file = self.folder / f"{name}.iso"

@@ -74,7 +74,7 @@ def vm_system(system: System, tmp_path: Path) -> Iterator[System]:
 def publish(system: System, disk: Path, *, agent: bool) -> str:
     """Publish the disk for our agent or for cloud-init; return its name."""
     name = "debian" if agent else "cloud"
-    system.cli("disk", "publish", disk, "--name", name, *(["--agent"] if agent else []))
+    system.cli("disk", "import", disk, "--name", name, *(["--agent"] if agent else []))
     return name
 
 

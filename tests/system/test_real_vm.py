@@ -118,7 +118,7 @@ def test_virtual_machine_that_is_killed_or_hangs_fails_with_its_reason(vm_system
 def test_disk_that_never_boots_ends_at_the_boot_time(vm_system: System):
     empty = vm_system.folder / "empty.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", empty, "64M"], check=True)
-    vm_system.cli("disk", "publish", empty, "--name", "empty")
+    vm_system.cli("disk", "import", empty, "--name", "empty")
     limits = 'attempts = 1\nboot_time = "4s"'
     job = vm_system.json("job", "submit", vm_job(vm_system, "true", disk='"empty"', limits=limits))["id"]
     assert "did not boot" in vm_system.wait_for(job, "failed", ["failed"], limit_s=LIMIT_S)["job"]["message"]

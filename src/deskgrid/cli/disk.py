@@ -1,4 +1,4 @@
-"""deskgrid disk: build virtual disks and publish them for jobs to boot."""
+"""deskgrid disk: build virtual disks, and import any for jobs to boot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from deskgrid.cli.connection import connected
 from deskgrid.cli.data import print_data, reference_of, require_file
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, make_reporter, print_json, print_lines
-from deskgrid.errors import InvalidInput
+from deskgrid.errors import BadImage, InvalidInput
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.machines import ContextLabel
 from deskgrid.units import parse_size
@@ -25,9 +25,9 @@ from deskgrid.units import parse_size
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
 
-__all__ = ["app", "cache_folder", "cached_tiny", "publish_disk"]
+__all__ = ["app", "cache_folder", "cached_tiny", "import_disk"]
 
-app = App(default_parameter=NO_NEGATIVES, name="disk", help="Build virtual disks and publish them.")
+app = App(default_parameter=NO_NEGATIVES, name="disk", help="Build virtual disks, and import any.")
 
 
 def cache_folder() -> Path:
@@ -147,22 +147,33 @@ def _recipe_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-@app.command
-async def publish(file: Path, /, *, name: str | None = None, public: bool = False, agent: bool = False, json: Json = False) -> None:
-    """Check a disk image, pack it and upload it; jobs then boot it by its name.
+@app.command(name="import")
+async def import_(
+    source: str,
+    /,
+    *,
+    name: str | None = None,
+    public: bool = False,
+    agent: bool = False,
+    shrink: bool = False,
+    sha256: str = "",
+    json: Json = False,
+) -> None:
+    """Make a disk of the grid from an image: check it, convert it, pack it and upload it; jobs then boot it by its name.
 
-    qcow2, raw, VDI, VMDK, VHDX and ISO images are taken. Images that refer to other files are refused.
+    Images of qcow2, raw, vmdk, vdi, vhd, vhdx and ISO are taken, also packed (zst, gz, xz, bz2) or in an .ova, tar or zip.
+    What an image is, is found by its content. Images that refer to other files are refused.
 
     For example:
 
-        deskgrid disk publish tiny.qcow2 --name tiny --public --agent
-        deskgrid disk publish debian.qcow2 --name debian --agent
-        deskgrid disk publish debian-12-nocloud.qcow2 --name cloud
+        deskgrid disk import tiny.qcow2 --name tiny --public --agent
+        deskgrid disk import appliance.ova --name appliance
+        deskgrid disk import https://example.org/debian-13-nocloud-amd64.qcow2 --name cloud
 
     Parameters
     ----------
-    file
-        The image.
+    source
+        The image: a file, or an address that begins with https://.
     name
         Its name on the grid; by default the file's without suffix. A name that exists gets a new version.
     public
@@ -170,27 +181,66 @@ async def publish(file: Path, /, *, name: str | None = None, public: bool = Fals
     agent
         Its system mounts a disk labelled CONTEXT and runs the agent from it, as built templates do.
         Otherwise the context disk is made for cloud-init (NoCloud, label CIDATA).
+    shrink
+        Write a qcow2 anew, without the room in it that has only zeros.
+    sha256
+        Of the file: what is fetched or read must be that. An address that begins with http:// needs it.
     """
-    require_file(file)
+    from deskgrid.client.download import forget_download, is_url
+
+    label = ContextLabel.CONTEXT if agent else ContextLabel.CIDATA
     async with connected() as grid:
         with make_reporter(json) as reporter:
-            label = ContextLabel.CONTEXT if agent else ContextLabel.CIDATA
-            data = await publish_disk(grid, file, name or file.stem, reporter, label=label, public=public)
+            file, stem = await _file_of(source, sha256, reporter)
+            data = await import_disk(grid, file, name or stem, reporter, label=label, public=public, shrink=shrink)
+        if is_url(source):
+            forget_download(file)
     if json:
         print_json(data)
     else:
         print_lines(reference_of(data))
 
 
-async def publish_disk(grid: Grid, file: Path, name: str, reporter: Reporter, *, label: ContextLabel, public: bool = False) -> Data:
-    """Check, pack and upload a disk image."""
-    from deskgrid.machines.images import prepare_disk
+async def _file_of(source: str, sha256: str, reporter: Reporter) -> tuple[Path, str]:
+    """Return the file with an image, fetched if need be, and a name for it."""
+    from deskgrid.client.download import download, is_url, name_in, sha256_of
 
-    packed = cache_folder() / "publish"  # not the temporary folder, which may be in memory: disks are large
+    if is_url(source):
+        fetching = reporter.begin(f"fetch {name_in(source)}")
+        file = await download(source, cache_folder() / "downloads", sha256=sha256, progress=fetching.done)
+        return file, _stem(name_in(source))
+    file = Path(source)
+    require_file(file)
+    if sha256 and await asyncio.to_thread(sha256_of, file) != sha256:
+        raise BadImage("is not the file that was wanted: its sha256 is another", where=source)
+    return file, _stem(file.name)
+
+
+def _stem(name: str) -> str:
+    """Return a name without the suffixes of images: disk.raw.xz is disk."""
+    while (path := Path(name)).suffix.lower() in _SUFFIXES:
+        name = path.stem
+    return name
+
+
+_SUFFIXES = frozenset(
+    (
+        *(".qcow2", ".raw", ".img", ".vmdk", ".vdi", ".vhd", ".vhdx", ".iso", ".ova"),
+        *(".zst", ".gz", ".xz", ".bz2", ".tar", ".tgz", ".zip"),
+    )
+)
+
+
+async def import_disk(
+    grid: Grid, file: Path, name: str, reporter: Reporter, *, label: ContextLabel, public: bool = False, shrink: bool = False
+) -> Data:
+    """Check, convert, pack and upload a disk image."""
+    from deskgrid.machines.disk_import import prepare_disk
+
+    packed = cache_folder() / "import"  # not the temporary folder, which may be in memory: disks are large
     packed.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=packed) as folder:
-        packing = reporter.begin(f"check and pack {file.name}")
-        made = await prepare_disk(file, Path(folder), packing.done)
+        made = await prepare_disk(file, Path(folder), lambda title: reporter.begin(title).done, shrink=shrink)
         disk = Disk(
             sha256=made.sha256,
             size_bytes=made.size_bytes,

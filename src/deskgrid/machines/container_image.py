@@ -10,7 +10,6 @@ import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,24 +18,16 @@ from msgspec import Struct
 
 from deskgrid.errors import BadImage
 from deskgrid.machines.ext4 import ReadAt
+from deskgrid.machines.tar_members import TarMember, tar_members
 
 __all__ = ["check_archive", "looks_like_archive", "write_archive"]
 
 T = TypeVar("T")
-_BLOCK = 512
 _MOST_MEMBERS = 10_000
 _LOOK_MEMBERS = 64
 _MOST_JSON_BYTES = 1 << 20
 _NAME = re.compile(r"(?:\./)?(oci-layout|index\.json|blobs/?|blobs/sha256/?|blobs/sha256/[0-9a-f]{64})")
-_FILES, _FOLDER, _EXTENSIONS = (b"0", b"\0"), b"5", (b"x", b"g")
 _MANIFESTS = ("application/vnd.oci.image.manifest.v1+json",)
-
-
-class _Member(Struct, frozen=True):
-    name: str
-    kind: bytes
-    at: int
-    size: int
 
 
 class _Layout(Struct, frozen=True):
@@ -56,7 +47,7 @@ class _Index(Struct, frozen=True):
 def looks_like_archive(read_at: ReadAt, size: int) -> bool:
     """Tell whether a file is a tar with the mark of an OCI archive among its first members."""
     try:
-        for number, member in enumerate(_members(read_at, size)):
+        for number, member in enumerate(tar_members(read_at, size)):
             if member.name.removeprefix("./") == "oci-layout":
                 return True
             if number >= _LOOK_MEMBERS:
@@ -68,14 +59,12 @@ def looks_like_archive(read_at: ReadAt, size: int) -> bool:
 
 def check_archive(read_at: ReadAt, size: int) -> int:
     """Return the bytes of all blobs. Raise BadImage if it is not an OCI archive with just one image in it."""
-    found: dict[str, _Member] = {}
-    for number, member in enumerate(_members(read_at, size)):
+    found: dict[str, TarMember] = {}
+    for number, member in enumerate(tar_members(read_at, size)):
         if number >= _MOST_MEMBERS:
             raise BadImage(f"has more than {_MOST_MEMBERS} members")
-        if member.kind in _EXTENSIONS:
-            continue
         match = _NAME.fullmatch(member.name)
-        if match is None or member.kind not in (*_FILES, _FOLDER):
+        if match is None or not (member.is_file or member.is_folder):
             raise BadImage(f"is no OCI archive: it has {member.name[:100]!r} in it")
         if match[1] in found:
             raise BadImage(f"has {match[1]} twice")
@@ -119,38 +108,9 @@ def write_archive(path: Path, layer: bytes, config: dict[str, object]) -> None:
             archive.addfile(member, io.BytesIO(data))
 
 
-def _members(read_at: ReadAt, size: int) -> Iterator[_Member]:
-    """Yield the members by their headers (POSIX ustar); nothing of what they hold is read."""
-    at = 0
-    while at + _BLOCK <= size:
-        header = read_at(at, _BLOCK)
-        if len(header) < _BLOCK or not any(header):
-            return
-        if header[257:262] != b"ustar":
-            raise BadImage("is a damaged tar")
-        length = _number(header[124:136])
-        if at + _BLOCK + length > size:
-            raise BadImage("is cut short")
-        name = (header[345:500].rstrip(b"\0") + b"/" if header[345] and header[263:265] == b"00" else b"") + header[:100].partition(
-            b"\0"
-        )[0]
-        yield _Member(name.decode(errors="replace"), header[156:157], at + _BLOCK, length)
-        at += _BLOCK + -(-length // _BLOCK) * _BLOCK
-
-
-def _number(field: bytes) -> int:
-    """Return a size: octal digits, or binary with the first bit set (GNU)."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]*", digits):
-        raise BadImage("is a damaged tar")
-    return int(digits or b"0", 8)
-
-
-def _json(found: dict[str, _Member], name: str, read_at: ReadAt, kind: type[T]) -> T:
+def _json(found: dict[str, TarMember], name: str, read_at: ReadAt, kind: type[T]) -> T:
     member = found.get(name)
-    if member is None or member.size > _MOST_JSON_BYTES or member.kind not in _FILES:
+    if member is None or member.size > _MOST_JSON_BYTES or not member.is_file:
         raise BadImage(f"has no {name}")
     try:
         return msgspec.json.decode(read_at(member.at, member.size), type=kind)

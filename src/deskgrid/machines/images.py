@@ -1,4 +1,4 @@
-"""Disk images as hostile input: what is taken, what is turned into it, what is refused.
+"""Disk images as hostile input: what a file is, and what a worker takes. (What a publisher makes of others: disk_import.py.)
 
 Policy. A disk of the grid is a plain qcow2 or an ISO. Publisher and worker both call `check_image`, which reads a few kilobytes
 in pure Python; qemu-img sees an image only afterwards, confined, with its format always given, never probed.
@@ -12,6 +12,9 @@ in pure Python; qemu-img sees an image only afterwards, confined, with its forma
     OCI archive              kept: an image of a container                  taken, podman unpacks it confined
     ISO 9660 (also isohybrid) kept                                          taken
     raw with a boot sector   converted                                      refused
+    vmdk, vdi, vhd, vhdx     converted, if they stand alone                 refused
+    zst, gz, xz, bz2         unpacked, then as what is inside               refused
+    tar (.ova), zip          the one disk inside is taken                   refused
     anything else            refused with what to do
 
 qcow2 header (QEMU, docs/interop/qcow2.rst; all numbers big-endian): magic u32, version u32, backing file offset u64 and
@@ -24,52 +27,42 @@ A disk travels as one zstd frame of the image file, so that the cached file, onc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
-import shutil
 import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from msgspec import Struct
 
-from deskgrid.archive import ParallelSha256, atomic_file, frame_pieces, printable, write_all, zstd
-from deskgrid.errors import BadArchive, BadImage, DriverUnusable, NoSpace, ProtocolError
+from deskgrid.archive import ParallelSha256, atomic_file, frame_pieces, write_all
+from deskgrid.errors import BadArchive, BadImage, ProtocolError
+from deskgrid.machines.blocking import Progress, Stopped, in_thread, on_loop
 from deskgrid.machines.container_image import check_archive, looks_like_archive
 from deskgrid.machines.ext4 import ReadAt, file_reader
-from deskgrid.machines.sandbox import Confinement, Finished, run_confined
 from deskgrid.model.ids import Sha256
 from deskgrid.model.machines import DiskFormat
 
 __all__ = [
+    "CONVERT_HINT",
     "MAX_VIRTUAL_BYTES",
     "ImageInfo",
     "ImageKind",
-    "PreparedDisk",
-    "Progress",
     "check_image",
+    "detect",
     "detect_format",
-    "prepare_disk",
+    "opened",
     "unpack_disk",
 ]
 
-Progress = Callable[[int, int], None]
-"""Called on the event loop with the bytes done and the bytes in all."""
-T = TypeVar("T")
-
 MAX_VIRTUAL_BYTES = 2 << 40
 """Largest disk taken if the caller sets no bound."""
-_CHUNK = 1 << 20
-_TRANSPORT_LEVEL = 6
-"""zstd level: packed once, sent many times; higher ones gain 2 % and take twice as long."""
-_CONVERT_S = 3600.0
-_CONVERT_MEMORY_BYTES = 2 << 30
+_PADDING_BYTES = 1 << 20
 
 
 class ImageKind(StrEnum):
@@ -88,7 +81,13 @@ class ImageKind(StrEnum):
     PARALLELS = "parallels"
     LUKS = "encrypted (LUKS)"
     FILE_SYSTEM = "bare ext file system"
-    PACKED = "packed file"
+    ZSTD = "packed file (zstd)"
+    GZIP = "packed file (gzip)"
+    XZ = "packed file (xz)"
+    BZIP2 = "packed file (bzip2)"
+    SEVEN_ZIP = "archive (7z)"
+    ZIP = "archive (zip)"
+    TAR = "archive (tar)"
     UNKNOWN = "unknown"
 
 
@@ -105,21 +104,6 @@ class ImageInfo(Struct, frozen=True, kw_only=True):
     """Internal snapshots of a qcow2. They are ignored."""
 
 
-class PreparedDisk(Struct, frozen=True, kw_only=True):
-    """A disk ready to be published."""
-
-    path: Path
-    """The transport file: one zstd frame of the image."""
-    transport_sha256: Sha256
-    transport_bytes: int
-    sha256: Sha256
-    """Of the unpacked image."""
-    size_bytes: int
-    """Of the unpacked image file."""
-    format: DiskFormat
-    virtual_bytes: int
-
-
 # --- what is it? ---
 
 _MAGICS = (
@@ -133,21 +117,24 @@ _MAGICS = (
     (0, b"WithoutFreeSpace", ImageKind.PARALLELS),
     (0, b"WithouFreSpacExt", ImageKind.PARALLELS),
     (0, b"LUKS\xba\xbe", ImageKind.LUKS),
-    (0, b"\x28\xb5\x2f\xfd", ImageKind.PACKED),
-    (0, b"\x1f\x8b", ImageKind.PACKED),
-    (0, b"\xfd7zXZ\0", ImageKind.PACKED),
-    (0, b"7z\xbc\xaf\x27\x1c", ImageKind.PACKED),
-    (0, b"BZh", ImageKind.PACKED),
-    (0, b"PK\3\4", ImageKind.PACKED),
-    (257, b"ustar", ImageKind.PACKED),
+    (0, b"\x28\xb5\x2f\xfd", ImageKind.ZSTD),
+    (0, b"\x1f\x8b", ImageKind.GZIP),
+    (0, b"\xfd7zXZ\0", ImageKind.XZ),
+    (0, b"7z\xbc\xaf\x27\x1c", ImageKind.SEVEN_ZIP),
+    (0, b"BZh", ImageKind.BZIP2),
+    (0, b"PK\3\4", ImageKind.ZIP),
+    (257, b"ustar", ImageKind.TAR),
     (510, b"\x55\xaa", ImageKind.RAW),
     (512, b"EFI PART", ImageKind.RAW),
     (1080, b"\x53\xef", ImageKind.FILE_SYSTEM),
 )
 """Offset, bytes, kind; after qcow2 and ISO, in this order."""
-_CONVERT_HINT = "convert it first: qemu-img convert -O qcow2 FILE disk.qcow2"
+CONVERT_HINT = "convert it first: qemu-img convert -O qcow2 FILE disk.qcow2"
 _HINTS = {
-    ImageKind.PACKED: "unpack it first; an .ova is a tar with a vmdk inside",
+    ImageKind.QCOW1: CONVERT_HINT,
+    ImageKind.QED: CONVERT_HINT,
+    ImageKind.PARALLELS: CONVERT_HINT,
+    ImageKind.SEVEN_ZIP: "unpack it first",
     ImageKind.LUKS: "every worker must be able to read it, so it cannot be encrypted",
     ImageKind.FILE_SYSTEM: "a disk must have a boot sector",
     ImageKind.UNKNOWN: "a disk is a qcow2 or ISO image, or a raw disk with a boot sector",
@@ -157,11 +144,12 @@ _ISO_MARK_AT = 32769
 
 def detect_format(path: Path) -> ImageKind:
     """Return what a file is by its content; its name does not count. Raise BadImage if it cannot be read."""
-    with _opened(path) as (read_at, size):
-        return _detect(read_at, size)
+    with opened(path) as (read_at, size):
+        return detect(read_at, size)
 
 
-def _detect(read_at: ReadAt, size: int) -> ImageKind:
+def detect(read_at: ReadAt, size: int) -> ImageKind:
+    """Return what the bytes are that a function reads."""
     head = read_at(0, 4096)
     if head.startswith(b"QFI\xfb"):
         return ImageKind.QCOW2 if head[4:8] in (b"\0\0\0\2", b"\0\0\0\3") else ImageKind.QCOW1
@@ -176,8 +164,8 @@ def _detect(read_at: ReadAt, size: int) -> ImageKind:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[ReadAt, int]]:
-    """Open a regular file as a reader and its size."""
+def opened(path: Path) -> Iterator[tuple[ReadAt, int]]:
+    """Open a regular file as a reader and its size. Raise BadImage if it cannot be."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags)
@@ -201,14 +189,16 @@ def check_image(path: Path, *, max_virtual_bytes: int = MAX_VIRTUAL_BYTES) -> Im
     The format is found by content; compare it with the one that was promised. Guest and image may still disagree about what is inside:
     what holds then is that the hypervisor opens this file and no other.
     """
-    with _opened(path) as (read_at, size):
+    with opened(path) as (read_at, size):
         return _check(read_at, size, max_virtual_bytes, str(path))
 
 
 def _check(read_at: ReadAt, size: int, max_virtual_bytes: int, where: str) -> ImageInfo:
-    kind = _detect(read_at, size)
+    kind = detect(read_at, size)
     if kind not in _CHECKS:
-        raise BadImage(f"is of a kind that is not taken: {kind}", where=where, hint=_HINTS.get(kind, _CONVERT_HINT))
+        raise BadImage(
+            f"is of a kind that is not taken: {kind}", where=where, hint=_HINTS.get(kind, "deskgrid disk import takes it")
+        )
     info = _CHECKS[kind](read_at, size, where)
     if info.virtual_bytes > max_virtual_bytes:
         raise BadImage(f"is a disk of {info.virtual_bytes} bytes, more than the {max_virtual_bytes} allowed", where=where)
@@ -218,7 +208,7 @@ def _check(read_at: ReadAt, size: int, max_virtual_bytes: int, where: str) -> Im
 def _check_iso(read_at: ReadAt, size: int, where: str) -> ImageInfo:
     sectors = int.from_bytes(read_at(32768 + 80, 4), "little")
     # Some writers count padding that they do not write, 300 KiB at most.
-    if read_at(32768, 1) == b"\1" and sectors * 2048 > size + _CHUNK:
+    if read_at(32768, 1) == b"\1" and sectors * 2048 > size + _PADDING_BYTES:
         raise BadImage(f"is cut short: {size} bytes of {sectors * 2048}", where=where, hint="download it again")
     return ImageInfo(format=DiskFormat.ISO, virtual_bytes=size, file_bytes=size)
 
@@ -368,132 +358,6 @@ _CHECKS: dict[ImageKind, Callable[[ReadAt, int, str], ImageInfo]] = {
 }
 
 
-# --- publishing ---
-
-
-async def prepare_disk(
-    source: Path, output_dir: Path, progress: Progress | None = None, *, max_virtual_bytes: int = MAX_VIRTUAL_BYTES
-) -> PreparedDisk:
-    """Check a user's disk image, convert it if the policy asks for it, and pack it into `output_dir`.
-
-    `progress` is told of the packing. Raises BadImage, NoSpace, or DriverUnusable if a conversion needs qemu-img and it is
-    missing; then nothing is left in `output_dir`. When cancelled, it stops within a second and leaves no part of a file.
-    """
-    # Resolved: the converter's confinement is by path.
-    source, output_dir = source.resolve(), output_dir.resolve()
-    kind = detect_format(source)
-    plain, made = source, None
-    try:
-        if kind is ImageKind.RAW:
-            plain = made = await _convert(source, "raw", output_dir)
-        else:
-            info = check_image(source, max_virtual_bytes=max_virtual_bytes)
-            if info.compressed or info.snapshots:
-                plain = made = await _convert(source, "qcow2", output_dir)
-            elif info.format is DiskFormat.QCOW2:
-                await _check_inside(source)
-        info = check_image(plain, max_virtual_bytes=max_virtual_bytes)
-        transport = output_dir / f"{source.stem}.{info.format}.zst"
-        on_loop = _on_loop(progress)
-        return await _in_thread(lambda stop: _pack(plain, transport, info, on_loop, stop))
-    finally:
-        if made is not None:
-            made.unlink(missing_ok=True)
-
-
-async def _convert(source: Path, source_format: str, output_dir: Path) -> Path:
-    """Return a new plain qcow2 in `output_dir` with the content of a raw or qcow2 image."""
-    made = output_dir / f".{source.stem[:100]}.{os.getpid()}.part.qcow2"
-    try:
-        finished = await _qemu_img(
-            ["convert", "-f", source_format, "-O", "qcow2", "-o", "compat=1.1", str(source), str(made)], source, output_dir
-        )
-        if finished.code:
-            if b"No space left" in finished.errors:
-                raise NoSpace("no space left for the converted disk", hint=f"free some space in {output_dir}")
-            raise BadImage(f"cannot be converted: {_last_line(finished.errors)}", where=str(source))
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
-    return made
-
-
-async def _check_inside(source: Path) -> None:
-    """Let qemu-img, where it is, check that the tables of a qcow2 do not contradict each other. Leaks do no harm."""
-    if shutil.which("qemu-img") is None:
-        return
-    finished = await _qemu_img(["check", "-q", "-f", "qcow2", str(source)], source, None)
-    if finished.code not in (0, 3):
-        words = _last_line(finished.errors or finished.output)
-        raise BadImage(f"is damaged: {words}", where=str(source), hint="see qemu-img check -r all")
-
-
-async def _qemu_img(arguments: list[str], source: Path, output_dir: Path | None) -> Finished:
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise DriverUnusable(
-            "qemu-img is needed to convert this disk", hint="install the package qemu-utils, or convert it elsewhere"
-        )
-    confinement = Confinement(
-        memory_bytes=_CONVERT_MEMORY_BYTES,
-        cpu_s=int(_CONVERT_S) * 2,
-        readable=(str(source),),
-        writable=(str(output_dir),) if output_dir else (),
-    )
-    try:
-        return await run_confined([str(Path(program).resolve()), *arguments], confinement, wall_s=_CONVERT_S)
-    except TimeoutError as error:
-        raise BadImage(f"converting took more than {_CONVERT_S:.0f} s", where=str(source)) from error
-
-
-def _last_line(words: bytes) -> str:
-    return printable(words.strip().rpartition(b"\n")[2][-300:]) or "qemu-img gave no reason"
-
-
-def _pack(image: Path, transport: Path, info: ImageInfo, progress: Progress, stop: threading.Event) -> PreparedDisk:
-    parameter = zstd.CompressionParameter
-    compressor = zstd.ZstdCompressor(
-        options={
-            parameter.compression_level: _TRANSPORT_LEVEL,
-            parameter.nb_workers: min(os.cpu_count() or 1, 8),
-            parameter.checksum_flag: 1,
-        }
-    )
-    size = packed_bytes = 0
-    with image.open("rb", buffering=0) as source, ParallelSha256() as whole, ParallelSha256() as packed:
-
-        def put(data: bytes) -> int:
-            packed.update(data)
-            write_all(target, data)
-            return len(data)
-
-        with atomic_file(transport, mode=0o644) as target:
-            for data in _chunks(source, stop):
-                whole.update(data)
-                packed_bytes += put(compressor.compress(data))
-                size += len(data)
-                progress(size, info.file_bytes)
-            packed_bytes += put(compressor.flush())
-            if size != info.file_bytes:
-                raise BadImage("changed while it was read", where=str(image), hint="shut down the machine that uses it")
-        return PreparedDisk(
-            path=transport,
-            transport_sha256=Sha256(packed.hexdigest()),
-            transport_bytes=packed_bytes,
-            sha256=Sha256(whole.hexdigest()),
-            size_bytes=size,
-            format=info.format,
-            virtual_bytes=info.virtual_bytes,
-        )
-
-
-def _chunks(source: BinaryIO, stop: threading.Event) -> Iterator[bytes]:
-    while data := source.read(_CHUNK):
-        if stop.is_set():
-            raise _Stopped
-        yield data
-
-
 # --- fetching ---
 
 
@@ -512,17 +376,17 @@ async def unpack_disk(
     Raises ProtocolError if it is not what `sha256`, `size_bytes` and `format` promise, BadImage if the policy refuses it, NoSpace.
     Never writes more than `size_bytes`. When cancelled, it stops within a second and leaves no part of a file.
     """
-    on_loop = _on_loop(progress)
+    tell = on_loop(progress)
 
     def work(stop: threading.Event) -> ImageInfo:
         with atomic_file(output, mode=0o444) as target, transport.open("rb", buffering=0) as source:
-            _unpack_into(target, source, sha256, size_bytes, on_loop, stop)
+            _unpack_into(target, source, sha256, size_bytes, tell, stop)
             info = _check(file_reader(target.fileno()), size_bytes, max_virtual_bytes, output.name)
             if info.format is not format:
                 raise ProtocolError(f"the disk is {info.format}, {format} was promised")
         return info
 
-    return await _in_thread(work)
+    return await in_thread(work)
 
 
 def _unpack_into(
@@ -533,7 +397,7 @@ def _unpack_into(
         try:
             for piece in frame_pieces(source):
                 if stop.is_set():
-                    raise _Stopped
+                    raise Stopped
                 done += len(piece)
                 if done > size_bytes:
                     raise ProtocolError(f"the disk unpacks to more than the {size_bytes} bytes that were promised")
@@ -544,38 +408,3 @@ def _unpack_into(
             raise ProtocolError(f"the disk cannot be unpacked: {error.message}") from error
         if done != size_bytes or digest.hexdigest() != sha256:
             raise ProtocolError("the disk is not the one that was promised: its size or sha256 is different")
-
-
-# --- threads ---
-
-
-class _Stopped(Exception):
-    """The waiting task was cancelled."""
-
-
-async def _in_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run blocking work in a thread. When cancelled, tell it through the event and wait until it has cleaned up."""
-    stop = threading.Event()
-    thread = asyncio.ensure_future(asyncio.to_thread(work, stop))
-    try:
-        return await asyncio.shield(thread)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait([thread])
-        if not thread.cancelled():
-            thread.exception()  # looked at, or the loop complains
-        raise
-
-
-def _on_loop(progress: Progress | None) -> Progress:
-    """Return a function for threads that calls `progress` on the running loop."""
-    if progress is None:
-        return lambda done, whole: None
-    loop = asyncio.get_running_loop()
-
-    def on_loop(done: int, whole: int) -> None:
-        # A loop that was closed meanwhile wants no news.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(progress, done, whole)
-
-    return on_loop

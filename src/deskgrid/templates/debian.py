@@ -1,4 +1,4 @@
-"""The debian template: Debian with systemd, ssh and cloud-init, made to boot in seconds, as a disk that `disk publish --agent` takes.
+"""The debian template: Debian with systemd, ssh and cloud-init, made to boot in seconds, as a disk that `disk import --agent` takes.
 
 For PCs of the kind amd64 with a BIOS only, as the machines of deskgrid are. The agent is not in the disk: the worker puts that on every
 context disk (machines/context.py), so a published template never goes stale.

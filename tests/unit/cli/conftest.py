@@ -123,7 +123,7 @@ def disk(user: Deskgrid, tmp_path: Path) -> str:
     """A published disk that nobody boots."""
     image = tmp_path / "tiny.iso"
     image.write_bytes(bytes(32769) + b"CD001" + bytes(32768))
-    assert user("disk", "publish", image, "--name", "tiny", "--agent").code == 0
+    assert user("disk", "import", image, "--name", "tiny", "--agent").code == 0
     return "tiny"
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -86,7 +91,7 @@ def test_data_goes_up_and_comes_back(user: Deskgrid, tmp_path: Path):
 
 
 def test_file_that_is_not_there_is_a_usage_error(user: Deskgrid):
-    for command in (("data", "put", "gone"), ("disk", "publish", "gone"), ("job", "submit", "gone.toml")):
+    for command in (("data", "put", "gone"), ("disk", "import", "gone"), ("job", "submit", "gone.toml")):
         ran = user(*command)
         assert ran.code == 2
         assert "gone" in ran.err
@@ -95,15 +100,44 @@ def test_file_that_is_not_there_is_a_usage_error(user: Deskgrid):
 def test_disk_is_published_with_the_label_that_it_looks_for(user: Deskgrid, disk: str, tmp_path: Path):
     (found,) = user("disk", "list", "--json").document
     assert (found["name"], found["disk"]["format"], found["disk"]["context_label"]) == (disk, "iso", "CONTEXT")
-    assert user("disk", "publish", tmp_path / "tiny.iso", "--name", "cloud", "--public").out == "cloud@1\n"
+    assert user("disk", "import", tmp_path / "tiny.iso", "--name", "cloud", "--public").out == "cloud@1\n"
     shown = user("data", "show", "cloud", "--json").document
     assert (shown["disk"]["context_label"], shown["visibility"]) == ("CIDATA", "public")
     assert "context label CIDATA" in user("data", "show", "cloud").out
 
 
+class Site(SimpleHTTPRequestHandler):
+    """A web server that keeps its log to itself."""
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_disk_of_another_hypervisor_is_imported_from_a_file_and_from_the_web(user: Deskgrid, tmp_path: Path):
+    (tmp_path / "raw").write_bytes(bytes(510) + b"\x55\xaa" + bytes(1 << 20))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "vmdk", tmp_path / "raw", tmp_path / "box.vmdk"], check=True)
+    subprocess.run(["tar", "-C", tmp_path, "-czf", tmp_path / "box.ova.gz", "box.vmdk"], check=True)
+    assert user("disk", "import", tmp_path / "box.ova.gz").out == "box@1\n"
+    digest = hashlib.sha256((tmp_path / "box.vmdk").read_bytes()).hexdigest()
+    handler = partial(Site, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        serving = threading.Thread(target=site.serve_forever)
+        serving.start()
+        address = f"http://127.0.0.1:{site.server_port}/box.vmdk"
+        try:
+            assert user("disk", "import", address).code == 2
+            assert user("disk", "import", address, "--sha256", "0" * 64, "--json").error["error"] == "BadImage"
+            assert user("disk", "import", address, "--sha256", digest).out == "box@2\n"
+        finally:
+            site.shutdown()
+            serving.join()
+    one, two = [user("data", "show", f"box@{version}", "--json").document["disk"] for version in (1, 2)]
+    assert one == two
+    assert user("disk", "import", tmp_path / "box.vmdk", "--sha256", "0" * 64, "--json").error["error"] == "BadImage"
+
+
 def test_image_that_is_none_is_refused_as_a_usage_error(user: Deskgrid, tmp_path: Path):
     (tmp_path / "notes.qcow2").write_text("not a disk")
-    ran = user("disk", "publish", tmp_path / "notes.qcow2", "--json")
+    ran = user("disk", "import", tmp_path / "notes.qcow2", "--json")
     assert (ran.code, ran.error["error"]) == (2, "BadImage")
 
 

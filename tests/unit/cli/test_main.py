@@ -49,7 +49,7 @@ def test_the_commands_are_those_that_the_documentation_promises():
         worker.join worker.run worker.status worker.top worker.doctor worker.pause worker.resume worker.leave
         worker.link worker.list worker.reserve worker.remove
         user.add user.list user.token user.tokens user.set user.renew group.add group.list group.members group.set
-        disk.build disk.publish disk.list
+        disk.build disk.import disk.list
         data.put data.get data.list data.show data.remove
         job.submit job.list job.show job.wait job.logs job.results job.cancel job.remove
         array.list array.show array.wait array.cancel array.remove array.results

@@ -67,11 +67,11 @@ def test_links_in_the_place_of_its_files_are_refused() -> None:
         check_archive(*reader(tar_of({"oci-layout": b"", "index.json": b""}, tarfile.SYMTYPE)))
 
 
-def test_any_other_tar_is_told_to_be_packed(tmp_path: Path) -> None:
+def test_any_other_tar_is_something_to_import(tmp_path: Path) -> None:
     path = tmp_path / "file.tar"
     path.write_bytes(tar_of({"disk.vmdk": b"x"}))
-    assert detect_format(path) is ImageKind.PACKED
-    with pytest.raises(BadImage, match="packed"):
+    assert detect_format(path) is ImageKind.TAR
+    with pytest.raises(BadImage, match="disk import takes it"):
         check_image(path)
 
 

@@ -1,13 +1,11 @@
-"""Disk images: the policy, the header checks, publishing and fetching."""
+"""Disk images: the policy, the header checks, fetching."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import hashlib
-import random
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,60 +15,13 @@ from hypothesis import strategies as st
 
 from deskgrid import archive
 from deskgrid.archive import zstd
-from deskgrid.errors import BadImage, DriverUnusable, NoSpace, ProtocolError
+from deskgrid.errors import BadImage, NoSpace, ProtocolError
 from deskgrid.machines import images
-from deskgrid.machines.images import ImageKind, PreparedDisk, check_image, detect_format, prepare_disk, unpack_disk
+from deskgrid.machines.disk_import import PreparedDisk, prepare_disk
+from deskgrid.machines.images import ImageKind, check_image, detect_format, unpack_disk
 from deskgrid.model.ids import Sha256
 from deskgrid.model.machines import DiskFormat
-
-
-def qemu_img(*arguments: object) -> None:
-    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
-
-
-def boot_sector() -> bytes:
-    return bytes(510) + b"\x55\xaa"
-
-
-def iso_bytes(sectors: int = 100, *, hybrid: bool = False, kept: int | None = None) -> bytes:
-    data = bytearray(2048 * sectors)
-    data[32768:32774] = b"\1CD001"
-    struct.pack_into("<I", data, 32768 + 80, sectors)
-    if hybrid:
-        data[:512] = boot_sector()
-    return bytes(data[: kept or len(data)])
-
-
-@pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One image of every kind."""
-    folder = tmp_path_factory.mktemp("gallery")
-    raw = folder / "raw"
-    raw.write_bytes(boot_sector() + random.Random(1).randbytes(1 << 20) + bytes(3 << 20))
-    raw.open("rb+").truncate(8 << 20)
-    for kind in ("qcow2", "qcow", "vmdk", "vdi", "vhdx", "vpc", "qed", "parallels"):
-        qemu_img("convert", "-f", "raw", "-O", kind, raw, folder / kind)
-    qemu_img("convert", "-f", "raw", "-O", "vpc", "-o", "subformat=fixed", raw, folder / "vpc-fixed")
-    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", "compat=0.10", raw, folder / "qcow2-old")
-    qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", "extended_l2=on,cluster_size=128k", raw, folder / "qcow2-wide")
-    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, folder / "qcow2-compressed")
-    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd", raw, folder / "qcow2-zstd")
-    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, folder / "qcow2-snapshot")
-    qemu_img("snapshot", "-c", "one", folder / "qcow2-snapshot")
-    qemu_img("create", "-f", "qcow2", "-b", folder / "qcow2", "-F", "qcow2", folder / "qcow2-backed")
-    qemu_img("create", "-f", "qcow2", "-o", f"data_file={folder / 'data'}", folder / "qcow2-external", "1M")
-    qemu_img("create", "-f", "qcow2", "-o", f"data_file={folder / 'data2'},data_file_raw=on", folder / "qcow2-external-raw", "1M")
-    encrypted = bytearray((folder / "qcow2").read_bytes())
-    encrypted[32:36] = struct.pack(">I", 2)  # by hand: qemu-img measures its key derivation, which fails on a busy PC
-    (folder / "qcow2-encrypted").write_bytes(encrypted)
-    (folder / "iso").write_bytes(iso_bytes())
-    (folder / "isohybrid").write_bytes(iso_bytes(hybrid=True))
-    (folder / "gpt").write_bytes(bytes(512) + b"EFI PART" + bytes(4096))
-    subprocess.run(["zstd", "-q", raw, "-o", folder / "zst"], check=True)
-    subprocess.run(["tar", "-cf", folder / "ova", "-C", folder, "vmdk"], check=True)
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", folder / "ext4", "1024"], check=True, capture_output=True)
-    (folder / "text").write_text("hello")
-    return folder
+from deskgrid.testing.images import iso_bytes
 
 
 @pytest.mark.parametrize(
@@ -90,8 +41,13 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vhdx", ImageKind.VHDX),
         ("qed", ImageKind.QED),
         ("parallels", ImageKind.PARALLELS),
-        ("zst", ImageKind.PACKED),
-        ("ova", ImageKind.PACKED),
+        ("vmdk-flat", ImageKind.VMDK),
+        ("zst", ImageKind.ZSTD),
+        ("gz", ImageKind.GZIP),
+        ("xz", ImageKind.XZ),
+        ("bz2", ImageKind.BZIP2),
+        ("zip", ImageKind.ZIP),
+        ("ova", ImageKind.TAR),
         ("ext4", ImageKind.FILE_SYSTEM),
         ("text", ImageKind.UNKNOWN),
     ],
@@ -123,13 +79,13 @@ def test_iso_is_taken(gallery: Path, name: str) -> None:
         ("qcow2-external-raw", "another file"),
         ("qcow2-encrypted", "encrypted"),
         ("qcow", "convert it first"),
-        ("vmdk", "convert it first"),
-        ("vdi", "convert it first"),
-        ("raw", "convert it first"),
-        ("zst", "unpack it first"),
-        ("ova", "unpack it first"),
+        ("vmdk", "disk import takes it"),
+        ("vdi", "disk import takes it"),
+        ("raw", "disk import takes it"),
+        ("zst", "disk import takes it"),
+        ("ova", "disk import takes it"),
         ("ext4", "boot sector"),
-        ("text", "qcow2 or ISO"),
+        ("text", "boot sector"),
         ("missing", "cannot be opened"),
         (".", "not a file"),
     ],
@@ -234,83 +190,6 @@ def test_mutated_qcow2_is_taken_or_refused(
 def test_random_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(BadImage):
         images._check(lambda offset, size: data[offset : offset + size], len(data), 1 << 40, "image")
-
-
-# --- publishing ---
-
-
-def unpacked_bytes(disk: PreparedDisk) -> bytes:
-    packed = disk.path.read_bytes()
-    assert hashlib.sha256(packed).hexdigest() == disk.transport_sha256
-    assert len(packed) == disk.transport_bytes
-    data = zstd.decompress(packed)
-    assert hashlib.sha256(data).hexdigest() == disk.sha256
-    assert len(data) == disk.size_bytes
-    return data
-
-
-@pytest.mark.parametrize("name", ["qcow2", "iso", "isohybrid"])
-async def test_plain_image_travels_as_it_is(gallery: Path, tmp_path: Path, name: str) -> None:
-    told: list[tuple[int, int]] = []
-    disk = await prepare_disk(gallery / name, tmp_path, lambda done, whole: told.append((done, whole)))
-    assert unpacked_bytes(disk) == (gallery / name).read_bytes()
-    await asyncio.sleep(0)
-    assert told[-1] == (disk.size_bytes, disk.size_bytes)
-
-
-@pytest.mark.parametrize("name", ["raw", "qcow2-compressed", "qcow2-zstd", "qcow2-snapshot"])
-async def test_other_image_is_converted_to_plain_qcow2(gallery: Path, tmp_path: Path, name: str) -> None:
-    disk = await prepare_disk(gallery / name, tmp_path)
-    (tmp_path / "plain").write_bytes(unpacked_bytes(disk))
-    info = check_image(tmp_path / "plain")
-    assert (info.compressed, info.snapshots) == (False, 0)
-    qemu_img("compare", "-f", "raw", "-F", "qcow2", gallery / "raw", tmp_path / "plain")
-    assert {path.name for path in tmp_path.iterdir()} == {"plain", disk.path.name}
-
-
-async def test_name_that_looks_like_an_option_or_protocol_is_just_a_name(gallery: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    for name in ("-o,x", "nbd:x", "json:{}", "a,b c"):
-        (tmp_path / name).write_bytes((gallery / "raw").read_bytes())
-        await prepare_disk(tmp_path / name, tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", ["qcow2-backed", "qcow2-external", "vmdk", "text"])
-async def test_refused_image_leaves_nothing(gallery: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadImage):
-        await prepare_disk(gallery / name, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-async def test_contradicting_tables_are_found_at_publication(gallery: Path, tmp_path: Path) -> None:
-    table = struct.unpack_from(">Q", (gallery / "qcow2").read_bytes(), 48)[0]
-    image = changed(gallery, tmp_path, table, bytes(8))
-    assert check_image(image).format is DiskFormat.QCOW2
-    (tmp_path / "out").mkdir()
-    with pytest.raises(BadImage, match="damaged"):
-        await prepare_disk(image, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-async def test_missing_qemu_img_matters_only_for_conversions(
-    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(images.shutil, "which", lambda name: None)
-    await prepare_disk(gallery / "qcow2", tmp_path)
-    with pytest.raises(DriverUnusable, match="qemu-utils"):
-        await prepare_disk(gallery / "raw", tmp_path)
-
-
-async def test_cancelled_preparation_leaves_nothing(gallery: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "big").write_bytes(iso_bytes() + random.Random(2).randbytes(60 << 20))
-    for name, delay in ((gallery / "raw", 0.01), (tmp_path / "big", 0.1)):
-        task = asyncio.create_task(prepare_disk(name, tmp_path / "out"))
-        await asyncio.sleep(delay)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert list((tmp_path / "out").iterdir()) == []
 
 
 # --- fetching ---

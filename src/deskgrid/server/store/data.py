@@ -353,7 +353,7 @@ def find_disk(tx: Transaction, caller: Caller, reference: str) -> DataRef:
     except NotFound as error:
         raise NotFound(f"there is no disk {reference!r}", hint="deskgrid disk list shows those you may use") from error
     if found.disk is None:
-        raise InvalidInput(f"{reference} is a {found.kind}, not a disk", hint="deskgrid disk publish FILE --name NAME")
+        raise InvalidInput(f"{reference} is a {found.kind}, not a disk", hint="deskgrid disk import FILE --name NAME")
     return DataRef(blob=found.blob, disk=found.disk)
 
 
