@@ -126,12 +126,10 @@ def test_disk_of_another_hypervisor_is_imported_from_a_file_and_from_the_web(use
         try:
             assert user("disk", "import", address).code == 2
             assert user("disk", "import", address, "--sha256", "0" * 64, "--json").error["error"] == "BadImage"
-            assert user("disk", "import", address, "--sha256", digest).out == "box@2\n"
+            assert user("disk", "import", address, "--sha256", digest).out == "box@1\n"  # the same disk, whatever it came in
         finally:
             site.shutdown()
             serving.join()
-    one, two = [user("data", "show", f"box@{version}", "--json").document["disk"] for version in (1, 2)]
-    assert one == two
     assert user("disk", "import", tmp_path / "box.vmdk", "--sha256", "0" * 64, "--json").error["error"] == "BadImage"
 
 
