@@ -102,7 +102,7 @@ def fetch_rate(system: System, name: str, size: int, rate: int) -> float:
     """Return the bytes in a second at which a new worker fetches a new disk."""
     raw = system.folder / f"{name}.img"
     raw.write_bytes(b"\xf4\xeb\xfd".ljust(510, b"\0") + b"\x55\xaa" + random.Random(name).randbytes(size - 512))
-    system.cli("disk", "publish", raw, "--name", name)
+    system.cli("disk", "import", raw, "--name", name)
     worker = system.add_worker(
         name, DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg", DESKGRID_WORKER_NETWORK_BYTES_PER_S=str(rate)
     )
@@ -132,7 +132,7 @@ def main() -> None:
         system = System(Path(folder))
         try:
             system.start_server()
-            system.cli("disk", "publish", tiny_template().qcow2, "--name", "tiny", "--agent")
+            system.cli("disk", "import", tiny_template().qcow2, "--name", "tiny", "--agent")
             figures = [cpu_share(system, "process", 0.25, seconds)]
             figures += [cpu_share(system, "vm", share, seconds) for share in ((0.5,) if options.quick else (0.2, 0.5))]
             figures += [memory(system), network(system, 1 if options.quick else options.runs or 3)]

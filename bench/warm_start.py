@@ -154,7 +154,7 @@ def main() -> None:
             del system.environment[variable]
         try:
             system.start_server()
-            system.cli("disk", "publish", tiny_template().qcow2, "--name", "tiny", "--agent")
+            system.cli("disk", "import", tiny_template().qcow2, "--name", "tiny", "--agent")
             system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
             ours(system, context)  # the disk is in the cache after this
             mine, to_qemu, hand, written = [], [], [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -69,6 +70,21 @@ def test_main_job_in_a_real_virtual_machine(vm_system: System, disk: str):
     detail = vm_system.job(1)["job"]
     assert detail["result_bytes"] < 100_000
     vm_system.nothing_left()
+
+
+def test_disk_that_is_on_the_pc_already_is_booted_where_it_lies(system: System, vm_worker: dict[str, str]):
+    system.add_worker(**vm_worker)
+    disk = system.folder / "my disk, once.qcow2"
+    shutil.copy(tiny_template().qcow2, disk)
+    home = ("--home", system.folder / "pc")
+    assert system.cli("worker", "disk", "add", disk, "--name", "mine", "--agent", *home).stdout == "installed:mine\n"
+    before = (hashlib.sha256(disk.read_bytes()).hexdigest(), disk.stat().st_mtime_ns)
+    out = system.folder / "out"
+    system.cli("run", vm_job(system, "cat /context/data/input.txt > copied.txt", disk='"installed:mine"'), "-o", out)
+    assert (out / "copied.txt").read_text() == "from the user\n"
+    assert not list((system.folder / "pc" / "cache").glob("*-*"))  # nothing was fetched
+    assert (hashlib.sha256(disk.read_bytes()).hexdigest(), disk.stat().st_mtime_ns) == before
+    system.nothing_left()
 
 
 def test_killed_worker_finds_its_running_virtual_machine_again(vm_system: System):

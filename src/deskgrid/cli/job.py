@@ -309,7 +309,7 @@ def _print_job(detail: JobDetail) -> None:
         f"name       {job.spec.name}, of {job.owner}, submitted {age(job.created_at)}",
         f"machine    {machine.kind.value}, {machine.cpus} CPUs, {format_size(machine.memory_bytes)} memory, "
         f"{format_size(machine.scratch_bytes)} scratch, network {machine.network.value}",
-        f"disk       {f'{machine.disk} (sha256 {job.disk_sha256[:12]})' if job.disk_sha256 else 'none'}",
+        f"disk       {f'{machine.disk} (sha256 {job.disk_sha256[:12]})' if job.disk_sha256 else machine.disk or 'none'}",
         f"wall time  {format_duration(job.spec.limits.wall_time_s)}",
         f"result     {'none' if job.result_bytes is None else format_size(job.result_bytes)}",
         *([f"value      {_value(job)}"] if job.value is not None else []),

@@ -9,10 +9,12 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from deskgrid.cli import worker_disk
 from deskgrid.cli.connection import connected
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
 from deskgrid.cli.user import lifetime_of, read_link
+from deskgrid.cli.worker_disk import Home
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.link import Link, parse_link
 from deskgrid.model.workers import Worker
@@ -23,9 +25,8 @@ __all__ = ["app", "join_worker"]
 
 app = App(default_parameter=NO_NEGATIVES, name="worker", help="Lend this PC to a grid, and look after those that are lent.")
 
-Home = Annotated[
-    Path | None, Parameter(help="Folder of the worker. By default $DESKGRID_WORKER_HOME or one in the user's data folder.")
-]
+app.command(worker_disk.app)
+
 LinkText = Annotated[
     str,
     Parameter(allow_leading_hyphen=True, help="The link, or - to read it from stdin (so that others on this PC do not see it)."),

@@ -140,7 +140,7 @@ def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...
         disk_bytes=need.disk_bytes,
         disk=disk or Sha256(""),
         platforms=tuple(sorted(platforms or machine.platforms)),
-        packages=tuple(sorted(machine.need)),
+        packages=tuple(sorted({*machine.need, *((machine.disk,) if machine.installed_disk else ())})),
         on=machine.on,
         driver=machine.driver,
     )

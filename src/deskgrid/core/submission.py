@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from deskgrid.core.reach import check_share
 from deskgrid.errors import InvalidInput
-from deskgrid.model.jobs import JobSpec, Machine
+from deskgrid.model.jobs import INSTALLED, JobSpec, Machine
 from deskgrid.model.machines import DriverName, MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Offer, Reach, parse_offer, parse_reach
 from deskgrid.units import GIB, MIB, format_size
@@ -101,6 +101,8 @@ def _check_machine(machine: Machine) -> None:
             raise InvalidInput("a process has no disk", where="machine.disk", hint='kind = "vm", or no disk')
     elif not machine.disk:
         raise InvalidInput("a disk is needed", where="machine.disk", hint="name, name@version or sha256")
+    if machine.disk.startswith(INSTALLED) and (machine.kind is not MachineKind.VM or not _WORD.fullmatch(machine.installed_disk)):
+        raise InvalidInput(f"{machine.disk[:60]!r} will not do", where="machine.disk", hint="installed:NAME, of a virtual machine")
     if machine.driver and machine.driver not in [name.value for name in DriverName]:
         allowed = ", ".join(name for name in DriverName if name is not DriverName.FAKE)
         raise InvalidInput(

@@ -12,6 +12,7 @@ from deskgrid.model.overlay import Offer, Reach
 from deskgrid.units import GIB, MIB
 
 __all__ = [
+    "INSTALLED",
     "Array",
     "ArrayState",
     "Attempt",
@@ -23,6 +24,10 @@ __all__ = [
     "Machine",
     "Results",
 ]
+
+
+INSTALLED = "installed:"
+"""Begins the name of a disk that is on the worker's PC already, and of the package by which a worker declares it."""
 
 
 class JobState(StrEnum):
@@ -54,7 +59,8 @@ class Machine(Struct, frozen=True, kw_only=True):
     """The machine that a job asks for."""
 
     disk: str = ""
-    """The disk to boot, or the image of a container: name, name@version or sha256. Empty for a process."""
+    """The disk to boot, or the image of a container: name, name@version or sha256; or installed:NAME, a disk that PCs have already.
+    Empty for a process."""
     kind: MachineKind = MachineKind.VM
     driver: str = ""
     """Only by this driver, as in qemu or virtualbox; empty: by the best one that a PC has."""
@@ -80,6 +86,11 @@ class Machine(Struct, frozen=True, kw_only=True):
     """Seconds that a connection waits for a service that is not there yet."""
     ssh_keys: tuple[str, ...] = ()
     """Public keys (lines as in authorized_keys) that may log in as root."""
+
+    @property
+    def installed_disk(self) -> str:
+        """The name of the disk on the worker's PC that is booted; empty if the disk is the grid's."""
+        return self.disk.removeprefix(INSTALLED) if self.disk.startswith(INSTALLED) else ""
 
 
 class Limits(Struct, frozen=True, kw_only=True):

@@ -47,6 +47,7 @@ from deskgrid.worker.connection import Connect, Connection
 from deskgrid.worker.control import AttemptStatus, StatusAnswer, control_server
 from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
+from deskgrid.worker.installed import InstalledDisks
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
 from deskgrid.worker.kit import Kit, Overlay
 from deskgrid.worker.known import Known
@@ -118,6 +119,7 @@ class Agent:
         self._bounds = Bounds(lent_by(settings), settings.reserve_bytes, home.folder, clock=clock, rng=rng, free_bytes=free_bytes)
         self._drivers = Drivers(drivers, lambda name: make_driver(name, settings, clock))
         self._profile = profile_of(settings, ())
+        self._installed = InstalledDisks(home.disks)
         rules = rules_of(settings)
         self._owner, self._presence = Owner(home.paused), Presence(rules)
         self._sight: Watcher = sight or Sight(rules, clock)
@@ -132,6 +134,7 @@ class Agent:
             home=home,
             settings=settings,
             journal=self._journal,
+            installed=self._installed,
             cache=self._cache,
             connection=connection,
             drivers=self._drivers,
@@ -411,6 +414,7 @@ class Agent:
         self._change.clear()
         asked_at = self._clock.now()
         reports = {runner.id: runner.report() for runner in self._listed()}
+        self._profile = profile_of(self._settings, self._drivers.fingerprints, self._installed.packages())
         request = wire.Sync(
             profile=self._profile,
             paused=self._owner.paused,

@@ -4,6 +4,7 @@ credentials.json   worker.toml      who we are on which grid; what the owner len
 journal/           attempts/<id>/   what we hold; their files
 cache/                              verified disks
 probes/                             what drivers try out, and what they found (known.json)
+disks.json                          disks that are on this PC already
 paused                              there while the owner wants no work done
 control.json                        where the running worker listens for commands of this user
 lock                                held by the running worker
@@ -52,6 +53,10 @@ class Home(Struct, frozen=True):
     @property
     def probes(self) -> Path:
         return self.folder / "probes"
+
+    @property
+    def disks(self) -> Path:
+        return self.folder / "disks.json"
 
     @property
     def paused(self) -> Path:

@@ -21,6 +21,7 @@ from deskgrid.swarm.cache import Cache
 from deskgrid.worker.connection import Connection
 from deskgrid.worker.drivers import Drivers
 from deskgrid.worker.home import Home
+from deskgrid.worker.installed import InstalledDisks
 from deskgrid.worker.journal import Journal
 from deskgrid.worker.owner import Owner
 
@@ -48,6 +49,7 @@ class Kit(Struct, frozen=True, kw_only=True):
     home: Home
     settings: WorkerSettings
     journal: Journal
+    installed: InstalledDisks
     cache: Cache
     connection: Connection
     drivers: Drivers

@@ -22,8 +22,8 @@ _SYSTEMS = {"win32": "windows", "cygwin": "windows"}
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
-def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint]) -> Profile:
-    """Return what the grid is told of this PC."""
+def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint], installed: Iterable[str] = ()) -> Profile:
+    """Return what the grid is told of this PC. `installed`: packages besides those that the owner declares."""
     machine = platform.machine().lower()
     return Profile(
         os=_SYSTEMS.get(sys.platform, sys.platform),
@@ -31,7 +31,7 @@ def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint]) -> Prof
         drivers=tuple(drivers),
         lent=lent_by(settings),
         version=__version__,
-        packages=settings.packages,
+        packages=(*settings.packages, *installed),
         accepts=settings.accepts,
     )
 

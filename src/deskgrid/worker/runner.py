@@ -382,7 +382,10 @@ class Runner:
 
     @contextlib.asynccontextmanager
     async def _disk(self) -> AsyncIterator[Path | None]:
-        """Keep the job's disk in the cache while the block runs; a process has none."""
+        """Keep the job's disk in the cache while the block runs, if it is not on this PC already; a process has none."""
+        if name := self.entry.assignment.spec.machine.installed_disk:
+            yield Path(self._kit.installed.find(name).path)
+            return
         ref = self.entry.assignment.disk
         if ref is None:
             yield None
@@ -436,6 +439,8 @@ class Runner:
             if self._kit.owner.paused or not isinstance(driver, Checkpointing):
                 self._awake.clear()
                 return
+            if name := self.entry.assignment.spec.machine.installed_disk:
+                self._kit.installed.find(name)  # on a disk that was changed its memory would not know what is where
             await self._note(restores=self.entry.restores + 1)
             await driver.restore(self._handle())
             # What it had told is read again, from its beginning.

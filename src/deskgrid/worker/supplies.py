@@ -14,11 +14,12 @@ from deskgrid.core.arrays import fill, values_of
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import BadImage, InvalidInput, ProtocolError, StoreUnavailable, Unreachable
 from deskgrid.machines.driver import MachineSpec
-from deskgrid.model.data import Blob
+from deskgrid.model.data import Blob, Disk
 from deskgrid.model.ids import attempt_name
 from deskgrid.model.machines import ContextLabel, DiskFormat, MachineKind
 from deskgrid.model.workers import Assignment
 from deskgrid.units import GIB
+from deskgrid.worker.installed import InstalledDisk
 from deskgrid.worker.kit import Kit
 from deskgrid.worker.services import doorways, job_credentials
 from deskgrid.worker.tasks import in_thread
@@ -132,7 +133,7 @@ class Supplies:
         """Return what the driver is asked to make. Raise BadImage if the job's disk is none, InvalidInput for what cannot be filled in."""
         assignment = self._assignment
         machine, limits = assignment.spec.machine, assignment.spec.limits
-        known = assignment.disk.disk if assignment.disk is not None else None
+        known = self._known_disk()
         if known is None and disk is not None:
             raise BadImage("this data is not a disk")
         return MachineSpec(
@@ -164,6 +165,12 @@ class Supplies:
             # Emulation has threads besides those of the guest's CPUs.
             cpu_time_s=(limits.wall_time_s + (WARM_LIFE_S if machine.warm else 0.0) + _CPU_SLACK_S) * (machine.cpus + 1),
         )
+
+    def _known_disk(self) -> Disk | InstalledDisk | None:
+        assignment = self._assignment
+        if assignment.spec.machine.installed_disk:
+            return self._kit.installed.find(assignment.spec.machine.installed_disk)
+        return assignment.disk.disk if assignment.disk is not None else None
 
     def _names_of_job(self) -> Iterator[tuple[str, str]]:
         """Yield the variables by which a job knows which one it is."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deskgrid.testing.images import iso_bytes
 from tests.unit.cli.conftest import Deskgrid, Owner, Server, Worker
 
 # ---- who I am
@@ -131,6 +132,22 @@ def test_disk_of_another_hypervisor_is_imported_from_a_file_and_from_the_web(use
             site.shutdown()
             serving.join()
     assert user("disk", "import", tmp_path / "box.vmdk", "--sha256", "0" * 64, "--json").error["error"] == "BadImage"
+
+
+def test_owner_declares_a_disk_that_jobs_find_on_the_pc(user: Deskgrid, tmp_path: Path):
+    home = ("--home", tmp_path / "pc")
+    (tmp_path / "mine.iso").write_bytes(iso_bytes())
+    assert user("worker", "disk", "list", *home).out == "no disk is declared\n"
+    assert user("worker", "disk", "add", tmp_path / "mine.iso", "--name", "mine", *home).out == "installed:mine\n"
+    (listed,) = user("worker", "disk", "list", *home, "--json").document
+    assert (listed["usable"], listed["disk"]["name"], listed["disk"]["context_label"]) == (True, "mine", "CIDATA")
+    assert "mine.iso" in user("worker", "disk", "list", *home).out
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "context.sh").write_text("true\n")
+    job = user("job", "submit", "--disk", "installed:mine", "--context", tmp_path / "context", "--json").document["id"]
+    assert "installed:mine" in user("job", "show", job).out
+    assert user("worker", "disk", "remove", "mine", *home).out == "removed mine\n"
+    assert user("worker", "disk", "remove", "mine", *home).code == 2
 
 
 def test_image_that_is_none_is_refused_as_a_usage_error(user: Deskgrid, tmp_path: Path):

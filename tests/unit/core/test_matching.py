@@ -125,6 +125,11 @@ def _queue(
 ROOMY = Ask(free=Capacity(cpus=8, memory_bytes=64 * GIB, disk_bytes=64 * GIB), drivers=(QEMU,))
 
 
+def test_job_that_names_a_disk_of_the_pc_goes_only_where_it_is() -> None:
+    wanted = requirement_of(JobSpec(machine=Machine(disk="installed:cernvm", need=("root",))), None)
+    assert (wanted.disk, wanted.packages) == ("", ("installed:cernvm", "root"))
+
+
 def test_users_get_equal_shares_whoever_came_first():
     assert match(ROOMY, [_queue(1, 1, head=1), _queue(2, 2, head=500)], _even(), limit=8) == [Share(1, 4), Share(2, 4)]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deskgrid.core.submission import check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
-from deskgrid.model.machines import Network
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Offer, Reach, ServiceRef, parse_offer, parse_reach
 
 GOOD = JobSpec(machine=Machine(disk="tiny"))
@@ -42,6 +42,9 @@ def test_services_are_allowed_with_a_network(network: Network):
         (JobSpec(machine=Machine(disk="tiny", memory_bytes=1)), "machine.memory"),
         (JobSpec(machine=Machine(disk="tiny", scratch_bytes=1 << 60)), "machine.scratch"),
         (JobSpec(machine=Machine(disk="")), "machine.disk"),
+        (JobSpec(machine=Machine(disk="installed:")), "machine.disk"),
+        (JobSpec(machine=Machine(disk="installed:a/b")), "machine.disk"),
+        (JobSpec(machine=Machine(disk="installed:a", kind=MachineKind.CONTAINER)), "machine.disk"),
         (networked(network=Network.NONE, offer=(WEB,)), "machine.offer"),
         (networked(network=Network.NONE, reach=(DB,)), "machine.reach"),
         (networked(offer=(WEB, Offer("web", 80))), "machine.offer"),

@@ -113,7 +113,7 @@ class PlayServer:
         """Let a job wait: of a VM, or of a `spec`; `assigned` are fields of its Assignment."""
         number = self._next
         self._next += 1
-        needs_disk = spec is None or spec.machine.kind is not MachineKind.PROCESS
+        needs_disk = spec is None or not (spec.machine.kind is MachineKind.PROCESS or spec.machine.installed_disk)
         spec = spec or JobSpec(
             name=f"job {number}",
             machine=Machine(disk="tiny", memory_bytes=128 * MIB, scratch_bytes=scratch_bytes),

@@ -67,7 +67,8 @@ def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | No
         data.check_room(tx, caller.user_id, 0, call.settings.max_bytes)
     accounts.check_shares(tx, spec.machine.share, "machine.share")
     accounts.check_group(tx, caller, spec.group)
-    disk = data.find_disk(tx, caller, spec.machine.disk) if spec.machine.disk else None
+    of_grid = spec.machine.disk and not spec.machine.installed_disk
+    disk = data.find_disk(tx, caller, spec.machine.disk) if of_grid else None
     if context is not None:
         data.require_upload(tx, caller, context)
     if not spec.app:
