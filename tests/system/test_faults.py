@@ -123,6 +123,16 @@ def test_cancel_while_running_leaves_nothing(system: System):
     system.nothing_left()
 
 
+def test_picture_of_a_guest_that_does_not_boot_is_what_the_job_brings(system: System):
+    system.publish()
+    system.add_worker()
+    job = system.submit("never_boots = true\n", limits='attempts = 1\nboot_time = "1s"')
+    system.wait_for(job, "failed", ["failed"])
+    system.cli("job", "results", str(job), "-o", system.folder / "out")
+    assert [path.name for path in (system.folder / "out").iterdir()] == ["screen.png"]
+    system.nothing_left()
+
+
 @pytest.mark.parametrize(
     ("plan", "limits", "reason"),
     [

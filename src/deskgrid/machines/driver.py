@@ -48,6 +48,7 @@ __all__ = [
     "Saved",
     "Stream",
     "Suspendable",
+    "Viewable",
     "decode_handle",
     "encode_handle",
 ]
@@ -307,6 +308,15 @@ class Checkpointing(Protocol):
 
         Raise MachineFailed if that cannot be done; it is off then. Idempotent while it runs.
         """
+        ...
+
+
+@runtime_checkable
+class Viewable(Protocol):
+    """A driver whose machines have a screen."""
+
+    async def picture(self, handle: MachineHandle, file: Path) -> None:
+        """Write what is on the screen to a new file, a PNG. Raise MachineFailed, leaving no file, if the machine is off or it cannot be had."""
         ...
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -49,6 +50,19 @@ _OUTPUT = "output"
 _FINISHED_DISK = "finished.img"
 _RESULT = "result"
 _BEGAN = "began"
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+_PIXEL = (
+    b"\x89PNG\r\n\x1a\n"
+    + _chunk(b"IHDR", bytes((0, 0, 0, 1, 0, 0, 0, 1, 8, 0, 0, 0, 0)))
+    + _chunk(b"IDAT", zlib.compress(b"\0\0"))
+    + _chunk(b"IEND", b"")
+)
+"""A PNG of one pixel (RFC 2083)."""
 
 
 class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +106,11 @@ class FakeDriver(CheckpointingDriver):
     async def resume(self, handle: MachineHandle) -> None:
         """See Suspendable."""
         self._signal(handle, signal.SIGCONT)
+
+    async def picture(self, handle: MachineHandle, file: Path) -> None:
+        """See Viewable: one black pixel."""
+        self._living(handle)
+        file.write_bytes(_PIXEL)
 
     async def _freeze(self, handle: MachineHandle) -> bool:
         ran = psutil.Process(self._living(handle).pid).status() != psutil.STATUS_STOPPED

@@ -5,7 +5,8 @@ The guest sees a PC with IDE disks (VirtualBox guests and old kernels know them,
     hda  the job's disk: an overlay of the attempt's own over the read-only cached file; an ISO as a CD
     hdb  scratch: ext4 in a qcow2, sparse; what the guest trims is given back to the owner's disk
     hdd  the context CD
-    ttyS0 console, ttyS1 the agent's channel; no display, no USB
+    ttyS0 console, ttyS1 the agent's channel; no USB
+    a VGA card, whose picture tells why a system does not boot
     a virtio network card if the job has a network, else none
 
 With a network QEMU runs in a cage (cage.py): its user networking gives the guest 10.0.2.15 and dials for it whatever the guest
@@ -22,6 +23,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -57,6 +59,9 @@ _CHARDEV_OF = {CONSOLE_LOG: "console", CHANNEL_LOG: "channel"}
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 PACKED_SCRATCH = "scratch.qcow2"
 _MACHINE_NOTE = "machine-type"
+_PICTURE = "screen.png"
+_SCREEN_MIB = 4
+"""Memory of the VGA card, part of each checkpoint: enough for 1280 x 800."""
 _VERSION_LIMIT_S = 10.0
 _MEND_LIMIT_S = 600.0
 _MEND_MEMORY_BYTES = 2 << 30
@@ -229,6 +234,15 @@ class QemuDriver(CheckpointingDriver):
             return False
         return True
 
+    async def picture(self, handle: MachineHandle, file: Path) -> None:
+        """See Viewable."""
+        workdir = Path(handle.workdir)
+        try:
+            await qmp.execute(workdir, "screendump", {"filename": _PICTURE, "format": "png"})
+            await asyncio.to_thread(shutil.move, workdir / _PICTURE, file)
+        except OSError as error:
+            raise MachineFailed(f"no picture of the screen: {error.strerror}") from error
+
     async def _cut(self, handle: MachineHandle, log: str) -> None:
         """Lead a serial line to nowhere: the guest runs on, and what counts of its output is on scratch."""
         if log not in _CHARDEV_OF:
@@ -272,6 +286,7 @@ def command_line(
         *("-boot", "menu=off,strict=on"),
         *_disks(spec),
         *_network(spec),
+        *("-device", f"VGA,vgamem_mb={_SCREEN_MIB}"),
         *_file_port("console", CONSOLE_LOG),
         *_file_port("channel", CHANNEL_LOG),
         *("-chardev", f"pipe,id=journal,path={qmp.JOURNAL_NAME}", "-mon", "chardev=journal,mode=control"),

@@ -205,6 +205,10 @@ class VirtualBoxDriver(ProcessDriver):
         machine = str(_identity_of(handle))
         return await vboxmanage.call(self._programs(), ["controlvm", machine, *arguments], _environment(handle), self._clock)
 
+    async def picture(self, handle: MachineHandle, file: Path) -> None:
+        """See Viewable."""
+        await self._manage(handle, "screenshotpng", str(file.absolute()))
+
     def journal_file(self, workdir: Path) -> Path:
         """See ProcessDriver."""
         return workdir / _LOG

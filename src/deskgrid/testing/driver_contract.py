@@ -45,6 +45,7 @@ from deskgrid.machines.driver import (
     Saved,
     Stream,
     Suspendable,
+    Viewable,
     decode_handle,
     encode_handle,
 )
@@ -80,8 +81,8 @@ class SuspendableDriver(Driver, Suspendable, Protocol):
     """The drivers that this suite is for."""
 
 
-class LastingDriver(SuspendableDriver, Caged, Checkpointing, Protocol):
-    """Those of them whose machines can be written to the disk."""
+class LastingDriver(SuspendableDriver, Caged, Checkpointing, Viewable, Protocol):
+    """Those of them whose machines can be written to the disk: virtual ones, which have a screen, too."""
 
 
 class NetworkedDriver(SuspendableDriver, Caged, Protocol):
@@ -571,6 +572,20 @@ async def _start_fully(driver: SuspendableDriver, handle: MachineHandle) -> Proc
 
 class CheckpointContract(DriverContract):
     """The claims of drivers with checkpoints, besides those of all."""
+
+    async def test_what_is_on_the_screen_can_be_seen(self, driver: LastingDriver, prepare: Prepare, tmp_path: Path) -> None:
+        handle = await prepare(TICKING)
+        with pytest.raises(MachineFailed):
+            await driver.picture(handle, tmp_path / "early.png")
+        await driver.start(handle)
+        await _ticks_of(driver, handle, 1)
+        await driver.picture(handle, tmp_path / "screen.png")
+        image = (tmp_path / "screen.png").read_bytes()
+        assert image.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in image
+        await driver.stop(handle, grace_s=0)
+        with pytest.raises(MachineFailed):
+            await driver.picture(handle, tmp_path / "late.png")
+        assert not list(tmp_path.glob("*ly.png")) and not (tmp_path / "late.png").exists()
 
     async def test_saved_machine_goes_on_where_it_was_with_another_worker(
         self, driver: LastingDriver, new_driver: Callable[[], LastingDriver], prepare: Prepare

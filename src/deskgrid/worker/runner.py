@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from deskgrid.archive import pack_folder
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import (
     BadImage,
@@ -50,6 +51,7 @@ from deskgrid.machines.driver import (
     Saved,
     Stream,
     Suspendable,
+    Viewable,
 )
 from deskgrid.machines.results import ExtractLimits, ResultReport
 from deskgrid.model.data import Blob
@@ -81,6 +83,10 @@ _WHOLE_REPORT_BYTES = 1 << 20
 _MOST_RESTORES = 3
 """Times that a machine goes on from the same checkpoint: then something is wrong with it, or with this PC."""
 _MACHINE, _RESULT = "machine", "result.tar.zst"
+_SEEN, _PICTURE = "seen", "screen.png"
+"""Folder of what is left of a machine that never came up, and the picture of its screen in it."""
+_PICTURE_S = 10.0
+_MOST_PICTURE_BYTES = 32 << 20
 
 
 class Runner:
@@ -510,10 +516,27 @@ class Runner:
             left_s, reason = self._limit()
             if left_s <= 0:
                 grace_s = self._kit.settings.stop_grace_s if self.entry.booted else 0.0
+                if not self.entry.booted:
+                    await self._take_picture()
                 await self.end(Verdict(AttemptState.FAILED, reason), grace_s=grace_s)
                 return
             # While it is suspended its time stands still, so look again.
             await self._clock.sleep(left_s if self._since is not None else max(left_s, _RECHECK_S))
+
+    async def _take_picture(self) -> None:
+        """Keep what is on the screen, if there is one: it mostly tells why a system does not come up."""
+        driver, file = self._driver(), self._folder / _SEEN / _PICTURE
+        if not isinstance(driver, Viewable):
+            return
+        try:
+            await in_thread(make_empty, file.parent)
+            async with asyncio.timeout(_PICTURE_S):
+                await driver.picture(self._handle(), file)
+            if file.stat().st_size > _MOST_PICTURE_BYTES:
+                raise MachineFailed("the picture is too large")
+        except (DeskgridError, OSError) as error:
+            await in_thread(remove, file.parent)
+            _log.info("no_picture", **self._names(), error=str(error))
 
     def _limit(self) -> tuple[float, str]:
         """Return the seconds left of the limit that comes first, and what to say when it has come."""
@@ -529,7 +552,7 @@ class Runner:
         if exited is None:
             raise MachineFailed("nobody knows how the machine ended")
         if verdict is not None and (verdict.state is AttemptState.REFUSED or not self.entry.booted):
-            await self.settle(verdict.state, verdict.reason, rests=verdict.rests)
+            await self.settle(verdict.state, verdict.reason, rests=verdict.rests, result=await self._pack_picture())
             return
         if exited.cause in NOT_THE_JOB or (exited.cause is ExitCause.STOPPED and verdict is None):
             why = NOT_THE_JOB.get(exited.cause, "the machine was stopped from outside")
@@ -551,6 +574,14 @@ class Runner:
             return
         result = Blob(sha256=Sha256(found.archive_sha256), size_bytes=found.archive_bytes)
         await self.settle(state, reason, exit_code=found.exit_code, result=result)
+
+    async def _pack_picture(self) -> Blob | None:
+        """Make a result of the picture of a machine that never came up, if there is one."""
+        seen = self._folder / _SEEN
+        if not (seen / _PICTURE).exists():
+            return None
+        packed = await in_thread(pack_folder, seen, self._folder / _RESULT)
+        return Blob(sha256=Sha256(packed.archive_sha256), size_bytes=packed.archive_bytes)
 
     async def _extract(self) -> ResultReport:
         room = self._kit.result_room()

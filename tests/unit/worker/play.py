@@ -374,6 +374,15 @@ class PlayDriver:
             raise self.errors[method]
 
 
+class ScreenDriver(PlayDriver):
+    """With Viewable, too."""
+
+    async def picture(self, handle: MachineHandle, file: Path) -> None:
+        self._raise("picture")
+        assert not self.pc.machines[handle.workdir].off
+        file.write_bytes(b"picture")
+
+
 class SavingDriver(PlayDriver):
     """With Checkpointing, too."""
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from deskgrid.archive import unpack
 from deskgrid.errors import BadImage, Conflict, InvalidInput, MachineFailed, NoSpace, StoreUnavailable, Unauthenticated, Unreachable
 from deskgrid.machines.driver import Booted, ExitCause, Exited, MachineHandle, Output, Stream
 from deskgrid.model.jobs import AttemptState, Limits
 from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
 from deskgrid.worker.slots import NOTHING
-from tests.unit.worker.play import DISK, SETTINGS, PlayDriver, Rig, blob_of, disk_ref
+from tests.unit.worker.play import DISK, SETTINGS, PlayDriver, Rig, ScreenDriver, blob_of, disk_ref
 
 
 async def test_job_runs_and_leaves_nothing_but_the_disk_in_the_cache(rig: Rig) -> None:
@@ -203,6 +205,33 @@ async def test_guest_that_does_not_boot_fails_with_the_limit_named(rig: Rig) -> 
         await rig.clock.advance(290)
         assert not rig.pc.machine.off
         await rig.clock.advance(11)
+        report = await rig.ended(attempt)
+    assert (report.state, report.reason, report.result) == (AttemptState.FAILED, "the guest did not boot within 5m", None)
+
+
+async def test_guest_that_does_not_boot_leaves_a_picture_of_its_screen(rig: Rig, tmp_path: Path) -> None:
+    rig.driver = ScreenDriver(rig.pc)
+    async with rig.working():
+        attempt = rig.server.submit(limits=Limits(boot_time_s=300))
+        await rig.until(lambda: rig.pc.made and rig.pc.machine.started)
+        await rig.clock.advance(301)
+        report = await rig.ended(attempt)
+        assert (report.state, report.reason) == (AttemptState.FAILED, "the guest did not boot within 5m")
+        assert report.result is not None
+        (tmp_path / "result").write_bytes(rig.server.uploads[report.result.sha256])
+    unpack(tmp_path / "result", tmp_path / "seen")
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "seen").iterdir()] == [("screen.png", b"picture")]
+    assert rig.nothing_left()
+
+
+@pytest.mark.parametrize("error", [MachineFailed("no screen"), OSError(28, "full"), TimeoutError()])
+async def test_guest_that_does_not_boot_fails_without_a_picture_too(rig: Rig, error: Exception) -> None:
+    rig.driver = ScreenDriver(rig.pc)
+    rig.driver.errors["picture"] = error
+    async with rig.working():
+        attempt = rig.server.submit(limits=Limits(boot_time_s=300))
+        await rig.until(lambda: rig.pc.made and rig.pc.machine.started)
+        await rig.clock.advance(301)
         report = await rig.ended(attempt)
     assert (report.state, report.reason, report.result) == (AttemptState.FAILED, "the guest did not boot within 5m", None)
 
