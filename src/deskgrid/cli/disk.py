@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import platformdirs
 from cyclopts import App, Parameter
@@ -24,6 +24,7 @@ from deskgrid.units import parse_size
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
+    from deskgrid.templates.debian_disk import DebianRecipe
 
 __all__ = ["app", "cache_folder", "cached_tiny", "import_disk"]
 
@@ -37,7 +38,7 @@ def cache_folder() -> Path:
 
 @app.command
 async def build(
-    template: Literal["tiny", "debian"],
+    template: str,
     /,
     *,
     packages: str = "",
@@ -45,19 +46,21 @@ async def build(
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
     json: Json = False,
 ) -> None:
-    """Build a template disk from Debian's packages, as an ordinary user.
+    """Build a disk from Debian's packages, as an ordinary user: a template, or after a recipe of your own.
 
     For example:
 
         deskgrid disk build tiny
         deskgrid disk build tiny --output tiny.iso
         deskgrid disk build debian --packages apache2,gnuplot-nox --size 8GiB
+        deskgrid disk build physics.toml
 
     Parameters
     ----------
     template
         Which one: tiny is a kernel, busybox and the agent, and boots in seconds.
         debian has systemd, ssh, rsync, cloud-init, and what is installed besides.
+        A file that ends in .toml is a recipe: debian with packages, files and commands of yours.
     packages
         What to install in debian besides, with commas between.
     size
@@ -65,16 +68,16 @@ async def build(
     output
         File to write, .qcow2 (or .iso for tiny); ./TEMPLATE.qcow2 by default.
     """
-    file = output or Path(f"{template}.qcow2")
-    _check_output(file, (".qcow2", ".iso") if template == "tiny" else (".qcow2",))
+    recipe = _recipe(template, packages, size)
+    file = output or Path(f"{Path(template).stem}.qcow2")
+    _check_output(file, (".qcow2", ".iso") if recipe is None else (".qcow2",))
     with make_reporter(json) as reporter:
-        if template == "tiny":
-            _refuse_for_tiny(packages=packages, size=size)
+        if recipe is None:
             with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
                 built = await _build_tiny(Path(folder), reporter)
                 await asyncio.to_thread(_put_in_place, built[file.suffix], file)
         else:
-            await _build_debian(file, packages, size, reporter)
+            await _build_debian(file, recipe, reporter)
     if json:
         print_json({"template": template, "file": str(file), "size_bytes": file.stat().st_size})
     else:
@@ -90,21 +93,29 @@ def _check_output(file: Path, suffixes: tuple[str, ...]) -> None:
         raise InvalidInput(f"{file} is no file that can be written", where="--output", hint="name a file in a folder that exists")
 
 
-def _refuse_for_tiny(**options: str) -> None:
-    for name, value in options.items():
-        if value:
-            raise InvalidInput(
-                "tiny is always the same", where=f"--{name}", hint="for packages or a size: deskgrid disk build debian"
-            )
-
-
-async def _build_debian(file: Path, packages: str, size: str, reporter: Reporter) -> None:
+def _recipe(template: str, packages: str, size: str) -> DebianRecipe | None:
+    """Return what to build; None for tiny. Raise InvalidInput."""
     from deskgrid.templates.debian import DEFAULT_SIZE_BYTES, debian_recipe
+    from deskgrid.templates.recipe import read_recipe
+
+    if template == "debian":
+        names = [name.strip() for name in packages.split(",") if name.strip()]
+        return debian_recipe(names, size_bytes=parse_size(size) if size else DEFAULT_SIZE_BYTES)
+    if template != "tiny" and not template.endswith(".toml"):
+        raise InvalidInput(
+            f"there is no template {template[:80]!r}", where="TEMPLATE", hint="tiny, debian, or a recipe: a file .toml"
+        )
+    why = "tiny is always the same" if template == "tiny" else "a recipe says that itself"
+    for name, value in (("--packages", packages), ("--size", size)):
+        if value:
+            raise InvalidInput(why, where=name, hint="for packages or a size: deskgrid disk build debian")
+    return None if template == "tiny" else read_recipe(Path(template))
+
+
+async def _build_debian(file: Path, recipe: DebianRecipe, reporter: Reporter) -> None:
     from deskgrid.templates.debian_disk import build_disk
 
-    names = [name.strip() for name in packages.split(",") if name.strip()]
-    recipe = debian_recipe(names, size_bytes=parse_size(size) if size else DEFAULT_SIZE_BYTES)
-    phase = reporter.begin("build the debian disk")
+    phase = reporter.begin(f"build the {recipe.name} disk")
     cache = cache_folder() / "templates" / "debian"
     await asyncio.to_thread(build_disk, file, cache, recipe, lambda stage, _fraction: phase.note(stage))
 

@@ -84,8 +84,8 @@ class DebianRecipe(Struct, frozen=True):
     label: str
     """Of the file system, at most 16 bytes."""
     packages: tuple[str, ...]
-    files: Mapping[str, str]
-    """Path from / -> text, written after the packages are installed. What begins with #! can be executed."""
+    files: Mapping[str, str | Path]
+    """Path from / -> text, or a file to copy, written after the packages are installed. Text that begins with #! can be executed."""
     size_bytes: int
     """Of the whole disk; what is not used takes no room."""
     commands: str = ""
@@ -284,14 +284,20 @@ def _drop_old_packages(archives: Path) -> None:
         newest[name] = file
 
 
-def _write_files(archive: Path, texts: Mapping[str, str]) -> None:
+def _write_files(archive: Path, contents: Mapping[str, str | Path]) -> None:
     """Write a tar of files, for root."""
     with tarfile.open(archive, "w") as tar:
-        for path, text in texts.items():
+        for path, content in contents.items():
             member = tarfile.TarInfo(path.lstrip("/"))
-            member.size, member.mtime = len(text.encode()), int(time.time())
-            member.mode = 0o755 if text.startswith("#!") else 0o644
-            tar.addfile(member, io.BytesIO(text.encode()))
+            member.mtime = int(time.time())
+            if isinstance(content, str):
+                member.size, member.mode = len(content.encode()), 0o755 if content.startswith("#!") else 0o644
+                tar.addfile(member, io.BytesIO(content.encode()))
+                continue
+            with content.open("rb") as source:
+                status = os.fstat(source.fileno())
+                member.size, member.mode = status.st_size, 0o755 if status.st_mode & 0o100 else 0o644
+                tar.addfile(member, source)
     archive.chmod(0o644)
 
 

@@ -52,6 +52,15 @@ def test_debian_disk_has_a_name_and_a_size_by_default(deskgrid: Deskgrid, builde
     assert builder.recipes[0].size_bytes == 4 * GIB
 
 
+def test_disk_is_built_after_a_recipe_of_the_users(deskgrid: Deskgrid, builder: Builder):
+    Path("physics.toml").write_text('packages = ["bc"]\nsize = "2GiB"\ncommands = ["true"]\n')
+    ran = deskgrid("disk", "build", "physics.toml")
+    assert (ran.code, ran.out) == (0, "physics.qcow2\n")
+    assert "build the physics disk: done" in ran.err
+    (recipe,) = builder.recipes
+    assert (recipe.name, recipe.size_bytes, recipe.packages[-1]) == ("physics", 2 * GIB, "bc")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -61,6 +70,9 @@ def test_debian_disk_has_a_name_and_a_size_by_default(deskgrid: Deskgrid, builde
         (["debian", "--packages", "apache2;reboot"], "not the name of a package"),
         (["debian", "--size", "huge"], "'huge' is not a size"),
         (["debian", "--size", "1MiB"], "between 1GiB and 1TiB"),
+        (["gone.toml"], "cannot be read"),
+        (["gone.toml", "--size", "8GiB"], "a recipe says that itself"),
+        (["huge"], "tiny, debian, or a recipe"),
         (["tiny", "--packages", "bc"], "--packages: tiny is always the same"),
         (["tiny", "--size", "8GiB"], "--size: tiny is always the same"),
     ],
