@@ -24,6 +24,7 @@ echo oops >&2
 pwd
 ls /dev/hda /dev/hdb /dev/hdd
 cat /context/input.txt /made-by-user-data 2>/dev/null
+cat /etc/of-the-recipe && analyse && id -un physicist
 python3 -c 'import cloudinit' && for program in rsync socat wget bc; do command -v "$program"; done
 echo '6 * 7' | bc >answer
 systemctl --failed --no-legend --plain
@@ -35,7 +36,10 @@ hello from debian 12, %s
 /dev/hdb
 /dev/hdd
 from the user
-%s/usr/bin/rsync
+%stext
+analysed
+physicist
+/usr/bin/rsync
 /usr/bin/socat
 /usr/bin/wget
 /usr/bin/bc
@@ -53,13 +57,45 @@ cat /scratch/synced/file
 """
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The disk, with a package besides, as the command builds it from the packages of our cache."""
-    disk = tmp_path_factory.mktemp("debian") / "debian.qcow2"
-    command = [sys.executable, "-m", "deskgrid", "disk", "build", "debian", "--packages", "bc", "--size", "3GiB", "-o", str(disk)]
+RECIPE = """\
+size = "3GiB"
+packages = ["bc"]
+commands = ["useradd --create-home physicist"]
+
+[files]
+"/usr/local/bin/analyse" = "analyse.sh"
+"/etc/of-the-recipe" = { text = "text\\n" }
+"""
+
+
+def build(recipe: Path, disk: Path) -> Path:
+    """Build a disk by the command, from the packages of our cache."""
+    command = [sys.executable, "-m", "deskgrid", "disk", "build", str(recipe), "-o", str(disk)]
     subprocess.run(command, env=dict(os.environ, DESKGRID_CACHE=str(template_cache().parent)), timeout=1500, check=True)
     return disk
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "analyse.sh").write_text("#!/bin/sh\necho analysed\n")
+    (folder / "analyse.sh").chmod(0o755)
+    (folder / "debian.toml").write_text(RECIPE)
+    return folder / "debian.toml"
+
+
+@pytest.fixture(scope="module")
+def built(recipe: Path) -> Path:
+    return build(recipe, recipe.with_suffix(".qcow2"))
+
+
+def test_same_recipe_gives_the_same_disk_bit_for_bit(recipe: Path, built: Path, tmp_path: Path) -> None:
+    again = build(recipe, tmp_path / "again.qcow2")
+    subprocess.run(["cmp", built, again], check=True)
+    raw, system = tmp_path / "raw", tmp_path / "system"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", again, raw], check=True)
+    subprocess.run(["dd", f"if={raw}", f"of={system}", "bs=1M", "skip=1", "conv=sparse", "status=none"], check=True)
+    subprocess.run(["e2fsck", "-fn", system], check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -17,5 +17,7 @@ done >"$initrd/order"
 mv "$initrd/order" "$initrd/modules/order"
 [ -s "$initrd/modules/order" ]
 cd "$initrd"
-find . | cpio --quiet --create --format=newc --owner=0:0 | gzip -9 >/boot/deskgrid.img
+# The same files give the same bytes.
+find . -exec touch -h -d @0 {} +
+find . | LC_ALL=C sort | cpio --quiet --create --format=newc --owner=0:0 --reproducible | gzip -9n >/boot/deskgrid.img
 rm -r "$initrd"

@@ -25,11 +25,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from uuid import NAMESPACE_DNS, uuid5
 
 from msgspec import Struct
 
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
 from deskgrid.machines.processes import find_program
+from deskgrid.templates.ext4_times import set_times
 from deskgrid.units import MIB
 
 __all__ = ["REQUIRED_FILES", "REQUIRED_TOOLS", "DebianRecipe", "Progress", "build_disk", "missing_tools"]
@@ -52,6 +54,8 @@ _BOOT_SECTOR = Path("/usr/lib/grub/i386-pc/boot.img")
 REQUIRED_FILES = {_BOOT_SECTOR: "grub-pc-bin"}
 """File that the build reads -> Debian package that has it."""
 
+EPOCH = 1_577_836_800
+"""Time of what a build itself writes: 2020-01-01. The same packages, files and commands give the same disk, bit for bit."""
 _RELEASE = "bookworm"
 """What is built on, on a machine whose own release is none of Debian's; nothing else was tested."""
 _GRUB_MODULES = ("biosdisk", "part_msdos", "ext2", "linux", "normal", "boot", "configfile")
@@ -121,7 +125,9 @@ def build_disk(disk: Path, cache: Path, recipe: DebianRecipe, progress: Progress
         progress("package lists", 0.0)
         raw = _make_disk(work / "disk.raw", _make_boot_loader(work), recipe.size_bytes)
         with _lock(cache):
+            began = int(time.time())
             _make_system(raw, work, cache, recipe, progress)
+        set_times(raw, _PARTITION_BYTES, changed_since=began, epoch=EPOCH)
         progress("image", 0.95)
         unfinished = disk.with_name(f".{disk.name}.new")
         try:
@@ -233,6 +239,7 @@ def _make_system(disk: Path, work: Path, cache: Path, recipe: DebianRecipe, prog
             ),
             progress,
             INITRD="No" if recipe.own_initrd else "Yes",
+            SOURCE_DATE_EPOCH=str(EPOCH),
             TMPDIR=str(work),
         )
 
@@ -289,7 +296,7 @@ def _write_files(archive: Path, contents: Mapping[str, str | Path]) -> None:
     with tarfile.open(archive, "w") as tar:
         for path, content in contents.items():
             member = tarfile.TarInfo(path.lstrip("/"))
-            member.mtime = int(time.time())
+            member.mtime = EPOCH
             if isinstance(content, str):
                 member.size, member.mode = len(content.encode()), 0o755 if content.startswith("#!") else 0o644
                 tar.addfile(member, io.BytesIO(content.encode()))
@@ -303,13 +310,16 @@ def _write_files(archive: Path, contents: Mapping[str, str | Path]) -> None:
 
 def _partition_hook(disk: Path, mounted: Path, recipe: DebianRecipe) -> str:
     """Return shell that copies the system into the partition."""
-    features = f"-O {recipe.ext4} " if recipe.ext4 else ""
+    # Without checksums of inodes, for ext4_times.py.
+    features = ",".join(("^metadata_csum", "uninit_bg", *((recipe.ext4,) if recipe.ext4 else ())))
     options = f"nodiscard,lazy_itable_init=1,offset={_PARTITION_BYTES}"
+    uuid = uuid5(NAMESPACE_DNS, f"{recipe.label}.deskgrid")
+    options += f",hash_seed={uuid}"
     # A bind mount of its own leaves out what mmdebstrap has mounted in the system: /dev, /proc, the host's /dev/shm. An empty /tmp hides
     # mmdebstrap's configuration of apt, which must not be deleted: without it mmdebstrap's next apt-get works on the host.
     return (
         f'set -eu; mount --bind "$1" {mounted}; mount -t tmpfs -o mode=1777 tmpfs {mounted}/tmp; '  # noqa: S108 - the system's, not ours
-        f"mke2fs -q -F -t ext4 -L {recipe.label} -m 0 {features}-E {options} -d {mounted} {disk} "
+        f"E2FSPROGS_FAKE_TIME={EPOCH} mke2fs -q -F -t ext4 -U {uuid} -L {recipe.label} -m 0 -O {features} -E {options} -d {mounted} {disk} "
         f"{(recipe.size_bytes - _PARTITION_BYTES) >> 10}k; umount {mounted}/tmp {mounted}"  # noqa: S108
     )
 
