@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import lzma
 import random
 import struct
 import subprocess
 import zipfile
 from pathlib import Path
+
+from deskgrid.archive import zstd
 
 __all__ = ["IMAGE_BYTES", "boot_sector", "iso_bytes", "make_gallery", "qemu_img"]
 
@@ -87,9 +92,8 @@ def _make_foreign(folder: Path, raw: Path) -> None:
 
 def _make_packed(folder: Path) -> None:
     raw = folder / "raw"
-    for name, command in (("zst", "zstd"), ("gz", "gzip"), ("xz", "xz"), ("bz2", "bzip2")):
-        with (folder / name).open("wb") as output:
-            subprocess.run([command, "-q", "-c", raw], check=True, stdout=output)
+    for name, packer in (("zst", zstd), ("gz", gzip), ("xz", lzma), ("bz2", bz2)):
+        (folder / name).write_bytes(packer.compress(raw.read_bytes()))
     disk = (folder / "vmdk-stream").read_bytes()
     (folder / "box.ovf").write_text("<Envelope/>")
     (folder / "box.vmdk").write_bytes(disk)
