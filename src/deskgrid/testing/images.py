@@ -92,8 +92,11 @@ def _make_foreign(folder: Path, raw: Path) -> None:
 
 def _make_packed(folder: Path) -> None:
     raw = folder / "raw"
-    for name, packer in (("zst", zstd), ("gz", gzip), ("xz", lzma), ("bz2", bz2)):
+    for name, packer in (("gz", gzip), ("xz", lzma), ("bz2", bz2)):
         (folder / name).write_bytes(packer.compress(raw.read_bytes()))
+    # With the checksum that the program zstd adds by default.
+    checked = {int(zstd.CompressionParameter.checksum_flag): 1}
+    (folder / "zst").write_bytes(zstd.compress(raw.read_bytes(), options=checked))
     disk = (folder / "vmdk-stream").read_bytes()
     (folder / "box.ovf").write_text("<Envelope/>")
     (folder / "box.vmdk").write_bytes(disk)
