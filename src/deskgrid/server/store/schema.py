@@ -39,11 +39,13 @@ __all__ = [
     "job",
     "job_set",
     "log_chunk",
+    "manifest",
     "membership",
     "metadata",
     "peer",
     "queue",
     "requirement",
+    "revocation",
     "secret",
     "submission",
     "team",
@@ -176,6 +178,29 @@ data = _numbered(
     UniqueConstraint("owner_id", "name", "version"),
 )
 
+manifest = _numbered(
+    "manifest",
+    Column("disk_sha256", String(64), nullable=False),
+    Column("endorser", String(200), nullable=False),
+    Column("by", String(128), nullable=False),
+    Column("issued_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("signed", Text, nullable=False),
+    UniqueConstraint("disk_sha256", "endorser"),
+)
+"""Who vouches for which disk until when. `signed`: the statement itself (core/manifests.py); the rest is what it says."""
+
+revocation = Table(
+    "revocation",
+    metadata,
+    Column("disk_sha256", String(64), primary_key=True),
+    Column("by", String(128), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("signed", Text, nullable=False),
+)
+"""Disks that are not started any more."""
+
 app = _numbered(
     "app",
     Column("name", String(200), nullable=False, index=True),
@@ -248,6 +273,7 @@ submission = _numbered(
     Column("context_bytes", BigInteger),
     Column("app_id", ForeignKey("app.id", ondelete="SET NULL"), index=True),
     Column("programs", Text),
+    Column("secrets", LargeBinary),
     Column("set_id", ForeignKey("job_set.id", ondelete="SET NULL"), index=True),
     Column("member", String(64), nullable=False, server_default=""),
     Column("size", BigInteger),
@@ -263,7 +289,7 @@ submission = _numbered(
 )
 """What one call submitted: a job, or an array of `size` jobs. All that its jobs have in common is here. An array is filled little by
 little: `filled` jobs are there; of its table (the blob `parameters`, columns `names`) `reads_at` bytes were read. `programs`: its app's
-files by platform, JSON."""
+files by platform, JSON. `secrets`: sealed to the server (core/sealing.py)."""
 _unfinished = submission.c.state.in_(("filling", "cancelling"))
 Index("ix_submission_unfinished", submission.c.id, sqlite_where=_unfinished, postgresql_where=_unfinished)
 _array = submission.c.size.is_not(None)
@@ -317,8 +343,10 @@ attempt = _numbered(
     Column("exit_code", Integer),
     Column("reason", Text, nullable=False, default=""),
     Column("result", String(64)),
+    Column("console_until", Float),
     UniqueConstraint("job_id", "number"),
 )
+"""`console_until`: its owner wants to see its screen until then."""
 _taken_out = attempt.c.result.is_not(None)
 Index("ix_attempt_result", attempt.c.result, sqlite_where=_taken_out, postgresql_where=_taken_out)
 IS_LIVE = attempt.c.state.in_([constant(state) for state in ("leased", "running", "suspended")])
