@@ -89,6 +89,9 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds after which a login ends, unless it is renewed; 0: never. Tokens of workers and hubs end when they leave or are removed."""
     max_workers_per_user: int = 100
     """PCs that one user may let join; an admin's links without an owner are not counted."""
+    trusted_grids: tuple[str, ...] = ()
+    """Grids whose word on disks is believed, each as NAME=FINGERPRINT: what it is called here, and the sha256 of its authority's certificate, which
+    its admin sees with `deskgrid disk export`."""
     audit_s: float = 366 * 86400.0
     """Seconds that the audit log is kept."""
     metrics_listen: str = ""
@@ -121,6 +124,9 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest content of a scratch that is taken out."""
     drivers: tuple[str, ...] = ("qemu", "virtualbox")
     """Drivers that may be used, by name, the preferred ones first; one with the CPU's own virtualisation goes before one without."""
+    endorsers: tuple[str, ...] = ()
+    """Who must vouch for a disk of the grid before a machine boots it here: grid (an admin), group:NAME, user:NAME, with @GRID of another grid that
+    this one trusts; one of them is enough. Empty: any disk. Disks that you installed yourself are not asked about."""
     accepts: tuple[str, ...] = ("everyone",)
     """Whose jobs it takes: mine (the PC's owner, who made its link), group:NAME, user:NAME or everyone."""
     packages: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 from msgspec import Struct
 
-from deskgrid.cli.disk import cached_tiny, import_disk
+from deskgrid.cli.disk import DiskWords, cached_tiny, import_disk
 from deskgrid.cli.job import RunReport, finish_job, submit_job, tell_end
 from deskgrid.cli.output import Json, Reporter, make_reporter, print_json, print_lines
 from deskgrid.cli.programs import Program, Programs
@@ -112,7 +112,7 @@ async def _run_all(programs: Programs, output: Path, reporter: Reporter) -> RunR
     credentials, workers = await _start_grid(programs, reporter)
     disk = await cached_tiny(reporter)
     async with Grid(credentials) as grid:
-        await import_disk(grid, disk, "tiny", reporter, label=ContextLabel.CONTEXT, public=True)
+        await import_disk(grid, disk, "tiny", reporter, DiskWords(label=ContextLabel.CONTEXT), public=True)
         reporter.begin("get the workers ready")
         async with asyncio.timeout(_READY_LIMIT_S):
             await _until_ready(grid, workers)

@@ -11,22 +11,26 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import platformdirs
 from cyclopts import App, Parameter
+from msgspec import Struct
 
 from deskgrid.cli.connection import connected
-from deskgrid.cli.data import print_data, reference_of, require_file
+from deskgrid.cli.data import reference_of, require_file
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, make_reporter, print_json, print_lines
 from deskgrid.errors import BadImage, InvalidInput
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.machines import ContextLabel
+from deskgrid.model.manifests import Bundle, Manifest, Revocation
 from deskgrid.units import parse_size
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
+    from deskgrid.machines.disk_import import PreparedDisk
     from deskgrid.templates.debian_disk import DebianRecipe
 
-__all__ = ["app", "cache_folder", "cached_tiny", "import_disk"]
+__all__ = ["DiskWords", "app", "cache_folder", "cached_tiny", "import_disk"]
 
 app = App(default_parameter=NO_NEGATIVES, name="disk", help="Build virtual disks, and import any.")
 
@@ -168,6 +172,10 @@ async def import_(
     agent: bool = False,
     shrink: bool = False,
     sha256: str = "",
+    os: str = "",
+    arch: str = "x86_64",
+    about: str = "",
+    manifest: Path | None = None,
     json: Json = False,
 ) -> None:
     """Make a disk of the grid from an image: check it, convert it, pack it and upload it; jobs then boot it by its name.
@@ -179,12 +187,13 @@ async def import_(
 
         deskgrid disk import tiny.qcow2 --name tiny --public --agent
         deskgrid disk import appliance.ova --name appliance
-        deskgrid disk import https://example.org/debian-13-nocloud-amd64.qcow2 --name cloud
+        deskgrid disk import https://example.org/debian-13-nocloud-amd64.qcow2 --name cloud --os "debian 13"
+        deskgrid disk import root.qcow2 --name root --manifest root.manifest
 
     Parameters
     ----------
     source
-        The image: a file, or an address that begins with https://.
+        The image: a file, or an address that begins with https://. A file .manifest by itself is news from another grid of a disk that is here.
     name
         Its name on the grid; by default the file's without suffix. A name that exists gets a new version.
     public
@@ -196,20 +205,85 @@ async def import_(
         Write a qcow2 anew, without the room in it that has only zeros.
     sha256
         Of the file: what is fetched or read must be that. An address that begins with http:// needs it.
+    os
+        Its system, as in "debian 12", for those who search.
+    arch
+        Kind of CPU that it is for.
+    about
+        What it is for, in a line.
+    manifest
+        What another grid, which this one trusts, says of it (`deskgrid disk export` there): the disk must be that one, and is described so.
     """
     from deskgrid.client.download import forget_download, is_url
 
+    if source.endswith(_BUNDLE):
+        await _take_news(Path(source), json)
+        return
+    bundle = _read_bundle(manifest) if manifest is not None else None
     label = ContextLabel.CONTEXT if agent else ContextLabel.CIDATA
+    words = DiskWords(label=label, os=os, arch=arch, about=about, said=_disk_in(bundle) if bundle is not None else None)
     async with connected() as grid:
         with make_reporter(json) as reporter:
             file, stem = await _file_of(source, sha256, reporter)
-            data = await import_disk(grid, file, name or stem, reporter, label=label, public=public, shrink=shrink)
+            data = await import_disk(grid, file, name or stem, reporter, words, public=public, shrink=shrink)
+        if bundle is not None:
+            await grid.take_bundle(bundle)
         if is_url(source):
             forget_download(file)
     if json:
         print_json(data)
     else:
         print_lines(reference_of(data))
+
+
+_BUNDLE = ".manifest"
+_LARGEST_BUNDLE_BYTES = 1 << 20
+
+
+async def _take_news(file: Path, as_json: bool) -> None:
+    bundle = _read_bundle(file)
+    async with connected() as grid:
+        found = await grid.take_bundle(bundle)
+    if as_json:
+        print_json(found)
+    else:
+        print_lines(*(reference_of(one.data) for one in found))
+
+
+def _read_bundle(file: Path) -> Bundle:
+    """Read what another grid says of a disk. Whether it is true, the server finds out. Raise InvalidInput."""
+    require_file(file)
+    try:
+        if file.stat().st_size > _LARGEST_BUNDLE_BYTES:
+            raise ValueError("it is too large")
+        return msgspec.json.decode(file.read_bytes(), type=Bundle)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise InvalidInput(f"is not what `deskgrid disk export` writes: {error}", where=str(file)) from error
+
+
+def _disk_in(bundle: Bundle) -> Disk:
+    """Return which disk a bundle vouches for. Raise InvalidInput."""
+    from deskgrid.core.manifests import read_own
+
+    try:
+        said = [read_own(text) for text in bundle.statements]
+    except (ValueError, msgspec.DecodeError) as error:
+        raise InvalidInput("its statements are damaged", where="--manifest") from error
+    found = next((one.disk for one in said if isinstance(one, Manifest)), None)
+    if found is None or any(isinstance(one, Revocation) for one in said):
+        raise InvalidInput("it vouches for no disk: it was revoked", where="--manifest", hint="use another disk")
+    return found
+
+
+class DiskWords(Struct, frozen=True, kw_only=True):
+    """What is said of an image besides what is found in it."""
+
+    label: ContextLabel
+    os: str = ""
+    arch: str = "x86_64"
+    about: str = ""
+    said: Disk | None = None
+    """What a manifest says: it goes before the others."""
 
 
 async def _file_of(source: str, sha256: str, reporter: Reporter) -> tuple[Path, str]:
@@ -243,7 +317,7 @@ _SUFFIXES = frozenset(
 
 
 async def import_disk(
-    grid: Grid, file: Path, name: str, reporter: Reporter, *, label: ContextLabel, public: bool = False, shrink: bool = False
+    grid: Grid, file: Path, name: str, reporter: Reporter, words: DiskWords, *, public: bool = False, shrink: bool = False
 ) -> Data:
     """Check, convert, pack and upload a disk image."""
     from deskgrid.machines.disk_import import prepare_disk
@@ -252,36 +326,33 @@ async def import_disk(
     packed.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=packed) as folder:
         made = await prepare_disk(file, Path(folder), lambda title: reporter.begin(title).done, shrink=shrink)
-        disk = Disk(
-            sha256=made.sha256,
-            size_bytes=made.size_bytes,
-            virtual_bytes=made.virtual_bytes,
-            format=made.format,
-            context_label=label,
-        )
         uploading = reporter.begin(f"upload {name}", made.transport_bytes)
         return await grid.put(
             made.path,
             name,
             kind=DataKind.DISK,
             visibility=Visibility.PUBLIC if public else Visibility.PRIVATE,
-            disk=disk,
+            disk=_described(made, words),
             blob=Blob(sha256=made.transport_sha256, size_bytes=made.transport_bytes),
             progress=uploading.done,
         )
 
 
-@app.command(name="list")
-async def list_(*, json: Json = False) -> None:
-    """List the disks that your jobs may boot.
-
-    For example:
-
-        deskgrid disk list
-    """
-    async with connected() as grid:
-        found = await grid.list_data(DataKind.DISK)
-    if json:
-        print_json(found)
-    else:
-        print_data(found)
+def _described(made: PreparedDisk, words: DiskWords) -> Disk:
+    """Return what a disk is. Raise BadImage if a manifest speaks of another one."""
+    if words.said is not None:
+        if words.said.sha256 != made.sha256:
+            raise BadImage(
+                "is not the disk that the manifest speaks of", where="--manifest", hint="the image as the other grid has it"
+            )
+        return words.said
+    return Disk(
+        sha256=made.sha256,
+        size_bytes=made.size_bytes,
+        virtual_bytes=made.virtual_bytes,
+        format=made.format,
+        context_label=words.label,
+        os=words.os,
+        arch=words.arch,
+        about=words.about,
+    )

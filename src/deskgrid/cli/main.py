@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError
 
 from deskgrid import __version__
 from deskgrid.cli import app as app_noun
-from deskgrid.cli import array, audit, data, demo, disk, group, hub, job, overlay, server, ssh, status, user, worker
+from deskgrid.cli import array, audit, data, demo, disk_catalog, group, hub, job, overlay, server, ssh, status, user, worker
 from deskgrid.cli import set as set_noun
 from deskgrid.cli.output import NO_NEGATIVES, clean, warn
 from deskgrid.errors import DeskgridError, InvalidInput, NotFound, Unreachable
@@ -53,7 +53,7 @@ for part in (
     set_noun.app,
     app_noun.app,
     data.app,
-    disk.app,
+    disk_catalog.app,
     worker.app,
     user.app,
     group.app,

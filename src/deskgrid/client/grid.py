@@ -30,6 +30,7 @@ from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import ArrayId, JobId, SetId, Sha256
 from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState
+from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
 from deskgrid.model.overlay import Peer
 from deskgrid.model.users import Group, Token, User
 from deskgrid.model.workers import Worker
@@ -336,6 +337,38 @@ class Grid:
     async def remove_data(self, reference: str) -> None:
         """Remove one version of data; jobs that were submitted with it keep it."""
         await self.transport.call(wire.REMOVE_DATA, path={"reference": reference})
+
+    # Disks
+
+    async def disk(self, reference: str) -> DiskDetail:
+        """Find a disk, with all that is said of it."""
+        return await self.transport.call(wire.GET_DISK, path={"reference": reference})
+
+    async def disks(self, *, words: str = "", os: str = "", arch: str = "", endorser: str = "") -> tuple[DiskDetail, ...]:
+        """Return the disks that the caller may use: with these words, of this system and kind of CPU, that `endorser` vouches for."""
+        query = {"words": words, "os": os, "arch": arch, "endorser": endorser}
+        return (await self.transport.call(wire.LIST_DISKS, query={name: text for name, text in query.items() if text})).disks
+
+    async def endorse_disk(self, reference: str, endorser: str = "", *, lifetime_s: float) -> DiskDetail:
+        """Vouch for a disk: the caller himself (empty), `group:NAME` of his, or `grid` (an admin)."""
+        request = wire.EndorseDisk(endorser=endorser, lifetime_s=lifetime_s)
+        return await self.transport.call(wire.ENDORSE_DISK, request, path={"reference": reference})
+
+    async def withdraw_disk(self, reference: str, endorser: str) -> DiskDetail:
+        """Vouch for a disk no more."""
+        return await self.transport.call(wire.WITHDRAW_DISK, path={"reference": reference, "endorser": endorser})
+
+    async def revoke_disk(self, reference: str, reason: str) -> Revocation:
+        """Let a disk not be started any more."""
+        return await self.transport.call(wire.REVOKE_DISK, wire.RevokeDisk(reason=reason), path={"reference": reference})
+
+    async def disk_bundle(self, reference: str) -> Bundle:
+        """Return what this grid says of a disk, to carry to another."""
+        return await self.transport.call(wire.GET_BUNDLE, path={"reference": reference})
+
+    async def take_bundle(self, bundle: Bundle) -> tuple[DiskDetail, ...]:
+        """Let this grid keep what another, which it trusts, says of disks that are here; return those."""
+        return (await self.transport.call(wire.TAKE_BUNDLE, bundle)).disks
 
     # The grid and its people
 

@@ -4,7 +4,7 @@ Waiting jobs are counted per queue: one requirement class, user, group and prior
 work does not depend on how many jobs wait. Rules:
 
 1. A queue suits a worker if a usable driver of it runs that kind of machine in that network, its platform and packages are right, its owner
-   takes such a user's jobs, and nobody else has reserved it.
+   takes such a user's jobs, one whom he asks for vouches for the disk (core/manifests.py), and nobody else has reserved it.
 2. Among queues that suit and fit into what is free, the order is: the group or user that has used least (core/shares.py), the higher
    priority, those whose disk the worker has in its cache, the one whose next job was submitted first.
 3. Nothing is promised twice: each job taken lessens what is free, and the user's quota of running jobs.
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
+from deskgrid.core.manifests import is_accepted
 from deskgrid.core.shares import Standings
 from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec
@@ -74,6 +75,8 @@ class Queue(Struct, frozen=True):
     """No job with a smaller id waits in it; the smaller one goes first."""
     team: str = ""
     priority: int = 0
+    endorsers: frozenset[str] = frozenset()
+    """Who vouches for the disk."""
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -91,6 +94,8 @@ class Ask(Struct, frozen=True, kw_only=True):
     """The user whose PC it is."""
     owner_groups: frozenset[str] = frozenset()
     accepts: tuple[str, ...] = ("everyone",)
+    endorsers: tuple[str, ...] = ()
+    """One of them must vouch for a disk; none: no matter who."""
     reserved_for: str = ""
     """user:NAME or group:NAME, or empty."""
 
@@ -246,6 +251,7 @@ def suits(ask: Ask, queue: Queue, person: Person) -> bool:
         and (not wanted.platforms or ask.platform in wanted.platforms)
         and ask.packages.issuperset(wanted.packages)
         and _is_meant(ask, wanted.on)
+        and (not wanted.disk or is_accepted(ask.endorsers, queue.endorsers))
         and _accepts(ask, queue, person)
     )
 

@@ -1,21 +1,17 @@
 """Grants: the server's signed, short-lived permission for one peer to reach one service.
 
-A grant is `BODY.SIGNATURE`, both base64url without padding: the JSON of a Grant, and its Ed25519 signature (RFC 8032) by the
-server's grant key. It names both peers by name and by the sha256 of their public keys, so it is of no use to anybody else, at no
+A grant is signed by the server's grant key (core/signed.py). It names both peers by name and by the sha256 of their public keys, so it is of no use to anybody else, at no
 other peer and for no other service. It is checked by the hub and again by the called peer, which sees the caller's certificate.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 
-import msgspec
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from msgspec import Struct
 
+from deskgrid.core.signed import sign, verify
 from deskgrid.errors import Forbidden
 from deskgrid.model.ids import Sha256
 
@@ -47,29 +43,12 @@ def key_hash(public_key_der: bytes) -> Sha256:
 
 def sign_grant(grant: Grant, key: Ed25519PrivateKey) -> str:
     """Return a grant as it travels."""
-    body = msgspec.json.encode(grant)
-    return f"{_text(body)}.{_text(key.sign(body))}"
+    return sign(grant, key)
 
 
 def verify_grant(text: str, key: Ed25519PublicKey, *, now: float) -> Grant:
     """Return what a grant says. `now` is in the server's time. Raise Forbidden if it is damaged, not the server's, or expired."""
-    body_text, _, signature_text = text.partition(".")
-    if len(text) > _MAX_GRANT_BYTES:
-        raise Forbidden("this grant is too long")
-    try:
-        body, signature = _bytes(body_text), _bytes(signature_text)
-        key.verify(signature, body)
-        grant = msgspec.json.decode(body, type=Grant)
-    except (ValueError, binascii.Error, InvalidSignature, msgspec.DecodeError) as error:
-        raise Forbidden("this grant is not the server's") from error
+    grant = verify(text, key, Grant, what="grant", most_bytes=_MAX_GRANT_BYTES)
     if grant.expires_at <= now:
         raise Forbidden("this grant has expired")
     return grant
-
-
-def _text(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)

@@ -48,6 +48,11 @@ class Disk(Struct, frozen=True, kw_only=True):
     format: DiskFormat
     context_label: ContextLabel = ContextLabel.CIDATA
     """Label of the context disk that this disk's system looks for: its own agent's, or cloud-init's."""
+    os: str = ""
+    """As in "debian 12"."""
+    arch: str = "x86_64"
+    about: str = ""
+    """What it is for, in a line."""
 
 
 class Data(Struct, frozen=True, kw_only=True):

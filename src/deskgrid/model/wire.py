@@ -27,6 +27,7 @@ from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
+from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
 from deskgrid.model.overlay import Connection, Hub, Peer
 from deskgrid.model.users import AuditEntry, Group, Role, Token, User
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
@@ -248,6 +249,24 @@ class RegisterData(Struct, frozen=True, kw_only=True):
 
 class DataList(Struct, frozen=True):
     data: tuple[Data, ...]
+
+
+class EndorseDisk(Struct, frozen=True, kw_only=True):
+    """Vouch for a disk."""
+
+    endorser: str = ""
+    """Who does: user:NAME (the caller himself; empty means that), group:NAME of his, or grid (an admin)."""
+    lifetime_s: float = 180 * 86400.0
+
+
+class RevokeDisk(Struct, frozen=True, kw_only=True):
+    """Let a disk not be started any more."""
+
+    reason: str
+
+
+class DiskList(Struct, frozen=True):
+    disks: tuple[DiskDetail, ...]
 
 
 # Jobs
@@ -666,6 +685,28 @@ REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, "N
 LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, "List data", query={"kind": str})
 GET_DATA = Route("get_data", _GET, "/v1/data/{reference}", Nothing, Data, "Find data by name, name@version or sha256")
 REMOVE_DATA = Route("remove_data", _DELETE, "/v1/data/{reference}", Nothing, Nothing, "Remove a version of data")
+
+LIST_DISKS = Route(
+    "list_disks",
+    _GET,
+    "/v1/disks",
+    Nothing,
+    DiskList,
+    "List disks with who vouches for them",
+    query={"words": str, "os": str, "arch": str, "endorser": str},
+)
+GET_DISK = Route("get_disk", _GET, "/v1/disks/{reference}", Nothing, DiskDetail, "A disk with all that is said of it")
+ENDORSE_DISK = Route("endorse_disk", _POST, "/v1/disks/{reference}/manifests", EndorseDisk, DiskDetail, "Vouch for a disk")
+WITHDRAW_DISK = Route(
+    "withdraw_disk", _DELETE, "/v1/disks/{reference}/manifests/{endorser}", Nothing, DiskDetail, "Vouch for a disk no more"
+)
+REVOKE_DISK = Route(
+    "revoke_disk", _POST, "/v1/disks/{reference}/revocation", RevokeDisk, Revocation, "Let a disk not be started any more"
+)
+GET_BUNDLE = Route(
+    "get_bundle", _GET, "/v1/disks/{reference}/bundle", Nothing, Bundle, "What this grid says of a disk, to carry to another"
+)
+TAKE_BUNDLE = Route("take_bundle", _POST, "/v1/bundles", Bundle, DiskList, "Keep what a trusted grid says of disks that are here")
 
 SUBMIT_JOB = Route("submit_job", _POST, "/v1/jobs", SubmitJob, Job, "Submit a job")
 LIST_JOBS = Route(

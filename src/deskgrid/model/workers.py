@@ -47,6 +47,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     """Of deskgrid on this PC."""
     packages: tuple[str, ...] = ()
     """What its owner says is installed, for jobs that `need` it."""
+    endorsers: tuple[str, ...] = ()
+    """One of them must vouch for a disk; none: no matter who."""
     accepts: tuple[str, ...] = ("everyone",)
     """Whose jobs it takes: mine (its owner's), user:NAME, group:NAME or everyone."""
 
@@ -86,6 +88,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     parameters: dict[str, str] = {}
     in_array: bool = False
     """Then {index} and {NAME} are filled in, with `index` and `parameters`."""
+    statements: tuple[str, ...] = ()
+    """Signed, by which those whom the owner asks for vouch for the disk (core/manifests.py)."""
     hold: bool = False
     """Prepare, but start only when the server says so: its set starts together."""
 

@@ -35,7 +35,7 @@ from deskgrid.server import routes
 from deskgrid.server.health import health_routes
 from deskgrid.server.openapi import openapi_document, openapi_page
 from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, caller_of, once
-from deskgrid.server.store import attempts, audit, peers
+from deskgrid.server.store import attempts, audit, manifests, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
@@ -128,6 +128,7 @@ async def _answer(services: Services, handler: Handler, http: HttpRequest, reque
         query=_decode_query(route, http),
         key=http.headers.get(wire.IDEMPOTENCY_HEADER, "")[:64] or uuid.uuid4().hex,
         settings=services.settings,
+        authority=services.authority,
         request=request,
     )
     if handler.kind is Kind.READ:
@@ -264,6 +265,7 @@ async def sweep_forever(services: Services) -> None:
 def _expire(tx: Transaction, audit_s: float) -> int:
     expired = attempts.expire_leases(tx)
     peers.sweep_peers(tx)
+    manifests.forget_expired(tx)
     audit.forget(tx, tx.now - audit_s, _AUDIT_AT_ONCE)
     return expired
 

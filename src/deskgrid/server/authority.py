@@ -5,7 +5,8 @@ certificate carries the name that every client checks (wire.SERVER_NAME), so a g
 are in it for browsers. A peer or hub brings its public key and gets a certificate with one name (model/overlay.py), which is made here of its
 number: no peer can have the name of a hub or of the server.
 
-HOME/authority/grants.key is the Ed25519 key by which grants (core/trust.py) are signed.
+HOME/authority/grants.key is the Ed25519 key by which grants (core/trust.py) are signed, HOME/authority/manifests.key that for what is said of
+disks (core/manifests.py), which the authority certifies (manifests.pem): other grids and workers check it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deskgrid.core.manifests import SIGNER, sign_statement
 from deskgrid.core.trust import Grant, key_hash, sign_grant
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import Sha256
+from deskgrid.model.manifests import Manifest, Revocation
 from deskgrid.model.overlay import hub_peer
 from deskgrid.model.wire import SERVER_NAME
 
@@ -74,7 +77,9 @@ class Authority:
         self.pem = (folder / "authority.pem").read_bytes()
         self._root = x509.load_pem_x509_certificate(self.pem)
         self._key = _load_root_key(folder)
-        self._grant_key = _ensure_grant_key(folder)
+        self._grant_key = _ensure_ed25519_key(folder / "grants.key")
+        self._manifest_key = _ensure_ed25519_key(folder / "manifests.key")
+        self._manifest_certificate = _ensure_manifest_certificate(folder, self._root, self._key, self._manifest_key)
 
     @property
     def grant_key_pem(self) -> str:
@@ -85,6 +90,10 @@ class Authority:
     def sign_grant(self, grant: Grant) -> str:
         """Return a grant as it travels."""
         return sign_grant(grant, self._grant_key)
+
+    def sign_statement(self, statement: Manifest | Revocation) -> str:
+        """Return what this grid says of a disk, as it travels."""
+        return sign_statement(statement, self._manifest_key, self._manifest_certificate)
 
     def sign_peer(self, name: str, key: PeerKey, *, now: float, lifetime_s: float) -> str:
         """Return a certificate (PEM) for a peer. `name` must be of model.overlay's attempt_peer, user_peer or worker_peer."""
@@ -116,7 +125,7 @@ class Authority:
 def make_authority(folder: Path, name: str, now: datetime.datetime) -> None:
     """Make the root key and certificate, and the key for grants, in `folder`, unless they are there. Interrupted, it can be called again."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _ensure_grant_key(folder)
+    _ensure_ed25519_key(folder / "grants.key")
     if (folder / "authority.pem").exists():
         return
     key = ec.generate_private_key(ec.SECP256R1())
@@ -162,7 +171,11 @@ def authority_fingerprint(folder: Path) -> str:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, begin: datetime.datetime, end: datetime.datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey | Ed25519PublicKey,
+    begin: datetime.datetime,
+    end: datetime.datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -213,15 +226,34 @@ def _load_root_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _ensure_grant_key(folder: Path) -> Ed25519PrivateKey:
-    """Return the key for grants, made if it is missing: grids made by earlier versions have none."""
-    file = folder / "grants.key"
+def _ensure_ed25519_key(file: Path) -> Ed25519PrivateKey:
+    """Return a key, made if it is missing: grids made by earlier versions have not all of them."""
     if not file.exists():
         _write_secret(file, _key_pem(Ed25519PrivateKey.generate()))
     key = serialization.load_pem_private_key(file.read_bytes(), password=None)
     if not isinstance(key, Ed25519PrivateKey):
-        raise TypeError("grants.key is not an Ed25519 key")
+        raise TypeError(f"{file.name} is not an Ed25519 key")
     return key
+
+
+def _ensure_manifest_certificate(
+    folder: Path, root: x509.Certificate, root_key: ec.EllipticCurvePrivateKey, key: Ed25519PrivateKey
+) -> x509.Certificate:
+    """Return the authority's word for the manifest key, made if it is missing or for another key. It is good as long as the authority."""
+    file = folder / "manifests.pem"
+    if file.exists():
+        known = x509.load_pem_x509_certificate(file.read_bytes())
+        if known.public_key() == key.public_key():
+            return known
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SIGNER)])
+    certificate = (
+        _builder(subject, root.subject, key.public_key(), root.not_valid_before_utc, root.not_valid_after_utc)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .sign(root_key, hashes.SHA256())
+    )
+    _write_secret(file, certificate.public_bytes(serialization.Encoding.PEM))
+    return certificate
 
 
 def ensure_key(file: Path) -> bytes:

@@ -1,4 +1,5 @@
-"""Work that a call only begins: filling arrays with their jobs, clearing cancelled ones away, giving sets their turn to start.
+"""Work that a call only begins: filling arrays with their jobs, clearing cancelled ones away, giving sets their turn to start, letting
+jobs fail whose disk was revoked.
 
 It is done in small transactions, so that calls of workers never wait for long, and what is left to do is in the store: after a kill the next
 process goes on where this one stopped, and several processes do no harm to each other.
@@ -15,7 +16,7 @@ import structlog
 
 from deskgrid.errors import DeskgridError, InvalidInput
 from deskgrid.server.routes.handler import Services
-from deskgrid.server.store import jobs, sets, submissions
+from deskgrid.server.store import attempts, jobs, manifests, sets, submissions
 from deskgrid.server.store.submissions import Chore, SubmissionState
 
 __all__ = ["do_chores", "do_chores_forever"]
@@ -47,10 +48,17 @@ async def do_chores_forever(services: Services, rng: Random) -> None:
 
 async def do_chores(services: Services) -> bool:
     """Do one piece of each chore; return whether something is left."""
-    left = False
+    left = await _fail_revoked(services)
     for chore in await services.store.read(submissions.chores):
         left = await _do_piece(services, chore) or left
     return left
+
+
+async def _fail_revoked(services: Services) -> bool:
+    """Let some jobs fail whose disk must not be started any more."""
+    if not await services.store.read(manifests.any_revoked):
+        return False
+    return bool(await services.store.write(lambda tx: attempts.fail_revoked(tx, _JOBS_AT_ONCE // 10)))
 
 
 async def _give_turns(services: Services, rng: Random) -> float:

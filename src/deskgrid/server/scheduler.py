@@ -18,7 +18,7 @@ from deskgrid.model.ids import AttemptId, WorkerId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.wire import Sync, SyncAnswer
 from deskgrid.model.workers import MOST_VALUE_BYTES, Assignment, AttemptReport, Capacity
-from deskgrid.server.store import attempts, data, queues, sets, workers
+from deskgrid.server.store import attempts, data, manifests, queues, sets, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.attempts import Held, Outcome
 from deskgrid.server.store.engine import Transaction
@@ -61,7 +61,8 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
     unlisted = [held[attempt_id] for attempt_id in held.keys() - {report.attempt_id for report in request.attempts}]
     assignments: list[Assignment] = []
     if unlisted and key and known.call == key:
-        assignments = attempts.assignments(tx, unlisted)
+        ask = _ask_of(worker_id, request, known)
+        assignments = [_completed(tx, one, ask, one.class_id) for one in attempts.assignments(tx, unlisted)]
     else:
         for one in unlisted:  # an answer that it never got, or a journal that it lost
             attempts.apply_event(tx, one, AttemptEvent.RETURNED)
@@ -197,7 +198,7 @@ def _lease(
         for share in shares:
             queue = board.queue(share.queue_id)
             found = attempts.lease(tx, worker_id, queue.id, share.count, lease_s, head=queue.head)
-            leased += [_completed(one, ask, queue.class_id) for one in found]
+            leased += [_completed(tx, one, ask, queue.class_id) for one in found]
             board.took(queue.id, found)
             ask = _less(ask, found, queue.class_id)
             if len(found) < share.count:
@@ -224,14 +225,18 @@ def _ask_of(worker_id: WorkerId, request: Sync, known: workers.Known) -> Ask:
         owner_id=known.owner_id,
         owner_groups=known.owner_groups,
         accepts=profile.accepts,
+        endorsers=profile.endorsers,
         reserved_for=known.reserved_for,
     )
 
 
-def _completed(assignment: Assignment, ask: Ask, class_id: int) -> Assignment:
-    """Return an assignment with the files of its app for the worker's platform."""
+def _completed(tx: Transaction, assignment: Assignment, ask: Ask, class_id: int) -> Assignment:
+    """Return an assignment with the files of its app for the worker's platform, and what its owner wants to be told of the disk."""
     program = assignment.programs.get(ask.platform) or assignment.programs.get("any")
-    return msgspec.structs.replace(assignment, class_id=class_id, program=program, programs={})
+    said: tuple[str, ...] = ()
+    if ask.endorsers and assignment.disk is not None and assignment.disk.disk is not None:
+        said = manifests.statements_for(tx, assignment.disk.disk.sha256, ask.endorsers)
+    return msgspec.structs.replace(assignment, class_id=class_id, program=program, programs={}, statements=said)
 
 
 def _less(ask: Ask, found: list[Assignment], class_id: int) -> Ask:

@@ -679,6 +679,7 @@ async def run_worker(
                 rng=rng,
                 name=credentials.name,
                 address=credentials.address,
+                authority_pem=credentials.authority_pem,
                 overlay=overlay,
             )
             _log.info("worker_starts", home=str(place.folder), address=credentials.address, name=credentials.name)

@@ -66,6 +66,8 @@ class Kit(Struct, frozen=True, kw_only=True):
     """Let a machine's processes run, whatever its share: it is asked for something."""
     result_room: Callable[[], int]
     """Bytes that a packed result may take now."""
+    authority_pem: str = ""
+    """Certificate of the grid's authority: who signed what is checked by it."""
     overlay: Overlay | None = None
     """How machines get a network; None: they get none."""
     unpack: Callable[..., Awaitable[object]] = unpack_disk

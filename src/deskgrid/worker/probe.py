@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from deskgrid import __version__
+from deskgrid.core.manifests import check_endorser
 from deskgrid.model.machines import Fingerprint
 from deskgrid.model.workers import Capacity, Profile
 from deskgrid.settings import WorkerSettings
@@ -23,7 +24,9 @@ _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
 def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint], installed: Iterable[str] = ()) -> Profile:
-    """Return what the grid is told of this PC. `installed`: packages besides those that the owner declares."""
+    """Return what the grid is told of this PC. `installed`: packages besides those that the owner declares. Raise InvalidInput."""
+    for endorser in settings.endorsers:
+        check_endorser(endorser, "endorsers")
     machine = platform.machine().lower()
     return Profile(
         os=_SYSTEMS.get(sys.platform, sys.platform),
@@ -33,6 +36,7 @@ def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint], install
         version=__version__,
         packages=(*settings.packages, *installed),
         accepts=settings.accepts,
+        endorsers=settings.endorsers,
     )
 
 

@@ -60,6 +60,7 @@ from deskgrid.model.jobs import AttemptState
 from deskgrid.model.machines import MachineKind
 from deskgrid.model.workers import AttemptReport
 from deskgrid.units import format_duration
+from deskgrid.worker.endorsed import check_endorsed
 from deskgrid.worker.home import make_empty, remove
 from deskgrid.worker.journal import Entry, Phase, Verdict
 from deskgrid.worker.judging import NOT_THE_JOB, fault_of, judge, without_result
@@ -396,6 +397,8 @@ class Runner:
         if ref is None:
             yield None
             return
+        if ref.disk is not None:
+            check_endorsed(self._kit, self.entry.assignment, ref.disk)
         async with self._kit.cache.use(ref, self._supplies.fetch_disk) as disk:
             yield disk
 

@@ -24,6 +24,7 @@ from deskgrid.model.machines import DriverName, Fingerprint, MachineKind, Networ
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile
 from deskgrid.server.chores import do_chores_forever
 from deskgrid.server.setup import make_login_link
+from deskgrid.settings import ServerSettings
 from deskgrid.testing.grids import TestGrid, running_grid
 from deskgrid.units import GIB
 
@@ -69,11 +70,11 @@ def deskgrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 class Server:
     """A real server with its event loop in a thread."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **settings: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._running = running_grid(home)
+        self._running = running_grid(home, ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, **settings))
         self.grid: TestGrid = self.do(self._running.__aenter__())
         chores = do_chores_forever(self.grid.services, Random(1))
         self._chores = asyncio.run_coroutine_threadsafe(chores, self._loop)

@@ -100,7 +100,8 @@ def test_file_that_is_not_there_is_a_usage_error(user: Deskgrid):
 
 def test_disk_is_published_with_the_label_that_it_looks_for(user: Deskgrid, disk: str, tmp_path: Path):
     (found,) = user("disk", "list", "--json").document
-    assert (found["name"], found["disk"]["format"], found["disk"]["context_label"]) == (disk, "iso", "CONTEXT")
+    data = found["data"]
+    assert (data["name"], data["disk"]["format"], data["disk"]["context_label"]) == (disk, "iso", "CONTEXT")
     assert user("disk", "import", tmp_path / "tiny.iso", "--name", "cloud", "--public").out == "cloud@1\n"
     shown = user("data", "show", "cloud", "--json").document
     assert (shown["disk"]["context_label"], shown["visibility"]) == ("CIDATA", "public")

@@ -158,7 +158,7 @@ class Things:
         return await self.cast.ann.call(wire.REGISTER_DATA, request)
 
     async def _data(self, variant: str) -> dict[str, object]:
-        return {"reference": (await self._put(variant)).name}
+        return {"reference": (await self._put(variant)).name, "endorser": "user:ann"}
 
     async def _app(self, variant: str) -> dict[str, object]:
         visibility, name = Visibility(variant), f"app-{next(_NUMBER)}"
@@ -312,6 +312,8 @@ async def body_of(route: wire.Route[Any, Any], things: Things, path: dict[str, o
     if route.name == "append_log":
         attempt_id = AttemptId(things.cast.played.assignment.attempt_id)
         return wire.AppendLog(attempt_id=attempt_id, stream="stdout", offset=0, data=b"x")
+    if route.name == "revoke_disk":
+        return wire.RevokeDisk(reason="a hole")
     return wire.AskGrant(peer_id=int(str(path["peer"])), service="web.user") if route.name == "ask_grant" else None
 
 
@@ -389,6 +391,7 @@ _NO_PATH: dict[str, object] = {
     "user": "none",
     "group": "none",
     "reference": "none",
+    "endorser": "none",
     "sha256": "0" * 64,
 }
 

@@ -479,6 +479,7 @@ class Rig:
         self.sight = PlaySight(self.clock)
         self.free_bytes = 100 * GIB
         self.extract_error: Exception | None = None
+        self.authority_pem = ""
 
     async def extract(self, image: Path, output: Path, **_: Any) -> ResultReport:
         if self.extract_error:
@@ -515,6 +516,7 @@ class Rig:
             address="grid",
             free_bytes=lambda _: self.free_bytes,
             sight=self.sight,
+            authority_pem=self.authority_pem,
             unpack=play_unpack,
             extract=self.extract,
         )

@@ -19,7 +19,7 @@ from deskgrid.model.jobs import Array, Job, JobSpec, JobState
 from deskgrid.model.overlay import API_SERVICE
 from deskgrid.model.users import Role
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
-from deskgrid.server.store import accounts, apps, data, jobs, submissions
+from deskgrid.server.store import accounts, apps, data, jobs, manifests, submissions
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.submissions import NewSubmission
 
@@ -69,6 +69,8 @@ def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | No
     accounts.check_group(tx, caller, spec.group)
     of_grid = spec.machine.disk and not spec.machine.installed_disk
     disk = data.find_disk(tx, caller, spec.machine.disk) if of_grid else None
+    if disk is not None:
+        manifests.check_not_revoked(tx, disk.disk)
     if context is not None:
         data.require_upload(tx, caller, context)
     if not spec.app:

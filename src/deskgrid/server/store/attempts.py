@@ -19,8 +19,9 @@ from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, JobSpec, JobState
 from deskgrid.model.workers import Assignment
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.queues import come_back, count, note_use
-from deskgrid.server.store.schema import IS_LIVE, attempt, job, queue, submission, worker
+from deskgrid.server.store.manifests import revocations
+from deskgrid.server.store.queues import board, come_back, count, note_use
+from deskgrid.server.store.schema import IS_LIVE, attempt, job, queue, revocation, submission, worker
 from deskgrid.server.store.statement import Statement, constant
 from deskgrid.server.store.submissions import WORK, array_topic, held_until_started, job_topic, tell_dependants
 
@@ -34,6 +35,7 @@ __all__ = [
     "cancel_attempts",
     "common",
     "expire_leases",
+    "fail_revoked",
     "held_by",
     "lease",
     "max_suspend_s",
@@ -465,6 +467,32 @@ def cancel_attempts(tx: Transaction, job_id: JobId, reason: str) -> None:
     ends = [state.value for state in sources(AttemptEvent.CANCELLED)]
     over = sa.update(attempt).where(attempt.c.job_id == job_id, attempt.c.state.in_(ends))
     tx.run(over.values(state=AttemptState.CANCELLED.value, ended_at=tx.now, reason=reason))
+
+
+_BEING_PREPARED_S = 600.0
+"""After a revocation, in which attempts are looked for that were leased a moment before, perhaps by another process."""
+
+
+def fail_revoked(tx: Transaction, limit: int) -> int:
+    """Let jobs fail that wait for a disk which was revoked, or are being prepared with one; those that run go on. Return how many."""
+    columns = (job.c.id, job.c.state, job.c.queue_id, job.c.submission_id, job.c.owner_id, job.c.position, submission.c.disk_sha256)
+    those = sa.select(*columns).select_from(job.join(submission, submission.c.id == job.c.submission_id))
+    waiting = those.where(job.c.queue_id.in_(board(tx).revoked), job.c.state == JobState.WAITING.value)
+    found = tx.rows(waiting.limit(limit).with_for_update(of=job, skip_locked=True))
+    recent = [
+        row.disk_sha256 for row in tx.rows(sa.select(revocation.c.disk_sha256).where(revocation.c.at > tx.now - _BEING_PREPARED_S))
+    ]
+    if recent:
+        of_job = (attempt.c.job_id == job.c.id, IS_LIVE, attempt.c.state == constant(AttemptState.LEASED.value))
+        leased = those.where(sa.exists().where(*of_job), job.c.state == JobState.ACTIVE.value, submission.c.disk_sha256.in_(recent))
+        found += tx.rows(leased.limit(limit).with_for_update(of=job, skip_locked=True))
+    why = revocations(tx, {row.disk_sha256 for row in found})
+    for *of_job, disk in found:
+        one = Job(of_job[0], JobState(of_job[1]), *of_job[2:])
+        message = f"its disk was revoked by {why[disk].by}: {why[disk].reason}"
+        if move_job(tx, one, JobState.FAILED, message=message):
+            cancel_attempts(tx, one.id, message)
+    return len(found)
 
 
 def expire_leases(tx: Transaction, limit: int = 500) -> int:

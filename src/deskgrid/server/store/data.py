@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -92,8 +91,7 @@ def begin_upload(tx: Transaction, caller: Caller, wanted: Blob, *, max_bytes: in
     if caller.user_id is not None:
         check_room(tx, caller.user_id, wanted.size_bytes, max_bytes)
     mine = {"holder": caller.principal, "sha256": wanted.sha256}
-    insert = _insert_if_new(tx, upload, ["holder", "sha256"])
-    tx.run(insert.values(**mine, size_bytes=wanted.size_bytes, complete=False, touched_at=tx.now))
+    tx.insert_if_new(upload, ["holder", "sha256"], **mine, size_bytes=wanted.size_bytes, complete=False, touched_at=tx.now)
     begun = tx.value(sa.select(upload.c.id).where(upload.c.holder == caller.principal, upload.c.sha256 == wanted.sha256))
     return Upload(id=int(begun), received_bytes=0, complete=False), None
 
@@ -105,14 +103,6 @@ def _hold_blob(tx: Transaction, sha256: str) -> None:
         raise Conflict(f"the old bytes of {sha256[:12]} are just being removed", hint="try again in some minutes")
     if row is not None and row.unused_since is not None:
         tx.run(sa.update(blob).where(blob.c.sha256 == sha256).values(unused_since=None))
-
-
-def _insert_if_new(tx: Transaction, table: sa.Table, unique: list[str]) -> Any:
-    """Return an insert that does nothing if another process has made the row."""
-    from sqlalchemy.dialects import postgresql, sqlite
-
-    dialect: Any = postgresql if tx.connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(table).on_conflict_do_nothing(index_elements=unique)
 
 
 def upload_of(tx: Transaction, caller: Caller, upload_id: int) -> tuple[Blob, bool]:
@@ -136,8 +126,11 @@ def finish_upload(tx: Transaction, upload_id: int, sent: Blob) -> None:
     known = tx.run(sa.update(upload).where(upload.c.id == upload_id).values(complete=True, touched_at=tx.now))
     if not known.rowcount:
         raise Conflict("this upload was forgotten: nothing was heard of it for too long", hint="begin it again")
-    new = _insert_if_new(tx, blob, ["sha256"])
-    tx.run(new.values(sha256=sent.sha256, size_bytes=sent.size_bytes, created_at=tx.now, removing=False))
+    _know_blob(tx, sent)
+
+
+def _know_blob(tx: Transaction, known: Blob) -> None:
+    tx.insert_if_new(blob, ["sha256"], sha256=known.sha256, size_bytes=known.size_bytes, created_at=tx.now, removing=False)
 
 
 def give_up_upload(tx: Transaction, holder: str, sha256: str) -> None:
@@ -283,8 +276,7 @@ def adopt(tx: Transaction, found: Iterable[Blob]) -> int:
     wanted = {one.sha256: one.size_bytes for one in found}
     strays = wanted.keys() - {row.sha256 for row in tx.rows(sa.select(blob.c.sha256).where(blob.c.sha256.in_(list(wanted))))}
     for sha256 in sorted(strays):
-        new = _insert_if_new(tx, blob, ["sha256"])
-        tx.run(new.values(sha256=sha256, size_bytes=wanted[sha256], created_at=tx.now, removing=False))
+        _know_blob(tx, Blob(sha256=sha256, size_bytes=wanted[sha256]))
     return len(strays)
 
 
@@ -299,6 +291,7 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
         raise InvalidInput("a disk needs its attributes, and only a disk has them")
     if request.disk is not None:
         check_sha256(request.disk.sha256)
+        _check_words(request.disk)
     if request.visibility is Visibility.GROUP or request.group:
         check_group(tx, caller, request.group)
     if (request.visibility is Visibility.GROUP) != bool(request.group):
@@ -329,6 +322,15 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
     )
     mine = _with_owner().where(data.c.owner_id == caller.user_id, data.c.name == request.name, data.c.version == version)
     return _data(tx.row(mine))
+
+
+def _check_words(disk: Disk) -> None:
+    for field, text in (("os", disk.os), ("arch", disk.arch), ("about", disk.about)):
+        if len(text) > _LONGEST_WORDS or not text.isprintable():
+            raise InvalidInput("a line of text is wanted", where=field, hint=f"at most {_LONGEST_WORDS} characters")
+
+
+_LONGEST_WORDS = 200
 
 
 def find_data(tx: Transaction, caller: Caller, reference: str) -> Data:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.dialects import postgresql, sqlite
 
 from deskgrid.clock import Clock
 from deskgrid.core.backoff import delay_s
@@ -109,6 +110,11 @@ class Transaction:
     def value(self, statement: sa.Executable) -> Any:
         """Return the first column of the first row, or None."""
         return self.connection.execute(statement).scalar()
+
+    def insert_if_new(self, table: sa.Table, unique: Sequence[str], **values: Any) -> None:
+        """Insert a row unless there is one with the same values in the columns `unique`, perhaps of another process a moment ago."""
+        dialect: Any = postgresql if self.connection.dialect.name == "postgresql" else sqlite
+        self.run(dialect.insert(table).on_conflict_do_nothing(index_elements=unique).values(**values))
 
     def fast(self, statement: Statement, **parameters: Any) -> list[tuple[Any, ...]]:
         """Run a hot statement; return its rows, none if it has none."""

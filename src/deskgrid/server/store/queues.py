@@ -18,6 +18,7 @@ from deskgrid.core.shares import Standings, Use, faded
 from deskgrid.model.ids import UserId
 from deskgrid.model.jobs import JobState
 from deskgrid.model.workers import Assignment
+from deskgrid.server.store import manifests
 from deskgrid.server.store.engine import BEFORE_COMMIT, Transaction
 from deskgrid.server.store.schema import account, job, membership, queue, requirement, team, use
 from deskgrid.server.store.statement import Statement
@@ -136,13 +137,23 @@ BEFORE_COMMIT.extend([_write_counts, _write_uses])
 class Board:
     """What waits in the whole grid, and who is next."""
 
-    def __init__(self, queues: Iterable[Queue], standings: Standings, people: dict[UserId, Person], until: float) -> None:
+    def __init__(
+        self,
+        queues: Iterable[Queue],
+        standings: Standings,
+        people: dict[UserId, Person],
+        until: float,
+        *,
+        revoked: Iterable[int] = (),
+    ) -> None:
         self._queues = {one.id: one for one in queues}
         self._changed: dict[int, int] = {}
         self._suiting: dict[Hashable, tuple[int, ...]] = {}
         self.standings = standings
         self.people = people
         self.until = until
+        self.revoked = tuple(revoked)
+        """Queues whose disk must not be started any more; their jobs are not offered."""
         self.names_workers = any(one.requirement.on.startswith("worker:") for one in self._queues.values())
 
     def queues(self) -> list[Queue]:
@@ -220,25 +231,35 @@ def _read_board(tx: Transaction) -> Board:
     rows = tx.rows(sa.select(*columns).join(requirement).where(queue.c.open.is_(True), queue.c.waiting > 0))
     if not rows:
         return Board((), Standings((), {}, now=tx.now, half_life_s=HALF_LIFE_S), {}, tx.now + _BOARD_S)
-    keys: dict[str, Requirement] = tx.memo.setdefault("requirements", {})
-    queues = []
-    for row in rows:
-        wanted = keys.get(row.key)
-        if wanted is None:
-            wanted = keys[row.key] = msgspec.json.decode(row.key, type=Requirement)
-        queues.append(
-            Queue(
-                id=row.id,
-                class_id=row.class_id,
-                owner_id=UserId(row.owner_id),
-                requirement=wanted,
-                waiting=row.waiting,
-                head=row.head or 0,
-                team=row.team,
-                priority=row.priority,
-            )
+    wanted = [_requirement(tx, row.key) for row in rows]
+    disks = {one.disk for one in wanted if one.disk}
+    vouching, revoked = manifests.endorsers(tx, disks), manifests.revocations(tx, disks)
+    queues = [
+        Queue(
+            id=row.id,
+            class_id=row.class_id,
+            owner_id=UserId(row.owner_id),
+            requirement=of_class,
+            waiting=row.waiting,
+            head=row.head or 0,
+            team=row.team,
+            priority=row.priority,
+            endorsers=vouching.get(of_class.disk, frozenset()),
         )
-    return Board(queues, _standings(tx), _people(tx, {one.owner_id for one in queues}), tx.now + _BOARD_S)
+        for row, of_class in zip(rows, wanted, strict=True)
+        if of_class.disk not in revoked
+    ]
+    stopped = [row.id for row, of_class in zip(rows, wanted, strict=True) if of_class.disk in revoked]
+    people = _people(tx, {one.owner_id for one in queues})
+    return Board(queues, _standings(tx), people, tx.now + _BOARD_S, revoked=stopped)
+
+
+def _requirement(tx: Transaction, key: str) -> Requirement:
+    known: dict[str, Requirement] = tx.memo.setdefault("requirements", {})
+    found = known.get(key)
+    if found is None:
+        found = known[key] = msgspec.json.decode(key, type=Requirement)
+    return found
 
 
 def _standings(tx: Transaction) -> Standings:
@@ -289,7 +310,7 @@ def find_queue(
     same = sa.select(queue.c.id).where(*(queue.c[name] == value for name, value in values.items()))
     found: int | None = tx.value(same)
     if found is None:
-        tx.run(_insert_if_new(tx, queue, [*values]).values(**values, open=is_open))
+        tx.insert_if_new(queue, [*values], **values, open=is_open)
         found = tx.value(same)
     assert found is not None
     return found
@@ -300,18 +321,10 @@ def _class_of(tx: Transaction, wanted: Requirement) -> int:
     same = sa.select(requirement.c.id).where(requirement.c.key == key)
     found: int | None = tx.value(same)
     if found is None:
-        tx.run(_insert_if_new(tx, requirement, ["key"]).values(key=key))
+        tx.insert_if_new(requirement, ["key"], key=key)
         found = tx.value(same)
     assert found is not None
     return found
-
-
-def _insert_if_new(tx: Transaction, table: sa.Table, unique: list[str]) -> Any:
-    """Return an insert that does nothing if another process has made the row."""
-    from sqlalchemy.dialects import postgresql, sqlite
-
-    dialect: Any = postgresql if tx.connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(table).on_conflict_do_nothing(index_elements=unique)
 
 
 def open_queue(tx: Transaction, queue_id: int, is_open: bool) -> None:

@@ -252,19 +252,13 @@ def _add_dependencies(tx: Transaction, owner_id: UserId, submission_id: int, spe
         if on == submission_id:
             raise InvalidInput("a job cannot come after itself", where="after")
         if not ended:
-            tx.run(_insert_new_dependency(tx).values(submission_id=submission_id, on_submission_id=on, any_end=any_end))
+            both = {"submission_id": submission_id, "on_submission_id": on}
+            tx.insert_if_new(dependency, [*both], **both, any_end=any_end)
             fate.open_left += 1
         elif not well and not any_end:
             fate.failed = f"{name}, which it comes after, did not complete"
             fate.open_left += 1
     return fate
-
-
-def _insert_new_dependency(tx: Transaction) -> Any:
-    from sqlalchemy.dialects import postgresql, sqlite
-
-    dialect: Any = postgresql if tx.connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(dependency).on_conflict_do_nothing(index_elements=["submission_id", "on_submission_id"])
 
 
 def _look_up(tx: Transaction, owner_id: UserId, name: str) -> tuple[int, bool, bool]:

@@ -1,0 +1,327 @@
+"""What is said of disks, and what follows for jobs: who may say it, which workers get them, what a revocation ends, what grids tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import pytest
+from cryptography import x509
+
+from deskgrid.client.grid import Grid, describe_file
+from deskgrid.client.transport import Transport
+from deskgrid.clock import FakeClock
+from deskgrid.core.manifests import endorsers_of
+from deskgrid.errors import Conflict, DeskgridError, Forbidden, InvalidInput, NotFound
+from deskgrid.model import wire
+from deskgrid.model.data import Data, DataKind, Disk, Visibility
+from deskgrid.model.jobs import AttemptState, JobSpec, JobState, Machine
+from deskgrid.model.machines import DiskFormat
+from deskgrid.model.workers import Assignment, AttemptReport
+from deskgrid.server.authority import authority_fingerprint
+from deskgrid.server.chores import do_chores
+from deskgrid.server.store import manifests
+from deskgrid.settings import ServerSettings
+from deskgrid.testing.grids import TestGrid, played_sync, running_grid
+
+DAY_S = 86400.0
+
+
+class People:
+    """An admin, ann and bob of the group hep, and eve of none, each with a way to the grid."""
+
+    def __init__(self, grid: TestGrid, folder: Path, running: AsyncExitStack) -> None:
+        self.grid, self._folder, self._running = grid, folder, running
+
+    async def enter(self) -> People:
+        self.admin = await self.open("admin")
+        for name in ("ann", "bob", "eve"):
+            await self.admin.add_user(name)
+        await self.admin.add_group("hep")
+        await self.admin.set_members("hep", add=["ann", "bob"])
+        self.ann, self.bob, self.eve = [await self.open(name) for name in ("ann", "bob", "eve")]
+        self.worker = await self._running.enter_async_context(Transport(await self.grid.worker(), tries=1))
+        return self
+
+    async def open(self, name: str) -> Grid:
+        return await self._running.enter_async_context(Grid(await self.grid.user(name)))
+
+    async def publish(self, who: Grid, name: str = "d", *, content: str = "", private: bool = False, **words: str) -> Data:
+        file = self._folder / "image"
+        file.write_text(content or name)
+        blob = describe_file(file)
+        disk = Disk(sha256=blob.sha256, size_bytes=9, virtual_bytes=9, format=DiskFormat.ISO, **words)
+        visibility = Visibility.PRIVATE if private else Visibility.PUBLIC
+        return await who.put(file, name, kind=DataKind.DISK, disk=disk, visibility=visibility)
+
+    async def ask(self, *wanted: str, reports: tuple[AttemptReport, ...] = ()) -> tuple[Assignment, ...]:
+        """Let a worker whose owner wants these endorsers ask for jobs."""
+        request = played_sync(*reports, room=True)
+        profile = msgspec.structs.replace(request.profile, endorsers=wanted)
+        return (await self.worker.call(wire.SYNC, msgspec.structs.replace(request, profile=profile))).assignments
+
+
+@pytest.fixture
+async def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def people(tmp_path: Path, clock: FakeClock) -> AsyncIterator[People]:
+    async with running_grid(tmp_path / "lab", clock=clock) as grid, AsyncExitStack() as running:
+        yield await People(grid, tmp_path, running).enter()
+
+
+def job(reference: str = "d") -> JobSpec:
+    return JobSpec(machine=Machine(disk=reference))
+
+
+async def test_everybody_vouches_for_himself_members_for_their_group_and_admins_for_the_grid(people: People):
+    await people.publish(people.ann, os="debian 12", about="analysis")
+    await people.eve.endorse_disk("d", lifetime_s=DAY_S)
+    await people.bob.endorse_disk("d", "group:hep", lifetime_s=DAY_S)
+    found = await people.admin.endorse_disk("d", "grid", lifetime_s=DAY_S)
+    assert [(said.endorser, said.by) for said in found.manifests] == [("grid", "admin"), ("group:hep", "bob"), ("user:eve", "eve")]
+    said = found.manifests[0]
+    assert (said.name, said.disk, said.expires_at - said.issued_at) == ("d@1", found.data.disk, DAY_S)
+    for who, endorser in ((people.eve, "grid"), (people.ann, "grid"), (people.eve, "user:ann"), (people.admin, "group:hep@cern")):
+        with pytest.raises(DeskgridError, match=r"speak for|not in a group"):
+            await who.endorse_disk("d", endorser, lifetime_s=DAY_S)
+    with pytest.raises(InvalidInput, match="group"):
+        await people.eve.endorse_disk("d", "group:hep", lifetime_s=DAY_S)
+    for lifetime_s in (0.0, -1.0, 1e9, float("nan")):
+        with pytest.raises(InvalidInput):
+            await people.ann.endorse_disk("d", lifetime_s=lifetime_s)
+
+
+async def test_who_does_not_see_a_disk_hears_nothing_of_it(people: People):
+    await people.publish(people.ann, private=True)
+    for call in (
+        people.eve.disk("d"),
+        people.eve.endorse_disk("d", lifetime_s=1),
+        people.eve.revoke_disk("d", "x"),
+        people.eve.disk_bundle("d"),
+    ):
+        with pytest.raises(NotFound):
+            await call
+    assert await people.eve.disks() == ()
+
+
+async def test_what_was_said_is_said_anew_withdrawn_and_ends_by_itself(people: People, clock: FakeClock):
+    await people.publish(people.ann)
+    await people.bob.endorse_disk("d", "group:hep", lifetime_s=DAY_S)
+    again = await people.ann.endorse_disk("d", "group:hep", lifetime_s=2 * DAY_S)
+    assert [(said.by, said.expires_at - said.issued_at) for said in again.manifests] == [("ann", 2 * DAY_S)]
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    with pytest.raises(Forbidden):
+        await people.eve.withdraw_disk("d", "user:ann")
+    assert [said.endorser for said in (await people.bob.withdraw_disk("d", "group:hep")).manifests] == ["user:ann"]
+    with pytest.raises(NotFound, match="does not vouch"):
+        await people.bob.withdraw_disk("d", "group:hep")
+    await clock.advance(DAY_S + 1)
+    assert (await people.ann.disk("d")).manifests == ()
+    await clock.advance(100 * DAY_S)
+    await people.grid.services.store.write(manifests.forget_expired)
+    assert await people.grid.services.store.read(lambda tx: manifests._manifests(tx, [])) == {}
+
+
+async def test_disks_are_found_by_words_system_and_endorser(people: People):
+    await people.publish(people.ann, "root", os="Debian 12", about="ROOT and friends")
+    await people.publish(people.bob, "alpine", os="alpine 3.20", arch="aarch64")
+    await people.bob.endorse_disk("root", "group:hep", lifetime_s=DAY_S)
+
+    async def names(**wanted: str) -> list[str]:
+        return [one.data.name for one in await people.eve.disks(**wanted)]
+
+    assert await names() == ["alpine", "root"]
+    assert await names(words="FRIENDS ann") == ["root"]
+    assert await names(words="friends bob") == []
+    assert await names(os="debian") == ["root"]
+    assert await names(arch="aarch64") == ["alpine"]
+    assert await names(endorser="group:hep") == ["root"]
+    assert await names(endorser="grid") == []
+
+
+async def test_worker_gets_jobs_only_with_disks_that_one_of_those_it_wants_vouches_for(people: People):
+    await people.publish(people.ann)
+    await people.ann.submit(job())
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    assert await people.ask("grid", "group:hep") == ()
+    await people.bob.endorse_disk("d", "group:hep", lifetime_s=DAY_S)
+    [taken] = await people.ask("grid", "group:hep")
+    authority = x509.load_pem_x509_certificate(people.grid.services.authority.pem)
+    assert taken.disk is not None and taken.disk.disk is not None
+    now = people.grid.services.clock.now()
+    assert endorsers_of(taken.statements, taken.disk.disk.sha256, authority, now=now) == {"group:hep"}
+
+
+async def test_worker_that_does_not_ask_gets_all_jobs_and_no_statements(people: People):
+    await people.publish(people.ann)
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    await people.ann.submit(job())
+    [taken] = await people.ask()
+    assert taken.statements == ()
+
+
+async def test_endorsement_that_has_ended_brings_no_jobs(people: People, clock: FakeClock):
+    await people.publish(people.ann)
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    await people.ann.submit(job())
+    await clock.advance(DAY_S)
+    assert await people.ask("user:ann") == ()
+    assert len(await people.ask()) == 1
+
+
+async def test_answer_that_is_lost_is_given_again_with_all_that_was_in_it(people: People):
+    await people.publish(people.ann)
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    await people.ann.submit(job())
+    request = played_sync(room=True)
+    request = msgspec.structs.replace(request, profile=msgspec.structs.replace(request.profile, endorsers=("user:ann",)))
+    answers = []
+    for _ in range(2):
+        headers = {wire.IDEMPOTENCY_HEADER: "once"}
+        async with people.worker._request(wire.SYNC, {}, headers=headers, data=msgspec.json.encode(request)) as answer:
+            answers.append(msgspec.json.decode(await answer.read(), type=wire.SyncAnswer).assignments)
+    assert answers[0] == answers[1]
+    assert len(answers[0][0].statements) == 1
+
+
+# Revocations
+
+
+async def test_revoked_disk_is_refused_waiting_jobs_fail_and_running_ones_go_on(people: People):
+    await people.publish(people.ann)
+    running = await people.ann.submit(job())
+    [taken] = await people.ask()
+    held = AttemptReport(attempt_id=taken.attempt_id, state=AttemptState.RUNNING)
+    assert await people.ask(reports=(held,)) == ()
+    preparing = await people.ann.submit(job())
+    [other] = await people.ask(reports=(held,))
+    waiting = await people.ann.submit(job())
+    array = await people.ann.submit_array(job(), count=3)
+    after = await people.ann.submit(msgspec.structs.replace(job(), after=(f"job-{waiting.id}",)))
+    said = await people.ann.revoke_disk("d", "a hole")
+    assert (said.by, said.reason) == ("ann", "a hole")
+    while await do_chores(people.grid.services):
+        pass
+    for one in (preparing, waiting):
+        found = (await people.ann.job(one.id)).job
+        assert (found.state, found.message) == (JobState.FAILED, "its disk was revoked by ann: a hole")
+    assert (await people.ann.job(after.id)).job.state is JobState.CANCELLED
+    assert (await people.ann.array(array.id)).jobs[JobState.FAILED] == 3
+    assert (await people.ann.job(running.id)).job.state is JobState.ACTIVE
+    answer = await people.worker.call(
+        wire.SYNC, played_sync(held, AttemptReport(attempt_id=other.attempt_id, state=AttemptState.LEASED))
+    )
+    assert answer.cancelled == (other.attempt_id,)
+    for submitting in (
+        people.ann.submit(job()),
+        people.ann.submit_array(job("d@1"), count=2),
+        people.ann.endorse_disk("d", lifetime_s=1),
+    ):
+        with pytest.raises(Conflict, match="revoked by ann: a hole"):
+            await submitting
+    assert (await people.ann.disk("d")).revocation == said
+    # Given back, it does not start again.
+    lost = msgspec.structs.replace(held, state=AttemptState.REFUSED, reason="the PC was paused")
+    assert await people.ask(reports=(lost,)) == ()
+    await do_chores(people.grid.services)
+    assert (await people.ann.job(running.id)).job.state is JobState.FAILED
+
+
+async def test_revocation_is_for_its_owner_alone_if_nobody_else_has_the_disk(people: People):
+    await people.publish(people.ann)
+    await people.publish(people.eve, "mine", content="d", private=True)
+    with pytest.raises(Forbidden, match=r"may not"):
+        await people.bob.revoke_disk("d", "because")
+    for who, name in ((people.ann, "d"), (people.eve, "mine")):
+        with pytest.raises(Forbidden, match="others have this disk"):
+            await who.revoke_disk(name, "because")
+    for reason in ("", "two\nlines", "x" * 600):
+        with pytest.raises(InvalidInput, match="why"):
+            await people.admin.revoke_disk("d", reason)
+    first = await people.admin.revoke_disk("d", "because")
+    assert await people.admin.revoke_disk("mine", "another reason") == first
+
+
+async def test_admin_revokes_by_digest_what_is_not_here(people: People):
+    said = await people.admin.revoke_disk("e" * 64, "malware")
+    assert said.disk_sha256 == "e" * 64
+    with pytest.raises(NotFound):
+        await people.ann.revoke_disk("f" * 64, "malware")
+
+
+# Other grids
+
+
+async def test_grid_believes_another_that_its_admin_trusts(people: People, tmp_path: Path, clock: FakeClock):
+    data = await people.publish(people.ann)
+    with pytest.raises(NotFound, match="nobody here vouches"):
+        await people.ann.disk_bundle("d")
+    await people.bob.endorse_disk("d", "group:hep", lifetime_s=DAY_S)
+    bundle = await people.eve.disk_bundle("d")
+    fingerprint = authority_fingerprint(people.grid.home / "authority")
+    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, name="cern", trusted_grids=(f"lab={fingerprint}",))
+    async with running_grid(tmp_path / "cern", settings, clock) as grid, AsyncExitStack() as running:
+        here = await People(grid, tmp_path, running).enter()
+        with pytest.raises(NotFound):
+            await here.ann.take_bundle(bundle)
+        await here.publish(here.ann, "from-lab", content="d")
+        [found] = await here.ann.take_bundle(bundle)
+        assert [(said.grid, said.endorser, said.by) for said in found.manifests] == [("cern", "group:hep@lab", "bob@lab")]
+        assert found.manifests[0].expires_at == bundle_end(bundle)
+        await here.ann.submit(job("from-lab"))
+        assert await here.ask("group:hep") == ()
+        assert len(await here.ask("group:hep@lab")) == 1
+        with pytest.raises(NotFound):  # what others said is theirs to tell
+            await here.ann.disk_bundle("from-lab")
+        with pytest.raises(Forbidden):
+            await here.ann.withdraw_disk("from-lab", "group:hep@lab")
+        # Its news: the disk is revoked.
+        await people.ann.revoke_disk("d", "a hole")
+        news = await people.ann.disk_bundle("d")
+        with pytest.raises(Forbidden):
+            await here.bob.take_bundle(news)
+        [found] = await here.ann.take_bundle(news)
+        assert found.revocation is not None
+        assert found.revocation.reason == "a hole (ann of lab)"
+    assert data.disk is not None
+
+
+def bundle_end(bundle: object) -> float:
+    from deskgrid.core.manifests import read_own
+    from deskgrid.model.manifests import Bundle, Manifest
+
+    assert isinstance(bundle, Bundle)
+    said = read_own(bundle.statements[0])
+    assert isinstance(said, Manifest)
+    return said.expires_at
+
+
+async def test_grid_that_trusts_nobody_and_one_that_describes_the_disk_otherwise_take_nothing(people: People, tmp_path: Path):
+    await people.publish(people.ann)
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    bundle = await people.ann.disk_bundle("d")
+    with pytest.raises(Forbidden, match="does not trust"):
+        await people.ann.take_bundle(bundle)
+    fingerprint = authority_fingerprint(people.grid.home / "authority")
+    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, trusted_grids=(f"lab={fingerprint}",))
+    async with running_grid(tmp_path / "other", settings, FakeClock()) as grid, AsyncExitStack() as running:
+        here = await People(grid, tmp_path, running).enter()
+        file = tmp_path / "image"
+        file.write_text("d")
+        blob = describe_file(file)
+        disk = Disk(sha256=blob.sha256, size_bytes=9, virtual_bytes=10, format=DiskFormat.ISO)
+        await here.ann.put(file, "d", kind=DataKind.DISK, disk=disk)
+        with pytest.raises(Conflict, match="declared differently"):
+            await here.ann.take_bundle(bundle)
+        assert (await here.ann.disk("d")).manifests == ()
+
+
+async def test_words_of_a_disk_are_lines(people: People):
+    for words in ({"os": "a\nb"}, {"about": "x" * 201}, {"arch": "\x1b[1m"}):
+        with pytest.raises(InvalidInput, match="line of text"):
+            await people.publish(people.ann, **words)
