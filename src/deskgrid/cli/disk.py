@@ -20,10 +20,10 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.data import reference_of, require_file
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, make_reporter, print_json, print_lines
 from deskgrid.errors import BadImage, InvalidInput
-from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
+from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.machines import ContextLabel
 from deskgrid.model.manifests import Bundle, Manifest, Revocation
-from deskgrid.units import parse_size
+from deskgrid.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
@@ -171,6 +171,7 @@ async def import_(
     public: bool = False,
     agent: bool = False,
     shrink: bool = False,
+    whole: bool = False,
     sha256: str = "",
     os: str = "",
     arch: str = "x86_64",
@@ -203,6 +204,8 @@ async def import_(
         Otherwise the context disk is made for cloud-init (NoCloud, label CIDATA).
     shrink
         Write a qcow2 anew, without the room in it that has only zeros.
+    whole
+        Do not look whether a delta to the version before would spare the PCs that have that one most of the download.
     sha256
         Of the file: what is fetched or read must be that. An address that begins with http:// needs it.
     os
@@ -225,7 +228,7 @@ async def import_(
     async with connected() as grid:
         with make_reporter(json) as reporter:
             file, stem = await _file_of(source, sha256, reporter)
-            data = await import_disk(grid, file, name or stem, reporter, words, public=public, shrink=shrink)
+            data = await import_disk(grid, file, name or stem, reporter, words, public=public, shrink=shrink, whole=whole)
         if bundle is not None:
             await grid.take_bundle(bundle)
         if is_url(source):
@@ -317,15 +320,24 @@ _SUFFIXES = frozenset(
 
 
 async def import_disk(
-    grid: Grid, file: Path, name: str, reporter: Reporter, words: DiskWords, *, public: bool = False, shrink: bool = False
+    grid: Grid,
+    file: Path,
+    name: str,
+    reporter: Reporter,
+    words: DiskWords,
+    *,
+    public: bool = False,
+    shrink: bool = False,
+    whole: bool = False,
 ) -> Data:
-    """Check, convert, pack and upload a disk image."""
+    """Check, convert, pack and upload a disk image; besides, unless `whole`, a delta to its version before, if that is a small one."""
     from deskgrid.machines.disk_import import prepare_disk
 
     packed = cache_folder() / "import"  # not the temporary folder, which may be in memory: disks are large
     packed.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=packed) as folder:
         made = await prepare_disk(file, Path(folder), lambda title: reporter.begin(title).done, shrink=shrink)
+        delta = None if whole else await _delta(grid, name, made, Path(folder), reporter)
         uploading = reporter.begin(f"upload {name}", made.transport_bytes)
         return await grid.put(
             made.path,
@@ -333,9 +345,41 @@ async def import_disk(
             kind=DataKind.DISK,
             visibility=Visibility.PUBLIC if public else Visibility.PRIVATE,
             disk=_described(made, words),
+            delta=delta,
             blob=Blob(sha256=made.transport_sha256, size_bytes=made.transport_bytes),
             progress=uploading.done,
         )
+
+
+_WORTH_A_DELTA = 0.5
+"""Of the whole: a larger delta spares too little to be kept."""
+
+
+async def _delta(grid: Grid, name: str, made: PreparedDisk, folder: Path, reporter: Reporter) -> tuple[Path, Delta] | None:
+    """Return a delta to the newest version of the caller's disk of this name; None if there is none, or it does not pay."""
+    from deskgrid.machines.deltas import MOST_BASE_BYTES, make_delta
+    from deskgrid.machines.images import unpack_disk
+
+    me = (await grid.who()).name
+    mine = [one for one in await grid.list_data(DataKind.DISK) if one.name == name and one.owner == me]
+    newest = max(mine, key=lambda one: one.version, default=None)
+    if newest is None or newest.disk is None or newest.disk.sha256 == made.sha256 or newest.disk.size_bytes > MOST_BASE_BYTES:
+        return None
+    fetching = reporter.begin(f"fetch {reference_of(newest)} for a delta", newest.blob.size_bytes)
+    packed, base, output = folder / "base.zst", folder / "base", folder / "delta"
+    await grid.get(reference_of(newest), packed, fetching.done)
+    known = newest.disk
+    await unpack_disk(packed, base, sha256=known.sha256, size_bytes=known.size_bytes, format=known.format)
+    packed.unlink()
+    making = reporter.begin("look for what has changed", made.size_bytes)
+    blob = await make_delta(
+        base, made.path, output, most_bytes=int(made.transport_bytes * _WORTH_A_DELTA), progress=lambda done, _: making.done(done)
+    )
+    base.unlink()
+    if blob is None:
+        return None
+    making.note(f"{format_size(blob.size_bytes)} of {format_size(made.transport_bytes)}")
+    return output, Delta(base=known.sha256, blob=blob)
 
 
 def _described(made: PreparedDisk, words: DiskWords) -> Disk:

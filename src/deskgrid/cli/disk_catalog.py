@@ -115,6 +115,8 @@ def _print_disk(found: DiskDetail) -> None:
         ("sha256", disk.sha256),
     )
     print_lines(*(f"  {name:<9} {text}" for name, text in rows))
+    if data.delta is not None:
+        print_lines(f"  {'delta':<9} {format_size(data.delta.blob.size_bytes)} to fetch for those who have {data.delta.base}")
     for said in found.manifests:
         print_lines(f"  {'endorsed':<9} by {said.endorser} ({said.by}) {age(said.issued_at)}, for {_days(said)} days")
     if found.revocation is not None:

@@ -27,7 +27,7 @@ from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model import wire
 from deskgrid.model.apps import App
-from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
+from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.ids import ArrayId, JobId, SetId, Sha256
 from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState
 from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
@@ -309,13 +309,17 @@ class Grid:
         visibility: Visibility = Visibility.PRIVATE,
         group: str = "",
         disk: Disk | None = None,
+        delta: tuple[Path, Delta] | None = None,
         blob: Blob | None = None,
         progress: Progress | None = None,
     ) -> Data:
-        """Upload a file and name it; a name that exists gets a new version."""
+        """Upload a file and name it; a name that exists gets a new version. `delta`: a file, and what it is."""
         sent = await asyncio.to_thread(describe_file, file) if blob is None else blob
         await self.transport.upload(file, sent, progress)
-        request = wire.RegisterData(name=name, kind=kind, blob=sent, visibility=visibility, group=group, disk=disk)
+        if delta is not None:
+            await self.transport.upload(delta[0], delta[1].blob)
+        parts: dict[str, Any] = {"disk": disk, "delta": delta[1] if delta is not None else None}
+        request = wire.RegisterData(name=name, kind=kind, blob=sent, visibility=visibility, group=group, **parts)
         return await self.transport.call(wire.REGISTER_DATA, request)
 
     async def get(self, reference: str, file: Path, progress: Progress | None = None) -> Data:

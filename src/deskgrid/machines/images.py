@@ -44,6 +44,7 @@ from deskgrid.archive import ParallelSha256, atomic_file, frame_pieces, write_al
 from deskgrid.errors import BadArchive, BadImage, ProtocolError
 from deskgrid.machines.blocking import Progress, Stopped, in_thread, on_loop
 from deskgrid.machines.container_image import check_archive, looks_like_archive
+from deskgrid.machines.deltas import applied
 from deskgrid.machines.ext4 import ReadAt, file_reader
 from deskgrid.model.ids import Sha256
 from deskgrid.model.machines import DiskFormat
@@ -368,10 +369,13 @@ async def unpack_disk(
     sha256: Sha256,
     size_bytes: int,
     format: DiskFormat,
+    base: Path | None = None,
     progress: Progress | None = None,
     max_virtual_bytes: int = MAX_VIRTUAL_BYTES,
 ) -> ImageInfo:
     """Unpack a published disk into the cache: read-only, checked, complete and on disk, or not at all.
+
+    With `base` `transport` is a delta to that older disk.
 
     Raises ProtocolError if it is not what `sha256`, `size_bytes` and `format` promise, BadImage if the policy refuses it, NoSpace.
     Never writes more than `size_bytes`. When cancelled, it stops within a second and leaves no part of a file.
@@ -380,7 +384,11 @@ async def unpack_disk(
 
     def work(stop: threading.Event) -> ImageInfo:
         with atomic_file(output, mode=0o444) as target, transport.open("rb", buffering=0) as source:
-            _unpack_into(target, source, sha256, size_bytes, tell, stop)
+            if base is None:
+                _unpack_into(target, frame_pieces(source), sha256, size_bytes, tell, stop)
+            else:
+                with base.open("rb", buffering=0) as old:
+                    _unpack_into(target, applied(old, source), sha256, size_bytes, tell, stop)
             info = _check(file_reader(target.fileno()), size_bytes, max_virtual_bytes, output.name)
             if info.format is not format:
                 raise ProtocolError(f"the disk is {info.format}, {format} was promised")
@@ -390,12 +398,12 @@ async def unpack_disk(
 
 
 def _unpack_into(
-    target: BinaryIO, source: BinaryIO, sha256: Sha256, size_bytes: int, progress: Progress, stop: threading.Event
+    target: BinaryIO, pieces: Iterator[bytes], sha256: Sha256, size_bytes: int, progress: Progress, stop: threading.Event
 ) -> None:
     done = 0
     with ParallelSha256() as digest:
         try:
-            for piece in frame_pieces(source):
+            for piece in pieces:
                 if stop.is_set():
                     raise Stopped
                 done += len(piece)

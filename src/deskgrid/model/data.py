@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from deskgrid.model.ids import DataId, Sha256, UserId
 from deskgrid.model.machines import ContextLabel, DiskFormat
 
-__all__ = ["Blob", "Data", "DataKind", "DataRef", "Disk", "Visibility"]
+__all__ = ["Blob", "Data", "DataKind", "DataRef", "Delta", "Disk", "Visibility"]
 
 
 class DataKind(StrEnum):
@@ -55,6 +55,15 @@ class Disk(Struct, frozen=True, kw_only=True):
     """What it is for, in a line."""
 
 
+class Delta(Struct, frozen=True, kw_only=True):
+    """How a disk is made from an older one, for those who have that."""
+
+    base: Sha256
+    """Of the unpacked image of the older disk."""
+    blob: Blob
+    """See machines/deltas.py."""
+
+
 class Data(Struct, frozen=True, kw_only=True):
     """A named, immutable blob with its attributes."""
 
@@ -71,6 +80,7 @@ class Data(Struct, frozen=True, kw_only=True):
     """With visibility `group`: whose members may use it."""
     created_at: float
     disk: Disk | None = None
+    delta: Delta | None = None
 
 
 class DataRef(Struct, frozen=True, kw_only=True):
@@ -78,3 +88,4 @@ class DataRef(Struct, frozen=True, kw_only=True):
 
     blob: Blob
     disk: Disk | None = None
+    delta: Delta | None = None

@@ -24,7 +24,7 @@ from deskgrid.errors import (
     Unauthenticated,
 )
 from deskgrid.model.apps import App
-from deskgrid.model.data import Blob, Data, DataKind, Disk, Visibility
+from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
 from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
@@ -245,6 +245,8 @@ class RegisterData(Struct, frozen=True, kw_only=True):
     group: str = ""
     """With visibility `group`: whose members may use it."""
     disk: Disk | None = None
+    delta: Delta | None = None
+    """Of a disk: how it is made from an older one that the caller may use; its bytes have been uploaded, too."""
 
 
 class DataList(Struct, frozen=True):

@@ -88,6 +88,19 @@ class Cache:
         partials = self._partials.iterdir() if self._partials.is_dir() else ()
         return sum(self._sizes.values()) + sum(_size(path) for path in partials)
 
+    @contextlib.contextmanager
+    def borrow(self, sha256: Sha256) -> Iterator[Path | None]:
+        """Yield the path of a disk if it is here, whatever blob it came from, and keep it while the block runs; None if it is not."""
+        name = next((name for name in self._sizes if _disk_of(name) == sha256), None)
+        if name is None or not (self._folder / name).is_file():
+            yield None
+            return
+        release = self.hold(sha256)
+        try:
+            yield self._folder / name
+        finally:
+            release()
+
     def hold(self, sha256: Sha256) -> Callable[[], None]:
         """Keep a disk from being removed, whether it is complete or not, until the returned function is called (once or more)."""
         self._holds[sha256] += 1

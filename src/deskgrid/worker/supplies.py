@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import structlog
+
 from deskgrid import archive
 from deskgrid.core.arrays import fill, values_of
 from deskgrid.core.backoff import delay_s
-from deskgrid.errors import BadImage, InvalidInput, ProtocolError, StoreUnavailable, Unreachable
+from deskgrid.errors import BadImage, InvalidInput, NotFound, ProtocolError, StoreUnavailable, Unreachable
 from deskgrid.machines.driver import MachineSpec
-from deskgrid.model.data import Blob, Disk
+from deskgrid.model.data import Blob, Delta, Disk
 from deskgrid.model.ids import attempt_name
 from deskgrid.model.machines import ContextLabel, DiskFormat, MachineKind
 from deskgrid.model.workers import Assignment
@@ -26,6 +28,7 @@ from deskgrid.worker.tasks import in_thread
 
 __all__ = ["WARM_LIFE_S", "Supplies"]
 
+_log = structlog.get_logger()
 _CONTEXT_LIMITS = archive.UnpackLimits(bytes=2 * GIB, apparent_bytes=16 * GIB, files=200_000)
 _DOWNLOAD_TRIES = 8
 """Failures in a row without a byte of progress after which a download is given up."""
@@ -92,12 +95,33 @@ class Supplies:
         ref = self._assignment.disk
         if ref is None or ref.disk is None:
             raise BadImage("this data is not a disk")
+        if ref.delta is not None and await self._fetch_delta(ref.delta, ref.disk, partial, output):
+            return
         await self._download(ref.blob, partial)
         try:
-            await self._kit.unpack(partial, output, sha256=ref.disk.sha256, size_bytes=ref.disk.size_bytes, format=ref.disk.format)
+            await self._unpack(partial, output, ref.disk)
         except ProtocolError as error:
             # What came is what was published (its sha256 is right), so nobody else's copy is better.
             raise BadImage(error.message, hint=error.hint) from error
+
+    async def _fetch_delta(self, delta: Delta, disk: Disk, partial: Path, output: Path) -> bool:
+        """Make a disk from an older one in the cache; return False if there is none, or nothing comes of it: then the whole is fetched."""
+        with self._kit.cache.borrow(delta.base) as base:
+            if base is None:
+                return False
+            file = partial.with_name(delta.blob.sha256)
+            try:
+                await self._download(delta.blob, file)
+                await self._unpack(file, output, disk, base=base)
+            except (NotFound, BadImage, ProtocolError) as error:
+                _log.warning("delta_not_used", disk=disk.sha256, error=str(error))
+                return False
+            finally:
+                file.unlink(missing_ok=True)
+        return True
+
+    async def _unpack(self, packed: Path, output: Path, disk: Disk, *, base: Path | None = None) -> None:
+        await self._kit.unpack(packed, output, sha256=disk.sha256, size_bytes=disk.size_bytes, format=disk.format, base=base)
 
     @property
     def credentials(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,17 @@ def test_manifest_of_another_disk_and_files_that_are_none_are_refused_before_any
         for arguments in ((tmp_path / "wrong.manifest",), (another, "--manifest", tmp_path / "wrong.manifest")):
             assert user("disk", "import", *arguments).code in (1, 2)
     assert user("disk", "export", "cern", "-o", tmp_path / "no" / "x").code == 2
+
+
+def test_next_version_that_differs_little_has_a_delta(user: Deskgrid, tmp_path: Path):
+    same = random.Random(1).randbytes(1 << 20)
+    image, carried = tmp_path / "d.iso", []
+    for version, new in enumerate((b"", b"changed", b"again", random.Random(2).randbytes(2 << 20)), start=1):
+        image.write_bytes(iso_bytes() + same + new)
+        whole = ("--whole",) if new == b"again" else ()
+        assert user("disk", "import", image, *whole).out == f"d@{version}\n"
+        shown = user("disk", "show", "d", "--json").document["data"]
+        carried.append(shown["delta"]["blob"]["size_bytes"] if shown["delta"] else None)
+    assert (carried[0], carried[2], carried[3]) == (None, None, None)
+    assert carried[1] < 2000
+    assert "delta" in user("disk", "show", "d@2").out

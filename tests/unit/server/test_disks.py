@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 from cryptography import x509
 
 from deskgrid.client.grid import Grid, describe_file
@@ -16,13 +17,15 @@ from deskgrid.clock import FakeClock
 from deskgrid.core.manifests import endorsers_of
 from deskgrid.errors import Conflict, DeskgridError, Forbidden, InvalidInput, NotFound
 from deskgrid.model import wire
-from deskgrid.model.data import Data, DataKind, Disk, Visibility
+from deskgrid.model.data import Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.jobs import AttemptState, JobSpec, JobState, Machine
 from deskgrid.model.machines import DiskFormat
 from deskgrid.model.workers import Assignment, AttemptReport
 from deskgrid.server.authority import authority_fingerprint
 from deskgrid.server.chores import do_chores
-from deskgrid.server.store import manifests
+from deskgrid.server.store import data as repository
+from deskgrid.server.store import manifests, storage
+from deskgrid.server.store.schema import blob
 from deskgrid.settings import ServerSettings
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 
@@ -33,7 +36,7 @@ class People:
     """An admin, ann and bob of the group hep, and eve of none, each with a way to the grid."""
 
     def __init__(self, grid: TestGrid, folder: Path, running: AsyncExitStack) -> None:
-        self.grid, self._folder, self._running = grid, folder, running
+        self.grid, self.folder, self._running = grid, folder, running
 
     async def enter(self) -> People:
         self.admin = await self.open("admin")
@@ -49,7 +52,7 @@ class People:
         return await self._running.enter_async_context(Grid(await self.grid.user(name)))
 
     async def publish(self, who: Grid, name: str = "d", *, content: str = "", private: bool = False, **words: str) -> Data:
-        file = self._folder / "image"
+        file = self.folder / "image"
         file.write_text(content or name)
         blob = describe_file(file)
         disk = Disk(sha256=blob.sha256, size_bytes=9, virtual_bytes=9, format=DiskFormat.ISO, **words)
@@ -325,3 +328,86 @@ async def test_words_of_a_disk_are_lines(people: People):
     for words in ({"os": "a\nb"}, {"about": "x" * 201}, {"arch": "\x1b[1m"}):
         with pytest.raises(InvalidInput, match="line of text"):
             await people.publish(people.ann, **words)
+
+
+# Deltas
+
+
+async def publish_next(people: People, base: Data, *, content: bytes = b"delta", sent: bool = True) -> Data:
+    """Publish the next version of a disk of ann's, with a delta to `base`."""
+    assert base.disk is not None
+    file = people.folder / "delta"
+    file.write_bytes(content)
+    delta = Delta(base=base.disk.sha256, blob=describe_file(file))
+    if sent:
+        await people.ann.transport.upload(file, delta.blob)
+    image = people.folder / "image"
+    image.write_text("newer")
+    sent_image = describe_file(image)
+    await people.ann.transport.upload(image, sent_image)
+    disk = msgspec.structs.replace(base.disk, sha256=sent_image.sha256)
+    request = wire.RegisterData(name=base.name, kind=DataKind.DISK, blob=sent_image, disk=disk, delta=delta)
+    return await people.ann.transport.call(wire.REGISTER_DATA, request)
+
+
+async def readable(transport: Transport, sha256: str) -> bool:
+    try:
+        async with transport._request(wire.GET_BLOB, {"sha256": sha256}) as answer:
+            await answer.read()
+    except NotFound:
+        return False
+    return True
+
+
+async def test_delta_is_told_with_the_job_and_read_by_who_may_read_the_disk(people: People):
+    older = await people.publish(people.ann, private=True)
+    newer = await publish_next(people, older)
+    assert newer.delta is not None
+    digest = newer.delta.blob.sha256
+    assert await readable(people.ann.transport, digest)
+    assert not await readable(people.eve.transport, digest)
+    assert not await readable(people.worker, digest)
+    await people.ann.submit(job())
+    [taken] = await people.ask()
+    assert taken.disk is not None
+    assert (taken.disk.delta, taken.disk.blob) == (newer.delta, newer.blob)
+    assert await readable(people.worker, digest)
+
+
+async def test_delta_is_kept_and_counted_as_long_as_its_disk(people: People, clock: FakeClock):
+    store = people.grid.services.store
+    older = await people.publish(people.ann)
+    newer = await publish_next(people, older, content=bytes(1000))
+    assert newer.delta is not None
+    digest = newer.delta.blob.sha256
+
+    async def unused() -> bool:
+        await store.write(lambda tx: repository.forget_uploads(tx, tx.now + 1, 100))
+        await store.write(lambda tx: repository.mark_unused(tx, "", 100))
+        return bool(await store.read(lambda tx: tx.value(sa.select(blob.c.unused_since).where(blob.c.sha256 == digest))))
+
+    assert not await unused()
+    assert (await store.read(storage.bytes_by_user))["ann"] >= 1000
+    assert (await store.read(storage.bytes_by_kind))["disks"] >= 1000
+    await people.ann.remove_data("d@2")
+    assert await unused()
+    assert (await store.read(storage.bytes_by_user))["ann"] < 1000
+
+
+async def test_delta_is_one_of_a_disk_that_its_owner_may_use_and_its_bytes_are_there(people: People):
+    older = await people.publish(people.ann)
+    hidden = await people.publish(people.eve, "hers", private=True)
+    assert older.disk is not None
+    assert hidden.disk is not None
+    with pytest.raises(NotFound):
+        await publish_next(people, msgspec.structs.replace(older, disk=hidden.disk))
+    with pytest.raises(Conflict, match="upload them first"):
+        await publish_next(people, older, content=b"not sent", sent=False)
+    file = people.folder / "notes"
+    file.write_text("notes")
+    notes = await people.ann.put(file, "notes")
+    delta = Delta(base=older.disk.sha256, blob=notes.blob)
+    with pytest.raises(InvalidInput, match="only disks have deltas"):
+        await people.ann.transport.call(
+            wire.REGISTER_DATA, wire.RegisterData(name="n", kind=DataKind.FILE, blob=notes.blob, delta=delta)
+        )

@@ -21,7 +21,7 @@ import msgspec
 from deskgrid.archive import zstd
 from deskgrid.clock import FakeClock
 from deskgrid.core.owner import Seen
-from deskgrid.errors import DeskgridError, Forbidden, MachineFailed, Unauthenticated, Unreachable
+from deskgrid.errors import DeskgridError, Forbidden, MachineFailed, NotFound, ProtocolError, Unauthenticated, Unreachable
 from deskgrid.machines.driver import (
     Booted,
     ExitCause,
@@ -172,7 +172,9 @@ class PlayServer:
     async def download(self, blob: Blob, file: Path, progress: Callable[[int], None] | None = None) -> None:
         self._check()
         self.downloads.append(blob.sha256)
-        content = self.blobs[blob.sha256]
+        content = self.blobs.get(blob.sha256)
+        if content is None:
+            raise NotFound(f"there is no blob {blob.sha256[:12]} for you")
         have = file.stat().st_size if file.exists() else 0
         with file.open("ab") as output:
             output.write(content[have : have + 100])
@@ -462,8 +464,12 @@ class PlaySight:
         pass
 
 
-async def play_unpack(transport: Path, output: Path, **_: Any) -> None:
-    output.write_bytes(transport.read_bytes())
+async def play_unpack(transport: Path, output: Path, *, sha256: str, base: Path | None = None, **_: Any) -> None:
+    """Disks travel as they are, and a delta is what is to be added to the older disk."""
+    content = (base.read_bytes() if base else b"") + transport.read_bytes()
+    if base is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ProtocolError("the disk is not the one that was promised")
+    output.write_bytes(content)
     output.chmod(0o444)
 
 

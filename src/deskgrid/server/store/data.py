@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from deskgrid.core.rights import Right, Thing, covers, holds
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound
-from deskgrid.model.data import Blob, Data, DataKind, DataRef, Disk, Visibility
+from deskgrid.model.data import Blob, Data, DataKind, DataRef, Delta, Disk, Visibility
 from deskgrid.model.ids import DataId, Sha256, UserId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
@@ -203,7 +203,7 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         return tx.row(of_live) is not None or tx.row(of_lost) is not None
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
-    named = sa.select(data.c.id).where(data.c.sha256 == sha256, _visible(tx, caller))
+    named = sa.select(data.c.id).where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256), _visible(tx, caller))
     if not holds(caller.rights, Right.DATA_READ):
         named = named.where(data.c.kind == DataKind.DISK.value)  # what jobs refer to
     of_jobs = visible(tx, caller, "get_job", owner=job.c.owner_id, group=queue.c.team)
@@ -218,7 +218,8 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
 def _needs(sha256: str) -> sa.ColumnElement[bool]:
     """Tell whether a worker needs a blob for a job of a submission."""
     program = sa.exists().where(app_file.c.app_id == submission.c.app_id, app_file.c.sha256 == sha256)
-    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program)
+    of_disk = sa.exists().where(data.c.sha256 == submission.c.disk_blob, data.c.delta_sha256 == sha256)
+    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program, of_disk)
 
 
 # Removing
@@ -230,6 +231,7 @@ def _is_used() -> sa.ColumnElement[bool]:
     return sa.or_(
         sa.exists().where(upload.c.sha256 == column),
         sa.exists().where(data.c.sha256 == column),
+        sa.exists().where(data.c.delta_sha256 == column),
         sa.exists().where(submission.c.disk_blob == column),
         sa.exists().where(submission.c.context == column),
         sa.exists().where(submission.c.parameters == column),
@@ -297,6 +299,8 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
     if (request.visibility is Visibility.GROUP) != bool(request.group):
         raise InvalidInput("a group goes with the visibility group, and that with a group", where="group")
     require_upload(tx, caller, request.blob)
+    if request.delta is not None:
+        _check_delta(tx, caller, request, request.delta)
     newest = tx.row(
         _with_owner().where(data.c.owner_id == caller.user_id, data.c.name == request.name).order_by(data.c.version.desc())
     )
@@ -318,10 +322,19 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
             created_at=tx.now,
             disk=msgspec.json.encode(request.disk).decode() if request.disk else None,
             disk_sha256=request.disk.sha256 if request.disk else None,
+            delta=msgspec.json.encode(request.delta).decode() if request.delta else None,
+            delta_sha256=request.delta.blob.sha256 if request.delta else None,
         )
     )
     mine = _with_owner().where(data.c.owner_id == caller.user_id, data.c.name == request.name, data.c.version == version)
     return _data(tx.row(mine))
+
+
+def _check_delta(tx: Transaction, caller: Caller, request: RegisterData, delta: Delta) -> None:
+    """Check that a delta is one of a disk that the caller may use: what it makes must not tell him of others. Raise InvalidInput, NotFound, Conflict."""
+    if request.disk is None or find_data(tx, caller, check_sha256(delta.base)).disk is None:
+        raise InvalidInput("only disks have deltas, to other disks", where="delta")
+    require_upload(tx, caller, delta.blob)
 
 
 def _check_words(disk: Disk) -> None:
@@ -356,7 +369,7 @@ def find_disk(tx: Transaction, caller: Caller, reference: str) -> DataRef:
         raise NotFound(f"there is no disk {reference!r}", hint="deskgrid disk list shows those you may use") from error
     if found.disk is None:
         raise InvalidInput(f"{reference} is a {found.kind}, not a disk", hint="deskgrid disk import FILE --name NAME")
-    return DataRef(blob=found.blob, disk=found.disk)
+    return DataRef(blob=found.blob, disk=found.disk, delta=found.delta)
 
 
 def list_data(tx: Transaction, caller: Caller, kind: str | None) -> tuple[Data, ...]:
@@ -373,7 +386,8 @@ def remove_data(tx: Transaction, caller: Caller, reference: str) -> None:
     thing = Thing(owner_id=found.owner_id, visibility=found.visibility, group=found.group)
     require(tx, caller, "remove_data", thing, see="get_data", missing=NotFound(f"there is no data {reference!r}"))
     tx.run(sa.delete(data).where(data.c.id == found.id))
-    give_up_upload(tx, f"user:{found.owner_id}", found.blob.sha256)  # otherwise it would keep the bytes for its lifetime
+    for left in (found.blob, *((found.delta.blob,) if found.delta else ())):
+        give_up_upload(tx, f"user:{found.owner_id}", left.sha256)  # otherwise it would keep the bytes for its lifetime
 
 
 def _same(newest: Data, request: RegisterData) -> bool:
@@ -420,4 +434,5 @@ def _data(row: sa.Row[tuple[object, ...]] | None) -> Data:
         group=row.team,
         created_at=row.created_at,
         disk=msgspec.json.decode(row.disk, type=Disk) if row.disk else None,
+        delta=msgspec.json.decode(row.delta, type=Delta) if row.delta else None,
     )

@@ -175,8 +175,11 @@ data = _numbered(
     Column("created_at", Float, nullable=False),
     Column("disk", Text),
     Column("disk_sha256", String(64), index=True),
+    Column("delta", Text),
+    Column("delta_sha256", String(64), index=True),
     UniqueConstraint("owner_id", "name", "version"),
 )
+"""`disk`, `delta`: JSON of what they are; the bytes of a delta are the blob `delta_sha256`."""
 
 manifest = _numbered(
     "manifest",

@@ -34,6 +34,7 @@ def _by_user(tx: Transaction, user_id: int | None) -> dict[int, int]:
     sent = sa.select(account.c.id, upload.c.sha256, upload.c.size_bytes).join(upload, is_his)
     owned = [
         (data.c.owner_id, sa.select(data.c.owner_id, data.c.sha256, data.c.size_bytes)),
+        (data.c.owner_id, _deltas()),
         (app.c.owner_id, files),
         *(
             (submission.c.owner_id, sa.select(submission.c.owner_id, sha256, size).where(sha256.is_not(None)))
@@ -52,6 +53,10 @@ def _by_user(tx: Transaction, user_id: int | None) -> dict[int, int]:
     return {row[0]: int(row[1] or 0) for row in tx.rows(sa.select(owner, total).group_by(owner))}
 
 
+def _deltas() -> Any:
+    return sa.select(data.c.owner_id, data.c.delta_sha256, blob.c.size_bytes).join(blob, blob.c.sha256 == data.c.delta_sha256)
+
+
 def bytes_by_kind(tx: Transaction) -> dict[str, int]:
     """Return the bytes of all blobs by what they are kept for: disks, contexts, results, other; the first that fits."""
     sha256 = blob.c.sha256
@@ -59,6 +64,7 @@ def bytes_by_kind(tx: Transaction) -> dict[str, int]:
         (
             sa.or_(
                 sa.exists().where(data.c.sha256 == sha256, data.c.kind == DataKind.DISK.value),
+                sa.exists().where(data.c.delta_sha256 == sha256),
                 sa.exists().where(submission.c.disk_blob == sha256),
             ),
             "disks",

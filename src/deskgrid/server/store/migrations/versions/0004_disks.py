@@ -1,4 +1,4 @@
-"""Manifests and revocations of disks, sealed secrets of jobs, consoles."""
+"""Manifests, revocations and deltas of disks, sealed secrets of jobs, consoles."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -32,6 +32,10 @@ def upgrade() -> None:
         sa.Column("signed", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("disk_sha256", name=op.f("pk_revocation")),
     )
+    with op.batch_alter_table("data", recreate="never") as batch_op:
+        batch_op.add_column(sa.Column("delta", sa.Text(), nullable=True))
+        batch_op.add_column(sa.Column("delta_sha256", sa.String(length=64), nullable=True))
+        batch_op.create_index(batch_op.f("ix_data_delta_sha256"), ["delta_sha256"], unique=False)
     with op.batch_alter_table("submission", recreate="never") as batch_op:
         batch_op.add_column(sa.Column("secrets", sa.LargeBinary(), nullable=True))
     with op.batch_alter_table("attempt", recreate="never") as batch_op:
