@@ -53,7 +53,7 @@ __all__ = ["DEFAULT_BINARY", "QemuDriver", "command_line"]
 
 DEFAULT_BINARY = "qemu-system-x86_64"
 SOFTWARE = "tcg"
-_HARDWARE = {"linux": "kvm", "darwin": "hvf"}
+_HARDWARE = {"linux": "kvm", "darwin": "hvf", "win32": "whpx"}
 """sys.platform -> what lets a guest run on the CPU itself there."""
 _CHARDEV_OF = {CONSOLE_LOG: "console", CHANNEL_LOG: "channel"}
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -74,7 +74,7 @@ _PAUSE_LIMIT_S = 5.0
 class QemuDriver(CheckpointingDriver):
     """The Driver, Suspendable, Caged and Checkpointing protocols by QEMU.
 
-    `accelerator` ("kvm", "hvf", "tcg") overrides what `fingerprint` finds; without either, the first `start` tries it out.
+    `accelerator` ("kvm", "hvf", "whpx", "tcg") overrides what `fingerprint` finds; without either, the first `start` tries it out.
     """
 
     name = DriverName.QEMU
