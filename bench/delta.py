@@ -38,7 +38,7 @@ def build(folder: Path, name: str, packages: list[str], command: str) -> Path:
     """Build a Debian disk and return its file."""
     recipe = debian_recipe(packages)
     if command:
-        recipe = msgspec.structs.replace(recipe, commands=(command,))
+        recipe = msgspec.structs.replace(recipe, commands=f"{command}\n")
     disk = folder / f"{name.replace(' ', '-')}.qcow2"
     print(f"# build debian, {name}", flush=True)
     build_disk(disk, cache_folder() / "templates" / "debian", recipe, lambda _stage, _fraction: None)
