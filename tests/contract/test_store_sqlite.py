@@ -30,6 +30,7 @@ from deskgrid.server.store.schema import metadata
 from deskgrid.server.store.statement import Statement
 from deskgrid.server.store.submissions import NewSubmission
 from deskgrid.settings import ServerSettings
+from deskgrid.testing.databases import make_empty_database
 from deskgrid.testing.store_contract import StoreContract
 from deskgrid.units import GIB, MIB
 from deskgrid.worker.slots import NOTHING
@@ -42,9 +43,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 async def store(tmp_path: Path, clock: FakeClock):
-    url = sqlite_url(tmp_path / "grid.sqlite")
-    migrate(url)
-    opened = SqlStore(url, clock)
+    opened = SqlStore(make_empty_database(tmp_path / "grid.sqlite"), clock)
     yield opened
     await opened.close()
 

@@ -37,6 +37,7 @@ from deskgrid.server.setup import (
     server_config,
 )
 from deskgrid.settings import ServerSettings
+from deskgrid.testing.databases import make_empty_database
 from deskgrid.units import GIB
 
 __all__ = ["PlayedJob", "TestGrid", "play_job", "played_sync", "running_grid"]
@@ -116,6 +117,8 @@ async def running_grid(
 ) -> AsyncIterator[TestGrid]:
     """Run a server, with a hub if asked for, in this event loop until the block ends. Its lease sweep is left to the test."""
     chosen = settings or ServerSettings(listen="127.0.0.1:0", reserve_bytes=0)
+    if not chosen.database and not (home / "grid.sqlite").exists():
+        make_empty_database(home / "grid.sqlite")
     await init_server(home, chosen)
     with listen(chosen) as listener:
         (home / "address").write_text(f"127.0.0.1:{listener.getsockname()[1]}")

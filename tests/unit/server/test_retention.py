@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -32,23 +31,16 @@ from deskgrid.server.repository_local import LocalRepository
 from deskgrid.server.store import accounts, data, retention, submissions
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import SqlStore, Transaction, sqlite_url
-from deskgrid.server.store.migrate import migrate
 from deskgrid.server.store.schema import attempt, blob, idempotency, job, log_chunk, queue, submission, upload
 from deskgrid.server.store.schema import data as data_table
 from deskgrid.server.store.submissions import NewSubmission
 from deskgrid.settings import ServerSettings
+from deskgrid.testing.databases import make_empty_database
 from deskgrid.testing.grids import play_job, played_sync, running_grid
 
 CONTENTS = [b"one", b"two"]
 BLOBS = [Blob(sha256=Sha256(hashlib.sha256(content).hexdigest()), size_bytes=len(content)) for content in CONTENTS]
 SPEC = JobSpec(machine=Machine(kind=MachineKind.PROCESS), command=("true",), limits=Limits(attempts=1))
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("empty") / "grid.sqlite"
-    migrate(sqlite_url(file))
-    return file
 
 
 class Process:
@@ -236,11 +228,9 @@ _LIKELY = ["send", "send", "sweep", "collect", "purge", "claim", "unlink", "mark
         max_size=80,
     )
 )
-def test_blob_that_is_needed_or_being_sent_is_never_removed_and_others_are(
-    empty_database: Path, steps: list[tuple[str, int, int, int]]
-):
+def test_blob_that_is_needed_or_being_sent_is_never_removed_and_others_are(steps: list[tuple[str, int, int, int]]):
     async def run(home: Path) -> None:
-        shutil.copy(empty_database, home / "grid.sqlite")
+        make_empty_database(home / "grid.sqlite")
         history = History(home)
         try:
             await history.begin()
@@ -256,8 +246,8 @@ def test_blob_that_is_needed_or_being_sent_is_never_removed_and_others_are(
         asyncio.run(run(Path(folder)))
 
 
-async def test_upload_that_begins_while_its_old_bytes_are_removed_waits_until_they_are_gone(tmp_path: Path, empty_database: Path):
-    shutil.copy(empty_database, tmp_path / "grid.sqlite")
+async def test_upload_that_begins_while_its_old_bytes_are_removed_waits_until_they_are_gone(tmp_path: Path):
+    make_empty_database(tmp_path / "grid.sqlite")
     history = History(tmp_path)
     await history.begin()
     here, there = history.processes
@@ -279,9 +269,9 @@ async def test_upload_that_begins_while_its_old_bytes_are_removed_waits_until_th
         await each.store.close()
 
 
-async def test_claim_is_taken_over_only_when_its_first_holder_must_not_remove_any_more(tmp_path: Path, empty_database: Path):
+async def test_claim_is_taken_over_only_when_its_first_holder_must_not_remove_any_more(tmp_path: Path):
     assert data.TAKE_OVER_S >= data.CLAIM_S + 60  # a removal that was begun has ended by then (server/s3.py)
-    shutil.copy(empty_database, tmp_path / "grid.sqlite")
+    make_empty_database(tmp_path / "grid.sqlite")
     history = History(tmp_path)
     await history.begin()
     here, there = history.processes
