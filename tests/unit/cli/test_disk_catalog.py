@@ -61,6 +61,8 @@ def test_disk_travels_to_another_grid_with_what_is_said_of_it(user: Deskgrid, im
     ran = user("disk", "export", "cern")
     file, authority = ran.out.splitlines()
     fingerprint = authority.split()[-1]
+    carried = tmp_path / "carried.iso.zst"
+    assert user("data", "get", "cern", "-o", carried).code == 0
     assert (file, len(fingerprint)) == ("cern.manifest", 64)
     refused = user("disk", "import", image, "--name", "again", "--manifest", file, "--json")
     assert (refused.code, fingerprint in refused.error["hint"]) == (1, True)
@@ -68,7 +70,7 @@ def test_disk_travels_to_another_grid_with_what_is_said_of_it(user: Deskgrid, im
     try:
         assert user("login", other.login_link()).code == 0
         assert user("disk", "import", file, "--json").error["error"] == "NotFound"
-        assert user("disk", "import", image, "--name", "theirs", "--manifest", file, "--os", "ignored").out == "theirs@1\n"
+        assert user("disk", "import", carried, "--name", "theirs", "--manifest", file, "--os", "ignored").out == "theirs@1\n"
         shown = user("disk", "show", "theirs").out
         assert "by grid@cern (admin@cern)" in shown
         assert "analysis" in shown
