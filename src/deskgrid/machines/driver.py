@@ -25,6 +25,7 @@ from msgspec import Struct
 from deskgrid.model.machines import ContextLabel, DiskFormat, Fingerprint, MachineKind, Network
 
 __all__ = [
+    "CONSOLE_S",
     "Booted",
     "Caged",
     "Checkpointing",
@@ -36,6 +37,7 @@ __all__ = [
     "ExitCause",
     "Exited",
     "Gone",
+    "HasConsole",
     "Listening",
     "MachineEvent",
     "MachineHandle",
@@ -318,6 +320,24 @@ class Viewable(Protocol):
     async def picture(self, handle: MachineHandle, file: Path) -> None:
         """Write what is on the screen to a new file, a PNG. Raise MachineFailed, leaving no file, if the machine is off or it cannot be had."""
         ...
+
+
+@runtime_checkable
+class HasConsole(Protocol):
+    """A driver whose machines show their screen, and take keys and the mouse, by VNC (RFB 3.8, RFC 6143)."""
+
+    async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
+        """Let the machine's VNC server serve a stream socket (AF_UNIX), of which it keeps a copy; ours may be closed then.
+
+        Nobody listens: this is the only way to the screen. Who is at the other end has to prove within CONSOLE_S that he knows the password
+        (8 ASCII characters, for VNC uses no more). The next call makes it void. Works from the machine's start on, booted or not, frozen or not.
+        Raise MachineFailed if the machine is off or shows no screen.
+        """
+        ...
+
+
+CONSOLE_S = 120.0
+"""Seconds in which a viewer has to log in after `attach_console`."""
 
 
 @runtime_checkable
