@@ -25,7 +25,6 @@ from msgspec import Struct
 from deskgrid.model.machines import ContextLabel, DiskFormat, Fingerprint, MachineKind, Network
 
 __all__ = [
-    "CONSOLE_S",
     "Booted",
     "Caged",
     "Checkpointing",
@@ -329,15 +328,11 @@ class HasConsole(Protocol):
     async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
         """Let the machine's VNC server serve a stream socket (AF_UNIX), of which it keeps a copy; ours may be closed then.
 
-        Nobody listens: this is the only way to the screen. Who is at the other end has to prove within CONSOLE_S that he knows the password
+        Nobody listens: this is the only way to the screen. Who is at the other end has to prove within LOGIN_S that he knows the password
         (8 ASCII characters, for VNC uses no more). The next call makes it void. Works from the machine's start on, booted or not, frozen or not.
         Raise MachineFailed if the machine is off or shows no screen.
         """
         ...
-
-
-CONSOLE_S = 120.0
-"""Seconds in which a viewer has to log in after `attach_console`."""
 
 
 @runtime_checkable

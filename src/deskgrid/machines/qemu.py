@@ -36,6 +36,7 @@ from msgspec import Struct
 
 from deskgrid.archive import printable
 from deskgrid.clock import Clock
+from deskgrid.core.console import LOGIN_S
 from deskgrid.errors import BadImage, DriverUnusable, MachineFailed
 from deskgrid.machines import cage, processes, qmp
 from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK
@@ -43,7 +44,7 @@ from deskgrid.machines.checkpoint import RESTORING_MARK, Checkpoint, sync_files
 from deskgrid.machines.checkpointing import CheckpointingDriver
 from deskgrid.machines.context import create_context
 from deskgrid.machines.disks import create_scratch
-from deskgrid.machines.driver import CONSOLE_S, MachineHandle, MachineSpec
+from deskgrid.machines.driver import MachineHandle, MachineSpec
 from deskgrid.machines.probes import file_mark, probe_folder
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.machines.qcow2 import create_overlay, pack_sparse, qcow2_virtual_size
@@ -249,7 +250,7 @@ class QemuDriver(CheckpointingDriver):
     async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
         """See HasConsole."""
         self._living(handle)
-        await qmp.attach_vnc(Path(handle.workdir), connection, password, lifetime_s=CONSOLE_S)
+        await qmp.attach_vnc(Path(handle.workdir), connection, password, lifetime_s=LOGIN_S)
 
     async def _cut(self, handle: MachineHandle, log: str) -> None:
         """Lead a serial line to nowhere: the guest runs on, and what counts of its output is on scratch."""
