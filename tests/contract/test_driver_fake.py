@@ -10,24 +10,25 @@ from pathlib import Path
 import pytest
 
 from deskgrid.clock import SystemClock
-from deskgrid.errors import InvalidInput
-from deskgrid.machines.driver import ExitCause, Exited, MachineSpec
+from deskgrid.errors import InvalidInput, MachineFailed
+from deskgrid.machines.driver import ExitCause, Exited, MachineSpec, Output, Stream
 from deskgrid.machines.fake import FakeDriver
 from deskgrid.machines.processes import find_by_token
 from deskgrid.model.machines import MachineKind
 from deskgrid.testing.driver_contract import (
     NETWORK,
-    CheckpointContract,
+    ConsoleContract,
     ContractJob,
     Prepare,
     SuspendableDriver,
+    attach_viewer,
     events_until_exit,
     read_scratch,
 )
 from deskgrid.units import MIB
 
 
-class TestFakeDriver(CheckpointContract):
+class TestFakeDriver(ConsoleContract):
     @pytest.fixture
     def new_driver(self) -> Callable[[], SuspendableDriver]:
         return lambda: FakeDriver(SystemClock())
@@ -69,6 +70,23 @@ class TestFakeDriver(CheckpointContract):
         reading = asyncio.create_task(events_until_exit(driver, handle))
         await driver.stop(handle, grace_s=1)
         assert (await reading)[-1] == Exited(ExitCause.STOPPED)
+
+    async def test_keys_typed_at_the_console_come_as_output(self, driver: FakeDriver, prepare: Prepare) -> None:
+        handle = await prepare(ContractJob("", {"console": True, "never_boots": True}))
+        await driver.start(handle)
+        events = driver.events(handle)
+        assert await anext(events) == Output(Stream.CONSOLE, b"fake: no bootable device\n")
+        with await attach_viewer(driver, handle, "password") as viewer:
+            assert await asyncio.to_thread(viewer.log_in, "password")
+            viewer.type("q")
+            assert await anext(events) == Output(Stream.STDOUT, b"q\n")
+        await events.aclose()
+
+    async def test_machine_that_was_not_told_to_shows_no_screen(self, driver: FakeDriver, prepare: Prepare) -> None:
+        handle = await prepare(ContractJob("", {"hangs": True}))
+        await driver.start(handle)
+        with pytest.raises(MachineFailed):
+            await attach_viewer(driver, handle, "password")
 
     async def test_fetch_from_what_is_no_doorway_is_refused(self, prepare: Prepare) -> None:
         with pytest.raises(InvalidInput, match="mail"):

@@ -19,7 +19,7 @@ import pytest
 
 from deskgrid.clock import SystemClock
 from deskgrid.errors import BadImage, DeskgridError
-from deskgrid.machines import base, processes
+from deskgrid.machines import base, processes, qmp
 from deskgrid.machines.driver import (
     ContextExited,
     Doorway,
@@ -38,10 +38,11 @@ from deskgrid.templates.tiny import TinyBuild
 from deskgrid.testing.driver_contract import (
     BOOT_LIMIT_S,
     TICKING,
-    CheckpointContract,
+    ConsoleContract,
     ContractJob,
     Prepare,
     SuspendableDriver,
+    attach_viewer,
     events_until_exit,
     output_of,
     read_scratch,
@@ -53,6 +54,9 @@ from deskgrid.worker.probe import allocated_bytes
 POWER_OFF = bytes.fromhex("ba0406 b80020 ef f4ebfd")  # mov dx,0x604; mov ax,0x2000; out dx,ax: what ACPI's power button does
 RESET = bytes.fromhex("b0fe e664 f4ebfd")  # mov al,0xfe; out 0x64,al: the keyboard controller's reset line
 CHATTER = bytes.fromhex("baf803 b041 ee ebfd")  # mov dx,0x3f8; mov al,'A'; again: out dx,al; jmp again: the console, for ever
+ECHO = bytes.fromhex(
+    "baf803 b041 ee b400 cd16 ee ebf9"
+)  # as above once, then keys; again: mov ah,0; int 0x16; out dx,al; jmp again
 IDLE = bytes.fromhex("f4ebfd")  # halt: hlt; jmp halt
 
 NO_JOB = ContractJob("", {})
@@ -157,7 +161,7 @@ def refcounts(image: Path) -> bytes:
         return file.read(1 << 16)
 
 
-class TestQemuDriver(CheckpointContract):
+class TestQemuDriver(ConsoleContract):
     @pytest.fixture
     def new_driver(self) -> Callable[[], SuspendableDriver]:
         return lambda: QemuDriver(SystemClock(), accelerator="tcg")
@@ -427,6 +431,21 @@ class TestQemuDriver(CheckpointContract):
         await driver.stop(handle, grace_s=0)
         assert await waiting == Exited(ExitCause.STOPPED)
         assert read == bound
+
+    async def test_keys_typed_at_the_screen_reach_a_guest_that_never_boots(
+        self, driver: QemuDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        handle = await prepare(NO_JOB, disk=boot_disk(tmp_path / "disk.qcow2", ECHO))
+        await driver.start(handle)
+        with await attach_viewer(driver, handle, "password") as viewer:
+            assert await asyncio.to_thread(viewer.log_in, "password")
+            assert len(await asyncio.to_thread(viewer.look)) == viewer.width * viewer.height * 4
+            events = driver.events(handle)
+            async with asyncio.timeout(60):
+                assert await anext(events) == Output(Stream.CONSOLE, b"A")  # it hears
+                viewer.type("q")
+                assert await anext(events) == Output(Stream.CONSOLE, b"q")
+        assert b"password" not in (Path(handle.workdir) / qmp.JOURNAL_OUTPUT).read_bytes()
 
     async def test_cpu_time_bound_ends_a_machine_without_a_worker(
         self, driver: QemuDriver, prepare: Prepare, tmp_path: Path

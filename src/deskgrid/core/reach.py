@@ -4,7 +4,8 @@
 2. A service of a job or of a user's program is reached by the same user: his programs and his jobs.
 3. `share` widens that: group:NAME to members, user:NAME to one user, everyone to all. A job counts as its owner.
 4. Who may not reach a job is told the same as if there were none; who may not reach a program's service, as if nobody offered it.
-5. Workers reach nothing and are reached by nobody.
+5. The console of a job (console.py) is never shared, and no job reaches it: only its owner's programs do.
+6. Workers reach nothing and are reached by nobody.
 
 An admin has no more rights here than another user: what goes on in jobs is their owners' affair.
 """
@@ -16,6 +17,7 @@ from collections.abc import Collection
 
 from msgspec import Struct
 
+from deskgrid.core.console import CONSOLE
 from deskgrid.errors import Forbidden, InvalidInput, NotFound
 from deskgrid.model.ids import JobId, UserId
 from deskgrid.model.overlay import ServiceRef
@@ -43,6 +45,7 @@ class TargetJob(Struct, frozen=True, kw_only=True):
     owner_id: UserId
     offers: tuple[str, ...]
     share: tuple[str, ...] = ()
+    has_screen: bool = False
 
 
 def check_share(text: str, where: str = "") -> None:
@@ -59,7 +62,9 @@ def may_use(source: Source, owner_id: UserId, share: Collection[str]) -> bool:
 
 
 def check_named(source: Source, service: ServiceRef) -> None:
-    """Raise Forbidden if the source is a job whose spec does not name the service."""
+    """Raise Forbidden if the source is a job whose spec does not name the service, or that is a job's console."""
+    if source.job_id is not None and _is_console(service):
+        raise Forbidden(f"job {source.job_id} may not reach {service}: only programs of its owner may")
     if source.job_id is not None and service not in source.reach:
         raise Forbidden(f"job {source.job_id} may not reach {service}: its spec does not name it", hint="add it to machine.reach")
 
@@ -72,6 +77,16 @@ def check_job(source: Source, service: ServiceRef, job: TargetJob | None) -> Non
     check_named(source, service)
     if job is None or not may_use(source, job.owner_id, job.share):
         raise NotFound(f"there is no job {service.job_id} that {source.user} may reach", hint="deskgrid peers")
+    if _is_console(service):
+        if source.user_id != job.owner_id:
+            raise Forbidden(f"the screen of job {service.job_id} is for its owner only")
+        if not job.has_screen:
+            raise NotFound(f"job {service.job_id} has no screen", hint="only virtual machines have one")
+        return
     if service.service not in job.offers:
         offers = ", ".join(job.offers) or "nothing"
         raise NotFound(f"job {service.job_id} offers no service {service.service}", hint=f"it offers {offers}")
+
+
+def _is_console(service: ServiceRef) -> bool:
+    return service.service == CONSOLE and service.job_id is not None

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
+from deskgrid.core.console import CONSOLE
 from deskgrid.core.reach import check_share
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import INSTALLED, JobSpec, Machine
@@ -171,6 +172,10 @@ def _check_network(machine: Machine, *, in_set: bool) -> None:
     """Check the services of a job. What comes over the wire need not have been written in a job file."""
     for offer in machine.offer:
         _require_as_read(offer, lambda one: parse_offer(str(one)), "machine.offer")
+        if offer.name == CONSOLE:
+            raise InvalidInput(
+                f"{CONSOLE} is the machine's screen", where="machine.offer", hint="choose another name for the service"
+            )
     for reach in machine.reach:
         _require_as_read(reach, lambda one: parse_reach(one.name, str(one)), "machine.reach")
         _check_reach(reach, in_set=in_set)
@@ -202,6 +207,8 @@ def _check_reach(reach: Reach, *, in_set: bool) -> None:
         raise InvalidInput(
             f"{reach.service} is of a set", where="machine.reach", hint="only jobs of the same set reach each other so"
         )
+    if reach.service.service == CONSOLE and (reach.service.job_id is not None or reach.service.member is not None):
+        raise InvalidInput("a job cannot reach the screen of a job", where="machine.reach", hint="deskgrid console job-N")
     if reach.name in _RESERVED_NAMES:
         raise InvalidInput(f"{reach.name} is taken", where="machine.reach", hint=f"any name but {', '.join(_RESERVED_NAMES)}")
     if reach.service.peer == API_SERVICE.peer and reach.service != API_SERVICE:

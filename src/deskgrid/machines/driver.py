@@ -36,6 +36,7 @@ __all__ = [
     "ExitCause",
     "Exited",
     "Gone",
+    "HasConsole",
     "Listening",
     "MachineEvent",
     "MachineHandle",
@@ -317,6 +318,20 @@ class Viewable(Protocol):
 
     async def picture(self, handle: MachineHandle, file: Path) -> None:
         """Write what is on the screen to a new file, a PNG. Raise MachineFailed, leaving no file, if the machine is off or it cannot be had."""
+        ...
+
+
+@runtime_checkable
+class HasConsole(Protocol):
+    """A driver whose machines show their screen, and take keys and the mouse, by VNC (RFB 3.8, RFC 6143)."""
+
+    async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
+        """Let the machine's VNC server serve a stream socket (AF_UNIX), of which it keeps a copy; ours may be closed then.
+
+        Nobody listens: this is the only way to the screen. Who is at the other end has to prove within LOGIN_S that he knows the password
+        (8 ASCII characters, for VNC uses no more). The next call makes it void. Works from the machine's start on, booted or not, frozen or not.
+        Raise MachineFailed if the machine is off or shows no screen.
+        """
         ...
 
 

@@ -13,6 +13,7 @@ recovery, taking results out of the disk) is the real thing.
     hangs = false               also: never_boots, crashes, reboots, refuses (to start), io_error (as if the disk were full)
     serve = [8080]              echo servers on these ports of the machine, from its boot to its end; each is told as listening
     listening = [8080]          told as listening, too: what serves there is put into the machine's cage by a test
+    console = false             has a VNC server, from its start on: a screen of one pixel; what is typed there comes as output
     fetch = ["db:5432"]         say "hello from db" to the doorway db, and leave its answer in scratch as fetched/db
     [files]                     what is left in scratch: path -> text
 "a/b.txt" = "text"
@@ -20,7 +21,10 @@ recovery, taking results out of the disk) is the real thing.
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import signal
+import socket
 import sys
 import time
 import zlib
@@ -29,6 +33,9 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 import psutil
+from cryptography.hazmat.decrepit.ciphers.algorithms import TripleDES
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 from msgspec import Struct
 
 from deskgrid.errors import InvalidInput, MachineFailed
@@ -43,13 +50,14 @@ from deskgrid.machines.driver import Doorway, MachineHandle, MachineSpec, Stream
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 
-__all__ = ["PLAN_FILE", "FakeDriver", "FakePlan"]
+__all__ = ["PLAN_FILE", "FakeDriver", "FakePlan", "vnc_answer"]
 
 PLAN_FILE = "fake.toml"
 _OUTPUT = "output"
 _FINISHED_DISK = "finished.img"
 _RESULT = "result"
 _BEGAN = "began"
+_CONSOLE_LIMIT_S = 5.0
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -63,6 +71,13 @@ _PIXEL = (
     + _chunk(b"IEND", b"")
 )
 """A PNG of one pixel (RFC 2083)."""
+
+
+def vnc_answer(password: str, question: bytes) -> bytes:
+    """Return what VNC has a viewer answer (RFC 6143, 7.2.2): DES, the bits of each byte of the key in the other order."""
+    key = bytes(int(f"{byte:08b}"[::-1], 2) for byte in password.encode("ascii")[:8].ljust(8, b"\0"))
+    encryptor = Cipher(TripleDES(key * 3), ECB()).encryptor()  # noqa: S305 - what VNC is
+    return encryptor.update(question) + encryptor.finalize()
 
 
 class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +98,7 @@ class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
     io_error: bool = False
     serve: tuple[int, ...] = ()
     listening: tuple[int, ...] = ()
+    console: bool = False
     fetch: tuple[str, ...] = ()
     files: dict[str, str] = {}
 
@@ -111,6 +127,20 @@ class FakeDriver(CheckpointingDriver):
         """See Viewable: one black pixel."""
         self._living(handle)
         file.write_bytes(_PIXEL)
+
+    async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
+        """See HasConsole. The machine knows no password: it gets one question and its answer."""
+        self._living(handle)
+        if not _read_plan(handle.spec.context).console:
+            raise MachineFailed("the fake machine was not told to show its screen")
+        question = secrets.token_bytes(16)
+        order = msgspec.json.encode({"question": question.hex(), "answer": vnc_answer(password, question).hex()})
+        try:
+            async with asyncio.timeout(_CONSOLE_LIMIT_S):
+                with await qmp.connect(Path(handle.workdir) / fake_machine.CONSOLE_SOCKET) as machine:
+                    socket.send_fds(machine, [order], [connection.fileno()])
+        except (OSError, TimeoutError) as error:
+            raise MachineFailed("the fake machine does not show its screen") from error
 
     async def _freeze(self, handle: MachineHandle) -> bool:
         ran = psutil.Process(self._living(handle).pid).status() != psutil.STATUS_STOPPED

@@ -11,12 +11,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from socket import socket
 
 GREETING = b'{"QMP": {}}\n'
+CONSOLE_SOCKET = "console.sock"
 _REACH_LIMIT_S = 30.0
 _RETRY_S = 0.02
 
@@ -30,6 +31,8 @@ def main(workdir: Path) -> int:
     ran_s = _ran_s(workdir, plan)
     (workdir / plan["began"]).write_text(str(time.time() - ran_s))
     _append(workdir / plan["journal"], GREETING)
+    if plan["console"]:
+        _serve_console(workdir, plan)
     if plan["never_boots"]:
         _append(workdir / plan["console"], b"fake: no bootable device\n")
         _sleep_for_ever()
@@ -110,6 +113,67 @@ def _echo(connection: socket) -> None:
                 connection.sendall(data)
         except OSError:
             return
+
+
+# ---- console: RFB 3.8 (RFC 6143) with one black pixel
+
+
+_SERVER_INIT = bytes((0, 1, 0, 1, 32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0)) + b"\0\0\0\4fake"
+_UPDATE = bytes((0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0)) + bytes(4)
+_KEY, _UPDATE_REQUEST = 4, 3
+_MESSAGE_BYTES = {0: 20, 2: 8, _UPDATE_REQUEST: 10, _KEY: 8, 5: 6}
+"""By kind; a list of encodings has one."""
+
+
+def _serve_console(workdir: Path, plan: dict[str, Any]) -> None:
+    """Take connections to be served, each with a question and its answer."""
+    import socket
+    import threading
+
+    os.chdir(workdir)  # its path may be longer than an address
+    Path(CONSOLE_SOCKET).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(CONSOLE_SOCKET)
+    listener.listen()
+
+    def show(viewer: socket.socket, order: dict[str, str]) -> None:
+        with viewer, viewer.makefile("rb") as said:
+            try:
+                _show(viewer, said, order, workdir / plan["channel"])
+            except OSError:
+                return
+
+    def accept() -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                order, [number], _, _ = socket.recv_fds(connection, 1024, 1)
+            threading.Thread(target=show, args=(socket.socket(fileno=number), json.loads(order)), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def _show(viewer: socket, said: BinaryIO, order: dict[str, str], channel: Path) -> None:
+    viewer.setblocking(True)
+    viewer.sendall(b"RFB 003.008\n")
+    said.read(12)
+    viewer.sendall(b"\1\2")
+    said.read(1)
+    viewer.sendall(bytes.fromhex(order["question"]))
+    if said.read(16) != bytes.fromhex(order["answer"]):
+        viewer.sendall(b"\0\0\0\1\0\0\0\5wrong")
+        return
+    viewer.sendall(bytes(4))
+    said.read(1)
+    viewer.sendall(_SERVER_INIT)
+    while kind := said.read(1):
+        if kind[0] not in _MESSAGE_BYTES:
+            return
+        message = kind + said.read(_MESSAGE_BYTES[kind[0]] - 1)
+        if kind[0] == _UPDATE_REQUEST:
+            viewer.sendall(_UPDATE)
+        elif kind[0] == _KEY and message[1]:
+            _append(channel, b"1 %c\n" % message[7])
 
 
 def _fetch_all(workdir: Path, plan: dict[str, Any]) -> None:

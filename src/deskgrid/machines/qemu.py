@@ -6,7 +6,7 @@ The guest sees a PC with IDE disks (VirtualBox guests and old kernels know them,
     hdb  scratch: ext4 in a qcow2, sparse; what the guest trims is given back to the owner's disk
     hdd  the context CD
     ttyS0 console, ttyS1 the agent's channel; no USB
-    a VGA card, whose picture tells why a system does not boot
+    a VGA card, whose picture tells why a system does not boot; a VNC server that listens nowhere shows it to sockets that it is given
     a virtio network card if the job has a network, else none
 
 With a network QEMU runs in a cage (cage.py): its user networking gives the guest 10.0.2.15 and dials for it whatever the guest
@@ -24,6 +24,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from msgspec import Struct
 
 from deskgrid.archive import printable
 from deskgrid.clock import Clock
+from deskgrid.core.console import LOGIN_S
 from deskgrid.errors import BadImage, DriverUnusable, MachineFailed
 from deskgrid.machines import cage, processes, qmp
 from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK
@@ -60,6 +62,8 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 PACKED_SCRATCH = "scratch.qcow2"
 _MACHINE_NOTE = "machine-type"
 _PICTURE = "screen.png"
+_SCREEN = ("-display", "none", "-vnc", "none,password=on")
+"""A VNC server without a port: it serves the sockets that it is given, each after a password. Without one set, nobody gets in."""
 _SCREEN_MIB = 4
 """Memory of the VGA card, part of each checkpoint: enough for 1280 x 800."""
 _VERSION_LIMIT_S = 10.0
@@ -243,6 +247,11 @@ class QemuDriver(CheckpointingDriver):
         except OSError as error:
             raise MachineFailed(f"no picture of the screen: {error.strerror}") from error
 
+    async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
+        """See HasConsole."""
+        self._living(handle)
+        await qmp.attach_vnc(Path(handle.workdir), connection, password, lifetime_s=LOGIN_S)
+
     async def _cut(self, handle: MachineHandle, log: str) -> None:
         """Lead a serial line to nowhere: the guest runs on, and what counts of its output is on scratch."""
         if log not in _CHARDEV_OF:
@@ -279,7 +288,7 @@ def command_line(
     """Return QEMU's command line. File names are relative to the machine's folder, except that of the cached disk."""
     return [
         *(binary, "-name", f"guest={_plain(spec.name)}@{token}"),
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-msg", "timestamp=on"),
+        *("-nodefaults", "-no-user-config", *_SCREEN, "-no-reboot", "-msg", "timestamp=on"),
         *(("-sandbox", _SANDBOX) if platform == "linux" else ()),
         *("-machine", f"{machine},usb=off,vmport=off", "-accel", accelerator, "-cpu", "max"),
         *("-m", f"{spec.memory_bytes >> 20}M", "-smp", str(spec.cpus)),
@@ -462,7 +471,7 @@ def _try_out(program: str, accelerator: str, limit_s: float, place: Path | None)
 
 def _probe_line(program: str, accelerator: str) -> Sequence[str]:
     return [
-        *(program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "pc", "-m", "16M"),
+        *(program, "-nodefaults", "-no-user-config", *_SCREEN, "-no-reboot", "-machine", "pc", "-m", "16M"),
         *("-accel", accelerator, "-cpu", "max"),
         *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=0x04"),
         *_node("probe", "raw", {"driver": "file", "filename": "probe.img"}, **{"read-only": False}),

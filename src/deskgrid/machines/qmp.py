@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = [
     "JOURNAL_OUTPUT",
     "SOCKET_NAME",
     "Journal",
+    "attach_vnc",
+    "connect",
     "create_journal",
     "execute",
     "journal_event",
@@ -49,6 +52,7 @@ JOURNAL_OUTPUT = f"{JOURNAL_NAME}.out"
 _JOURNAL_PART_BYTES = 1 << 20
 _CONNECT_RETRY_S = 0.02
 _JOB_POLL_S = 0.02
+_VIEWER = "viewer"
 _DISCONNECT_LIMIT_S = 1.0
 _RESETS = frozenset({"guest-reset", "guest-panic", "subsystem-reset"})
 
@@ -156,13 +160,33 @@ async def execute(workdir: Path, command: str, arguments: dict[str, object] | No
 
     Raise MachineFailed if QEMU refuses, does not answer within `limit_s`, or is gone.
     """
+    async with _monitor(workdir, command, limit_s) as client:
+        return await client.execute(command, arguments)
+
+
+async def attach_vnc(workdir: Path, connection: socket.socket, password: str, *, lifetime_s: float, limit_s: float = 5.0) -> None:
+    """Let the VNC server of the machine in `workdir` serve a socket, with a password that is good for a login within `lifetime_s`.
+
+    Errors as `execute`.
+    """
+    async with _monitor(workdir, "add_client", limit_s) as client:
+        await client.execute("set_password", {"protocol": "vnc", "password": password})
+        await client.execute("expire_password", {"protocol": "vnc", "time": f"+{lifetime_s:.0f}"})
+        client.send_fd_scm(connection.fileno())
+        await client.execute("getfd", {"fdname": _VIEWER})
+        await client.execute("add_client", {"protocol": "vnc", "fdname": _VIEWER})
+
+
+@contextlib.asynccontextmanager
+async def _monitor(workdir: Path, what: str, limit_s: float) -> AsyncIterator[QMPClient]:
+    """Give a connection to the monitor of the machine in `workdir`, for at most `limit_s`. Raise MachineFailed if `what` was not done."""
     client = QMPClient("deskgrid")
     try:
         async with asyncio.timeout(limit_s):
             await _meet(client, workdir / SOCKET_NAME)
-            return await client.execute(command, arguments)
+            yield client
     except (QMPError, OSError, TimeoutError) as error:
-        raise MachineFailed(f"QEMU did not do {command}: {str(error) or type(error).__name__}") from error
+        raise MachineFailed(f"QEMU did not do {what}: {str(error) or type(error).__name__}") from error
     finally:
         # A QEMU that ended meanwhile has closed the connection already, which qemu.qmp tells in several ways.
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
@@ -208,7 +232,7 @@ async def _meet(client: QMPClient, path: Path) -> None:
     """Connect, once more if an event came before QEMU's greeting, as one may while it starts."""
     while True:
         try:
-            await client.connect(await _connect(path))
+            await client.connect(await connect(path))
             return
         except ConnectError as error:
             if not isinstance(error.exc, GreetingError):
@@ -216,7 +240,8 @@ async def _meet(client: QMPClient, path: Path) -> None:
             await asyncio.sleep(_CONNECT_RETRY_S)
 
 
-async def _connect(path: Path) -> socket.socket:
+async def connect(path: Path) -> socket.socket:
+    """Return a connection (not blocking) to a local socket; waits for who is to listen there. Raise FileNotFoundError if its folder is gone."""
     while True:
         try:
             return _open_socket(path)

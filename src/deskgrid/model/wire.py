@@ -450,6 +450,8 @@ class SyncAnswer(Struct, frozen=True, kw_only=True):
     """Seconds for which a wake call may be held; 0: do not make one, there are too many workers for that."""
     started: tuple[AttemptId, ...] = ()
     """Attempts that were held and may start now."""
+    consoles: tuple[AttemptId, ...] = ()
+    """Listed attempts without a network whose owner wants to see their machine's screen: to be peers of the overlay as long as that is so."""
 
 
 class Wake(Struct, frozen=True, kw_only=True):

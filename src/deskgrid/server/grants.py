@@ -8,19 +8,22 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
+from deskgrid.core.console import RENEW_S
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.core.reach import Source, TargetJob, check_job, check_named, may_use
 from deskgrid.core.trust import Grant
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
 from deskgrid.model.jobs import JobSpec, JobState
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, ServiceRef, hub_peer, parse_service
 from deskgrid.model.wire import AskGrant
+from deskgrid.model.workers import Profile
 from deskgrid.server.store import accounts, peers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.hubs import HUBS
-from deskgrid.server.store.schema import IS_LIVE, attempt, job, submission
+from deskgrid.server.store.schema import IS_LIVE, attempt, job, submission, worker
 from deskgrid.server.store.submissions import job_topic
 
 __all__ = ["Waiting", "Way", "find_way"]
@@ -31,6 +34,8 @@ class Way(Struct, frozen=True):
 
     grant: Grant
     hub: Hub
+    console: AttemptId | None = None
+    """See Waiting."""
 
 
 class Waiting(Struct, frozen=True):
@@ -38,6 +43,8 @@ class Waiting(Struct, frozen=True):
 
     what: str
     topics: tuple[str, ...]
+    console: AttemptId | None = None
+    """An attempt whose screen this is about, if its worker has to be told (anew) that it is wanted."""
 
 
 class _Target(Struct, frozen=True):
@@ -48,6 +55,7 @@ class _Target(Struct, frozen=True):
     absent: str
     """What is waited for then, for people."""
     topics: tuple[str, ...]
+    console: AttemptId | None = None
 
 
 def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float, nonce: str) -> Way | Waiting:
@@ -61,11 +69,11 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
     job_id = service.job_id
     target = _program(tx, source, service) if job_id is None else _attempt(tx, source, service, job_id)
     if target.row is None:
-        return Waiting(target.absent, target.topics)
+        return Waiting(target.absent, target.topics, target.console)
     if target.row.id == own.id:
         raise Conflict(f"{service} is offered by this peer itself")
     if not target.row.hub_address:
-        return Waiting(f"the peer of {service} to come to a hub", (*target.topics, HUBS))
+        return Waiting(f"the peer of {service} to come to a hub", (*target.topics, HUBS), target.console)
     grant = Grant(
         source=own.name,
         source_key=Sha256(own.key),
@@ -75,7 +83,7 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
         expires_at=tx.now + grant_s,
         nonce=nonce,
     )
-    return Way(grant, Hub(name=hub_peer(target.row.hub_id), address=target.row.hub_address))
+    return Way(grant, Hub(name=hub_peer(target.row.hub_id), address=target.row.hub_address), target.console)
 
 
 def _source(tx: Transaction, own: Any) -> Source:
@@ -99,7 +107,7 @@ def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId
     if state in FINAL_JOB_STATES:
         raise Conflict(f"job {job_id} is {state.value}")
     newest = tx.row(
-        sa.select(attempt.c.id, attempt.c.number)
+        sa.select(attempt.c.id, attempt.c.number, attempt.c.console_until, attempt.c.worker_id)
         .where(attempt.c.job_id == job_id, IS_LIVE)
         .order_by(attempt.c.number.desc())
         .limit(1)
@@ -107,15 +115,32 @@ def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId
     topics = (job_topic(job_id), peers.job_peers_topic(job_id))
     if newest is None:
         return _Target(None, f"job {job_id} to start", topics)
-    found = peers.peer_of_attempt(tx, AttemptId(newest.id))
+    attempt_id = AttemptId(newest.id)
+    found = peers.peer_of_attempt(tx, attempt_id)
+    if msgspec.json.decode(row.spec, type=JobSpec).machine.network is Network.NONE:  # type: ignore[union-attr]
+        asks = (newest.console_until or 0.0) <= tx.now + RENEW_S
+        return _Target(found, _why_no_screen(tx, newest, job_id), topics, attempt_id if asks else None)
     return _Target(found, f"attempt {newest.number} of job {job_id} to take part in the overlay", topics)
+
+
+def _why_no_screen(tx: Transaction, newest: Any, job_id: JobId) -> str:
+    """Say what a console of a machine without a network waits for."""
+    profile: str | None = tx.value(sa.select(worker.c.profile).where(worker.c.id == newest.worker_id))
+    drivers = msgspec.json.decode(profile, type=Profile).drivers if profile else ()
+    joins = any(one.networks != (Network.NONE,) for one in drivers)
+    return f"attempt {newest.number} of job {job_id} to show its screen" + ("" if joins else ", which its PC's owner may not allow")
 
 
 def _target_job(row: Any | None) -> TargetJob | None:
     if row is None:
         return None
     machine = msgspec.json.decode(row.spec, type=JobSpec).machine
-    return TargetJob(owner_id=UserId(row.owner_id), offers=tuple(offer.name for offer in machine.offer), share=machine.share)
+    return TargetJob(
+        owner_id=UserId(row.owner_id),
+        offers=tuple(offer.name for offer in machine.offer),
+        share=machine.share,
+        has_screen=machine.kind is MachineKind.VM,
+    )
 
 
 def _program(tx: Transaction, source: Source, service: ServiceRef) -> _Target:

@@ -80,6 +80,7 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
         lease_s=told.lease_s,
         interval_s=told.interval_s,
         hold_s=told.hold_s,
+        consoles=tuple(attempt_id for attempt_id, one in held.items() if attempts.is_console_wanted(tx, one)),
     )
 
 

@@ -36,6 +36,7 @@ from deskgrid.machines.driver import (
     ExitCause,
     Exited,
     Gone,
+    HasConsole,
     Listening,
     MachineEvent,
     MachineHandle,
@@ -52,6 +53,7 @@ from deskgrid.machines.driver import (
 from deskgrid.machines.processes import ProcessIdentity, find_by_token
 from deskgrid.machines.qmp import Journal, read_journal
 from deskgrid.model.machines import Network
+from deskgrid.testing.rfb import Viewer
 
 __all__ = [
     "BROKEN",
@@ -59,11 +61,14 @@ __all__ = [
     "TALKING",
     "TICKING",
     "CheckpointContract",
+    "ConsoleContract",
+    "ConsoleDriver",
     "ContractJob",
     "DriverContract",
     "LastingDriver",
     "NetworkedDriver",
     "SuspendableDriver",
+    "attach_viewer",
     "disk_bytes",
     "events_until_exit",
     "keepers_of",
@@ -83,6 +88,10 @@ class SuspendableDriver(Driver, Suspendable, Protocol):
 
 class LastingDriver(SuspendableDriver, Caged, Checkpointing, Viewable, Protocol):
     """Those of them whose machines can be written to the disk: virtual ones, which have a screen, too."""
+
+
+class ConsoleDriver(LastingDriver, HasConsole, Protocol):
+    """Those of them that show their screen to a viewer."""
 
 
 class NetworkedDriver(SuspendableDriver, Caged, Protocol):
@@ -674,3 +683,56 @@ class CheckpointContract(DriverContract):
             with pytest.raises(MachineFailed):
                 await action(handle)
         assert await driver.recover(handle) == Exited(ExitCause.POWERED_OFF)
+
+
+async def attach_viewer(driver: HasConsole, handle: MachineHandle, password: str) -> Viewer:
+    """Return a viewer that has not logged in yet."""
+    ours, theirs = socket.socketpair()
+    try:
+        with theirs:
+            await driver.attach_console(handle, theirs, password)
+    except BaseException:
+        ours.close()
+        raise
+    return Viewer(ours)
+
+
+class ConsoleContract(CheckpointContract):
+    """The claims of drivers whose machines show their screen, besides those of all that keep checkpoints."""
+
+    showing: ContractJob = ContractJob(TICKING.script, {**TICKING.plan, "console": True})
+
+    async def test_console_is_for_who_has_the_newest_password_while_the_machine_lives(
+        self, driver: ConsoleDriver, prepare: Prepare
+    ) -> None:
+        handle = await prepare(self.showing)
+        with pytest.raises(MachineFailed):
+            await attach_viewer(driver, handle, "too-soon")
+        await _start_fully(driver, handle)  # and does not wait until it has booted
+        for wrong in ("other", "", "SECRETS1"):
+            with await attach_viewer(driver, handle, "secrets1") as viewer:
+                assert not await asyncio.to_thread(viewer.log_in, wrong)
+        with await attach_viewer(driver, handle, "secrets2") as viewer:
+            assert not await asyncio.to_thread(viewer.log_in, "secrets1")
+        with await attach_viewer(driver, handle, "secrets3") as viewer:
+            assert await asyncio.to_thread(viewer.log_in, "secrets3")
+            assert await asyncio.to_thread(viewer.look)
+            await driver.stop(handle, grace_s=0)
+            await asyncio.to_thread(viewer.until_ended)
+        with pytest.raises(MachineFailed):
+            await attach_viewer(driver, handle, "too-late")
+
+    async def test_console_of_a_machine_that_went_on_from_its_checkpoint(
+        self, driver: ConsoleDriver, new_driver: Callable[[], ConsoleDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(self.showing)
+        await _start_fully(driver, handle)
+        with await attach_viewer(driver, handle, "secrets1") as viewer:
+            assert await asyncio.to_thread(viewer.log_in, "secrets1")
+            await driver.save(handle)
+            await asyncio.to_thread(viewer.until_ended)
+        later = new_driver()
+        await later.restore(handle)
+        with await attach_viewer(later, handle, "secrets2") as viewer:
+            assert await asyncio.to_thread(viewer.log_in, "secrets2")
+            assert await asyncio.to_thread(viewer.look)

@@ -433,6 +433,8 @@ class Agent:
             if attempt_id in self._runners:
                 self._runners[attempt_id].release()
             self._warm.release(attempt_id)
+        for runner in self._runners.values():
+            runner.want_console(runner.id in answer.consoles)
         self._hold_s = min(answer.hold_s, _WAKE_HOLD_S)
         if taking:
             await self._take(answer.assignments)

@@ -60,6 +60,7 @@ from deskgrid.model.jobs import AttemptState
 from deskgrid.model.machines import MachineKind
 from deskgrid.model.workers import AttemptReport
 from deskgrid.units import format_duration
+from deskgrid.worker.console import make_console
 from deskgrid.worker.endorsed import check_endorsed
 from deskgrid.worker.home import make_empty, remove
 from deskgrid.worker.journal import Entry, Phase, Verdict
@@ -106,6 +107,7 @@ class Runner:
         self._folder = kit.home.attempt(self.id)
         self._supplies = Supplies(kit, entry.assignment)
         self._services = make_services(kit, entry.assignment, self._supplies.credentials)
+        self._console = make_console(kit, entry.assignment)
         self._output = self._make_output()
         self._machine_lock = asyncio.Lock()
         self._journal_lock = asyncio.Lock()
@@ -187,6 +189,11 @@ class Runner:
     def release(self) -> None:
         """Let it start, if it was held until all of its set can. Idempotent."""
         self._released.set()
+
+    def want_console(self, wanted: bool) -> None:
+        """Note whether its owner wants to see its machine's screen. Idempotent."""
+        if self._console is not None:
+            self._console.want(wanted)
 
     def queue(self) -> None:
         """Let it be made ready, but not start before `place`."""
@@ -417,7 +424,7 @@ class Runner:
 
     async def _watch(self) -> None:
         """Follow the machine until it is off, and what it sent last has arrived."""
-        await beside(self._await_end(), self._serve())
+        await beside(self._await_end(), self._serve(), self._show())
         if self.entry.phase is not Phase.SAVED:
             self._release_disk()
 
@@ -512,6 +519,11 @@ class Runner:
         driver = self._driver()
         if self._services is not None and isinstance(driver, Caged):
             await self._services.run(driver, self._handle())
+
+    async def _show(self) -> None:
+        """Show its screen to its owner, when he wants to see it."""
+        if self._console is not None:
+            await self._console.run(self._driver(), self._handle())
 
     async def _keep_limits(self) -> None:
         """End the machine when a limit of the job is passed."""

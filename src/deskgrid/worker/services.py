@@ -25,6 +25,7 @@ import structlog
 
 from deskgrid.client.transport import Credentials, load_credentials, save_credentials
 from deskgrid.core.backoff import delay_s
+from deskgrid.core.console import CONSOLE
 from deskgrid.core.internet import near_networks
 from deskgrid.errors import Conflict, DeskgridError, Forbidden, MachineFailed, Unreachable
 from deskgrid.link import hash_secret, make_secret
@@ -32,15 +33,16 @@ from deskgrid.machines.cage import GATEWAY, HTTP_PROXY_PORT, SOCKS_PORT
 from deskgrid.machines.driver import Caged, Doorway, MachineHandle
 from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import Machine
-from deskgrid.model.machines import Network
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Reach
 from deskgrid.model.workers import Assignment
 from deskgrid.overlay.background import Background
 from deskgrid.overlay.http_proxy import dial_public, serve_http_proxy
-from deskgrid.overlay.peer import Peer
+from deskgrid.overlay.peer import Dial, Peer
 from deskgrid.overlay.proxy import reset, serve, serve_port
 from deskgrid.overlay.relay import Relay
 from deskgrid.overlay.socks import Join, serve_socks
+from deskgrid.worker.console import console_dialler
 from deskgrid.worker.kit import Kit, Overlay
 
 __all__ = ["Services", "doorways", "job_credentials", "make_services"]
@@ -126,7 +128,7 @@ class Services:
             self._overlay.endpoint,
             self._overlay.calls,
             attempt_id=self._assignment.attempt_id,
-            offers={offer.name: self._dialler(driver, handle, offer.port) for offer in self._machine.offer},
+            offers=self._offers(driver, handle),
             job_token_hash=self._token_hash(),
         )
         serving: list[Coroutine[Any, Any, None]] = []
@@ -147,6 +149,12 @@ class Services:
                 await self._serve(peer, serving)
             finally:
                 self._peer = None
+
+    def _offers(self, driver: Caged, handle: MachineHandle) -> dict[str, Dial]:
+        own = {offer.name: self._dialler(driver, handle, offer.port) for offer in self._machine.offer}
+        if self._machine.kind is not MachineKind.VM:
+            return own
+        return {**own, CONSOLE: console_dialler(self._kit, driver, handle)}
 
     async def _serve(self, peer: Peer, serving: list[Coroutine[Any, Any, None]]) -> None:
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deskgrid.core.console import CONSOLE
 from deskgrid.core.reach import Source, TargetJob, check_job, check_named, check_share, may_use
 from deskgrid.errors import Forbidden, InvalidInput, NotFound
 from deskgrid.model.ids import JobId, UserId
@@ -100,3 +102,31 @@ def test_nobody_to_share_with_is_refused(text: str):
 @pytest.mark.parametrize("text", ["everyone", "group:hep", "user:ann.b_c-d"])
 def test_groups_users_and_everyone_can_be_shared_with(text: str):
     check_share(text)
+
+
+consoles = st.builds(
+    lambda owner_id, offers, share, has_screen: TargetJob(owner_id=owner_id, offers=offers, share=share, has_screen=has_screen),
+    st.sampled_from(list(USERS)),
+    st.lists(st.sampled_from([*SERVICES, CONSOLE]), unique=True).map(tuple),
+    shares,
+    st.booleans(),
+)
+
+
+@given(sources, st.none() | consoles)
+def test_a_console_is_for_programs_of_the_jobs_owner_alone_whatever_is_shared_or_named(source: Source, target: TargetJob | None):
+    console = parse_service("console.job-42")
+    if source.job_id is not None:
+        source = msgspec.structs.replace(source, reach=(*source.reach, console))
+    is_owner = target is not None and source.user_id == target.owner_id
+    if source.job_id is None and is_owner and target.has_screen:
+        check_job(source, console, target)
+        return
+    shared = target is not None and may_use(source, target.owner_id, target.share)
+    with pytest.raises(Forbidden if source.job_id is not None or (shared and not is_owner) else NotFound):
+        check_job(source, console, target)
+
+
+def test_a_users_program_may_call_its_service_console():
+    service = parse_service("console.user-ann")
+    check_named(Source(user_id=UserId(1), user="ann", job_id=JobId(7), reach=(service,)), service)

@@ -109,3 +109,12 @@ def test_any_services_are_allowed_as_a_job_file_has_them_or_refused(offer: Offer
     else:
         assert parse_offer(str(offer)) == offer
         assert parse_reach(reach.name, str(reach)) == reach
+
+
+def test_a_job_neither_offers_a_console_of_its_own_nor_reaches_one():
+    with pytest.raises(InvalidInput, match="console is the machine's screen"):
+        check_spec(networked(offer=(Offer("console", 5900),)))
+    for service in ("console.job-7", "console.db.set"):
+        with pytest.raises(InvalidInput, match="cannot reach the screen"):
+            check_spec(networked(reach=(parse_reach("screen", f"{service}:5900"),)), in_set=True)
+    check_spec(networked(reach=(parse_reach("screen", "console.user:5900"),)))

@@ -93,7 +93,8 @@ def test_nothing_is_there_that_was_not_asked_for() -> None:
     command = line()
     assert "-nodefaults" in command
     assert "-no-user-config" in command
-    assert not {"-nic", "-netdev", "-net", "-vnc", "-usb"} & set(command)
+    assert not {"-nic", "-netdev", "-net", "-usb"} & set(command)
+    assert command[command.index("-vnc") + 1] == "none,password=on"
     assert devices(command) == ["ide-hd", "ide-hd", "ide-cd", "VGA", "isa-serial", "isa-serial"]
 
 

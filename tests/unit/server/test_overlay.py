@@ -270,7 +270,7 @@ async def test_everybody_sees_his_own_peers_and_the_admin_all(grid: TestGrid):
                 PeerKind.JOB,
                 "ann",
                 job.id,
-                ("web",),
+                ("web", "console"),
                 hub.name,
             )
             assert [one.owner for one in await other.peers(everyone=True)] == ["bob"]

@@ -84,6 +84,7 @@ class PlayServer:
         self.returned: list[AttemptId] = []
         self.cancelled: set[AttemptId] = set()
         self.started: set[AttemptId] = set()
+        self.consoles: set[AttemptId] = set()
         self.syncs: list[wire.Sync] = []
         self.blobs: dict[str, bytes] = {blob_of(DISK).sha256: DISK}
         self.uploads: dict[str, bytes] = {}
@@ -222,6 +223,7 @@ class PlayServer:
             acknowledged=tuple(acknowledged),
             cancelled=tuple(cancelled),
             started=tuple(self.started),
+            consoles=tuple(self.consoles),
             lease_s=60.0,
             interval_s=20.0,
         )
@@ -385,6 +387,30 @@ class ScreenDriver(PlayDriver):
         file.write_bytes(b"picture")
 
 
+class ConsoleDriver(PlayDriver):
+    """With HasConsole, too: what is typed comes back."""
+
+    def __init__(self, pc: Pc) -> None:
+        super().__init__(pc)
+        self.passwords: list[str] = []
+        self._showing: list[asyncio.Task[None]] = []
+
+    async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
+        self._raise("attach_console")
+        assert not self.pc.machines[handle.workdir].off
+        self.passwords.append(password)
+        reader, writer = await asyncio.open_connection(sock=connection.dup())
+
+        async def answer() -> None:
+            writer.write(b"RFB 003.008\n")
+            with contextlib.suppress(OSError):
+                while data := await reader.read(1 << 16):
+                    writer.write(data)
+            writer.close()
+
+        self._showing.append(asyncio.create_task(answer()))
+
+
 class SavingDriver(PlayDriver):
     """With Checkpointing, too."""
 
@@ -486,6 +512,8 @@ class Rig:
         self.free_bytes = 100 * GIB
         self.extract_error: Exception | None = None
         self.authority_pem = ""
+        self.overlay: Any = None
+        """Its part in the overlay: none."""
 
     async def extract(self, image: Path, output: Path, **_: Any) -> ResultReport:
         if self.extract_error:
@@ -525,6 +553,7 @@ class Rig:
             authority_pem=self.authority_pem,
             unpack=play_unpack,
             extract=self.extract,
+            overlay=self.overlay,
         )
 
     @asynccontextmanager

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from deskgrid.clock import SystemClock
-from deskgrid.errors import MachineFailed
+from deskgrid.core.console import password_in
+from deskgrid.errors import MachineFailed, Unreachable
 from deskgrid.machines import cage, processes
-from deskgrid.model.machines import Network
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.overlay import parse_reach
 from deskgrid.worker import services as module
 from deskgrid.worker.services import Services
-from tests.unit.overlay.small_grid import CallsOf, SmallGrid
+from tests.unit.overlay.small_grid import CallsOf, SmallGrid, pair
 from tests.unit.overlay.test_peer import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cages are of Linux")
@@ -56,6 +57,9 @@ class Cage:
                 sock.close()
                 await asyncio.sleep(0.02)
 
+    async def attach_console(self, _handle: object, connection: socket.socket, password: str) -> None:
+        connection.sendall(f"screen of who says {password}\n".encode())
+
     async def end(self) -> None:
         await processes.kill(self.identity, CLOCK)
         await cage.wait_keeper_gone(self.workdir, CLOCK)
@@ -82,13 +86,15 @@ async def server() -> AsyncIterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def services_of(grid: SmallGrid, server: str, folder: Path) -> tuple[Services, Any]:
+async def services_of(grid: SmallGrid, server: str, folder: Path, kind: MachineKind = MachineKind.PROCESS) -> tuple[Services, Any]:
     """Return the services of an attempt that reaches the server, and its endpoint."""
     endpoint = await grid.endpoint()
     reach = (parse_reach("grid", "api.server"),)
-    machine = SimpleNamespace(reach=reach, offer=(), network=Network.OVERLAY, reach_wait_s=5.0)
+    machine = SimpleNamespace(reach=reach, offer=(), network=Network.OVERLAY, reach_wait_s=5.0, kind=kind)
     assignment = SimpleNamespace(spec=SimpleNamespace(machine=machine), attempt_id=1)
-    kit = SimpleNamespace(clock=CLOCK, rng=random.Random(1), settings=SimpleNamespace(backoff_s=0.05, max_backoff_s=0.2))
+    kit = SimpleNamespace(
+        clock=CLOCK, rng=random.Random(1), settings=SimpleNamespace(backoff_s=0.05, max_backoff_s=0.2), unthrottle=print
+    )
     overlay = SimpleNamespace(endpoint=endpoint, calls=CallsOf(grid, "b"), credentials=SimpleNamespace(address=server))
     return Services(kit, overlay, assignment, folder / "none"), endpoint  # type: ignore[arg-type]
 
@@ -140,3 +146,27 @@ async def test_what_fails_in_services_neither_ends_the_attempt_nor_them(
         await eventually(lambda: not caged.failures)
         (await caged.connect("10.64.1.1", 8470)).close()
         assert not task.done()
+
+
+async def test_virtual_machine_in_the_overlay_shows_its_screen_besides_and_a_process_does_not(
+    grid: SmallGrid, server: str, caged: Cage, tmp_path: Path
+):
+    user = await grid.peer("a", await grid.endpoint())
+    loop = asyncio.get_running_loop()
+    for kind in (MachineKind.VM, MachineKind.PROCESS):
+        services, _ = await services_of(grid, server, tmp_path, kind)
+        async with running(services, caged):
+            local, program = await pair()
+            with program:
+                if kind is MachineKind.PROCESS:
+                    await eventually(lambda: (found := grid.find("b")) is not None and found.request.hub)
+                    with local, pytest.raises(Unreachable, match="no service 'console'"):
+                        await user.connect("console.b", local)
+                    continue
+                await user.connect("console.b", local, wait_s=20.0)
+                said = b""
+                while data := await loop.sock_recv(program, 1000):
+                    said += data
+        line, rest = said.split(b"\n", 1)
+        password = password_in(line + b"\n")
+        assert rest == f"screen of who says {password}\n".encode()

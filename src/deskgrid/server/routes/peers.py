@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from functools import partial
 
 import msgspec
 from starlette.requests import Request as HttpRequest
 
+from deskgrid.core.console import WANTED_S
 from deskgrid.core.lifecycle import LIVE_STATES
 from deskgrid.core.submission import MOST_SERVICES, check_shares
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
@@ -94,7 +96,9 @@ def _attempt(tx: Transaction, caller: Caller, request: wire.RegisterPeer, attemp
     if row.state not in LIVE_STATES:
         raise Conflict(f"attempt {row.number} of job {row.job.id} is {row.state}")
     machine = attempts.common(tx, row.job.submission_id).spec.machine
-    if machine.network is Network.NONE:
+    if (
+        machine.network is Network.NONE and row.console_until is None
+    ):  # for its screen it is a peer: of a wish that is over, no harm comes
         raise Forbidden(f"job {row.job.id} has no network")
     if request.job_token_hash is not None:
         if all(reach.service != API_SERVICE for reach in machine.reach):
@@ -125,7 +129,7 @@ def remove_peer(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
 
 @serves(wire.ASK_GRANT)
 async def ask_grant(services: Services, call: Call[wire.AskGrant], _http: HttpRequest) -> wire.GrantAnswer:
-    """A read and a signature. While there is nothing to grant yet, the topics of what is missing are waited for."""
+    """A read and a signature; for a console, sometimes a note for its worker. While there is nothing to grant yet, the topics of what is missing are waited for."""
     deadline = services.clock.monotonic() + min(call.query.get("wait_s", 0.0), _LONGEST_HOLD_S)
     grant_s = services.settings.grant_s
     watched: tuple[str, ...] = ()
@@ -134,6 +138,8 @@ async def ask_grant(services: Services, call: Call[wire.AskGrant], _http: HttpRe
         found = await services.store.read(
             lambda tx: find_way(tx, call.caller, call.body, grant_s=grant_s, nonce=secrets.token_hex(16))
         )
+        if found.console is not None:
+            await services.store.write(partial(_want_console, found.console))
         remaining_s = deadline - services.clock.monotonic()
         if isinstance(found, Way) or remaining_s <= 0:
             return _answer(services, found)
@@ -141,6 +147,10 @@ async def ask_grant(services: Services, call: Call[wire.AskGrant], _http: HttpRe
             await services.live.wait(marks, remaining_s)
         else:
             watched = found.topics  # and look again: it may have come before we watched
+
+
+def _want_console(attempt_id: AttemptId, tx: Transaction) -> None:
+    attempts.want_console(tx, attempt_id, tx.now + WANTED_S)
 
 
 def _answer(services: Services, found: Way | Waiting) -> wire.GrantAnswer:

@@ -37,11 +37,13 @@ __all__ = [
     "expire_leases",
     "fail_revoked",
     "held_by",
+    "is_console_wanted",
     "lease",
     "max_suspend_s",
     "move_job",
     "renew_leases",
     "sets_of",
+    "want_console",
     "wants_files",
     "worker_topic",
 ]
@@ -77,6 +79,7 @@ class Held(NamedTuple):
     leased_at: float
     started_at: float | None
     suspended_at: float | None
+    console_until: float | None
     job: Job
 
 
@@ -260,6 +263,7 @@ _HELD = (
     attempt.c.leased_at,
     attempt.c.started_at,
     attempt.c.suspended_at,
+    attempt.c.console_until,
     job.c.id.label("job_id"),
     job.c.state.label("job_state"),
     job.c.queue_id,
@@ -274,9 +278,9 @@ _ONE = Statement(_WITH_JOB.where(attempt.c.id == sa.bindparam("attempt_id")).wit
 
 
 def _held(row: tuple[Any, ...]) -> Held:
-    attempt_id, number, worker_id, state, leased_at, started_at, suspended_at, job_id, of_job, *rest = row
+    attempt_id, number, worker_id, state, leased_at, started_at, suspended_at, console_until, job_id, of_job, *rest = row
     moved = Job(job_id, JobState(of_job), *rest)
-    return Held(attempt_id, number, worker_id, AttemptState(state), leased_at, started_at, suspended_at, moved)
+    return Held(attempt_id, number, worker_id, AttemptState(state), leased_at, started_at, suspended_at, console_until, moved)
 
 
 def held_by(tx: Transaction, worker_id: WorkerId) -> dict[AttemptId, Held]:
@@ -307,6 +311,21 @@ _RENEW = Statement(
 def renew_leases(tx: Transaction, leases: Iterable[tuple[AttemptId, float]]) -> None:
     """Let live attempts' leases run until the times given."""
     tx.change_many(_RENEW, [{"attempt_id": attempt_id, "expires_at": expires_at} for attempt_id, expires_at in leases])
+
+
+def want_console(tx: Transaction, attempt_id: AttemptId, until: float) -> None:
+    """Note that the screen of a live attempt's machine is wanted until then, and tell its worker if it does not know."""
+    held = _find(tx, attempt_id)
+    if held is None or held.state not in LIVE_STATES:
+        return
+    tx.run(sa.update(attempt).where(attempt.c.id == held.id).values(console_until=until))
+    if not is_console_wanted(tx, held):
+        tx.topics.append(worker_topic(held.worker_id))
+
+
+def is_console_wanted(tx: Transaction, held: Held) -> bool:
+    """Tell whether somebody wants to see an attempt's screen now."""
+    return held.console_until is not None and held.console_until > tx.now
 
 
 # What happens

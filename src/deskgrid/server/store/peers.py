@@ -11,9 +11,11 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
+from deskgrid.core.console import CONSOLE
 from deskgrid.errors import Conflict, NotFound
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec
+from deskgrid.model.machines import MachineKind
 from deskgrid.model.overlay import Connection, Peer, PeerKind, hub_peer
 from deskgrid.model.users import Role
 from deskgrid.model.wire import PeerOffer
@@ -216,7 +218,8 @@ def _offers(row: Any) -> tuple[PeerOffer, ...]:
 
 def _services(row: Any) -> tuple[str, ...]:
     if row.spec is not None:
-        return tuple(offer.name for offer in msgspec.json.decode(row.spec, type=JobSpec).machine.offer)
+        machine = msgspec.json.decode(row.spec, type=JobSpec).machine
+        return (*(offer.name for offer in machine.offer), *((CONSOLE,) if machine.kind is MachineKind.VM else ()))
     return tuple(offer.name for offer in _offers(row))
 
 
