@@ -49,6 +49,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     """What its owner says is installed, for jobs that `need` it."""
     accepts: tuple[str, ...] = ("everyone",)
     """Whose jobs it takes: mine (its owner's), user:NAME, group:NAME or everyone."""
+    secrets_key: str = ""
+    """Its public key to which secrets of jobs are sealed (core/sealing.py); empty: it takes no jobs that have any."""
 
 
 class AttemptReport(Struct, frozen=True, kw_only=True):
@@ -88,6 +90,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     """Then {index} and {NAME} are filled in, with `index` and `parameters`."""
     hold: bool = False
     """Prepare, but start only when the server says so: its set starts together."""
+    secrets: bytes = b""
+    """The job's secrets, sealed to this worker for this attempt (core/sealing.py). Empty although its spec names some: the server cannot open them."""
 
 
 class Worker(Struct, frozen=True, kw_only=True):

@@ -128,6 +128,7 @@ async def _answer(services: Services, handler: Handler, http: HttpRequest, reque
         query=_decode_query(route, http),
         key=http.headers.get(wire.IDEMPOTENCY_HEADER, "")[:64] or uuid.uuid4().hex,
         settings=services.settings,
+        authority=services.authority,
         request=request,
     )
     if handler.kind is Kind.READ:

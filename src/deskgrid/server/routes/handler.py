@@ -56,6 +56,7 @@ class Call(Struct, Generic[Body], frozen=True):
     query: dict[str, Any]
     key: str
     settings: ServerSettings
+    authority: Authority
     token: str = ""
     """Only where the handler itself finds out whose it is (`serves(..., knows_callers=True)`)."""
 
