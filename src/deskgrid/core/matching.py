@@ -4,7 +4,8 @@ Waiting jobs are counted per queue: one requirement class, user, group and prior
 work does not depend on how many jobs wait. Rules:
 
 1. A queue suits a worker if a usable driver of it runs that kind of machine in that network, its platform and packages are right, its owner
-   takes such a user's jobs, one whom he asks for vouches for the disk (core/manifests.py), and nobody else has reserved it.
+   takes such a user's jobs, one whom he asks for vouches for the disk (core/manifests.py), and nobody else has reserved it. If the jobs say whose
+   PCs they trust, its owner is one of those; if they have secrets, it has a key to which these can be sealed.
 2. Among queues that suit and fit into what is free, the order is: the group or user that has used least (core/shares.py), the higher
    priority, those whose disk the worker has in its cache, the one whose next job was submitted first.
 3. Nothing is promised twice: each job taken lessens what is free, and the user's quota of running jobs.
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct
 
 from deskgrid.core.manifests import is_accepted
+from deskgrid.core.reach import EVERYONE
 from deskgrid.core.shares import Standings
 from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec
@@ -61,6 +63,10 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     """worker:NUMBER or group:NAME, or empty."""
     driver: str = ""
     """Empty: any."""
+    trust: tuple[str, ...] = ()
+    """Owners of PCs: user:NUMBER or group:NAME. Empty: everyone."""
+    secrets: bool = False
+    """The jobs have secrets."""
 
 
 class Queue(Struct, frozen=True):
@@ -98,6 +104,8 @@ class Ask(Struct, frozen=True, kw_only=True):
     """One of them must vouch for a disk; none: no matter who."""
     reserved_for: str = ""
     """user:NAME or group:NAME, or empty."""
+    has_key: bool = False
+    """Secrets can be sealed to it."""
 
 
 class Share(Struct, frozen=True):
@@ -133,8 +141,9 @@ def need_of(spec: JobSpec) -> Capacity:
     )
 
 
-def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...] = ()) -> Requirement:
-    """Return the class key of a job; `platforms`: those that its app has files for, if it has an app."""
+def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...] = (), trust: tuple[str, ...] = ()) -> Requirement:
+    """Return the class key of a job; `platforms`: those that its app has files for, if it has an app; `trust`: the spec's, with users by
+    number: a class is shared between users, and a name may be somebody else's one day."""
     need = need_of(spec)
     machine = spec.machine
     return Requirement(
@@ -148,6 +157,8 @@ def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...
         packages=tuple(sorted({*machine.need, *((machine.disk,) if machine.installed_disk else ())})),
         on=machine.on,
         driver=machine.driver,
+        trust=() if EVERYONE in trust else tuple(sorted(set(trust))),
+        secrets=bool(spec.secrets),
     )
 
 
@@ -252,6 +263,8 @@ def suits(ask: Ask, queue: Queue, person: Person) -> bool:
         and ask.packages.issuperset(wanted.packages)
         and _is_meant(ask, wanted.on)
         and (not wanted.disk or is_accepted(ask.endorsers, queue.endorsers))
+        and (not wanted.trust or _is_trusted(ask, wanted.trust))
+        and (ask.has_key or not wanted.secrets)
         and _accepts(ask, queue, person)
     )
 
@@ -261,6 +274,13 @@ def _is_meant(ask: Ask, on: str) -> bool:
     if kind == "worker":
         return name == str(ask.worker_id)
     return not on or name in ask.owner_groups or ask.reserved_for == on
+
+
+def _is_trusted(ask: Ask, trust: tuple[str, ...]) -> bool:
+    """Tell whether the owner of a PC is one of those; of a PC whose owner nobody said, nobody knows that."""
+    return ask.owner_id is not None and (
+        f"user:{ask.owner_id}" in trust or any(f"group:{group}" in trust for group in ask.owner_groups)
+    )
 
 
 def _accepts(ask: Ask, queue: Queue, person: Person) -> bool:

@@ -22,7 +22,7 @@ from deskgrid.errors import Forbidden, InvalidInput, NotFound
 from deskgrid.model.ids import JobId, UserId
 from deskgrid.model.overlay import ServiceRef
 
-__all__ = ["EVERYONE", "Source", "TargetJob", "check_job", "check_named", "check_share", "may_use"]
+__all__ = ["EVERYONE", "Source", "TargetJob", "check_job", "check_named", "check_share", "is_trust", "may_use"]
 
 EVERYONE = "everyone"
 _SHARE = re.compile(r"(?:group|user):[a-z][a-z0-9_.-]{0,62}|everyone")
@@ -52,6 +52,11 @@ def check_share(text: str, where: str = "") -> None:
     """Check that a text says with whom to share. Raise InvalidInput otherwise."""
     if not _SHARE.fullmatch(text):
         raise InvalidInput(f"{text[:80]!r} is nobody to share with", where=where, hint="group:NAME, user:NAME or everyone")
+
+
+def is_trust(text: str) -> bool:
+    """Tell whether a text says whose PCs a job trusts: mine, or as to share with."""
+    return text == "mine" or _SHARE.fullmatch(text) is not None
 
 
 def may_use(source: Source, owner_id: UserId, share: Collection[str]) -> bool:

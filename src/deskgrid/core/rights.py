@@ -174,7 +174,7 @@ RULES: dict[str, Rule] = {
     "endorse_disk": _rule(Kind.DATA, "owner member public admin", "data", tells="endorser lifetime_s"),
     "withdraw_disk": _rule(Kind.DATA, "owner member public admin", "data", changes=True),
     "revoke_disk": _rule(Kind.DATA, "owner admin", "data", tells="reason"),
-    "get_bundle": _rule(Kind.DATA, _SHARED, "data:read"),
+    "get_bundle": _rule(Kind.DATA, "owner member public admin", "data:read"),
     "take_bundle": _rule(Kind.DATA, "user", "data", tells="grid"),
     "register_app": _rule(Kind.APP, "user job", "data", tells="name visibility group"),
     "list_apps": _rule(Kind.APP, _SHARED, "data:read jobs"),

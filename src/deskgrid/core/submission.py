@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterable
 
 from deskgrid.core.console import CONSOLE
-from deskgrid.core.reach import check_share
+from deskgrid.core.reach import check_share, is_trust
+from deskgrid.core.sealing import check_names
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import INSTALLED, JobSpec, Machine
 from deskgrid.model.machines import DriverName, MachineKind, Network
@@ -68,6 +69,7 @@ def check_spec(spec: JobSpec, *, in_set: bool = False) -> None:
     _check_machine(spec.machine)
     _check_command(spec)
     _check_network(spec.machine, in_set=in_set)
+    _check_secrets(spec)
     paths = spec.results.paths
     if (
         (not paths and spec.machine.kind is MachineKind.VM)
@@ -191,6 +193,20 @@ def _check_network(machine: Machine, *, in_set: bool) -> None:
     if machine.share and not machine.offer:
         raise InvalidInput("there is nothing to share", where="machine.share", hint='offer = ["web:8080"]')
     _check_keys(machine.ssh_keys)
+
+
+def _check_secrets(spec: JobSpec) -> None:
+    where = "secrets.trust"
+    check_names(spec.secrets)
+    if len(spec.trust) > _MOST_SHARES:
+        raise InvalidInput(f"{len(spec.trust)} are too many to trust", where=where, hint=f"at most {_MOST_SHARES}; make a group")
+    for trusted in spec.trust:
+        if not is_trust(trusted):
+            raise InvalidInput(f"{trusted[:80]!r} is nobody to trust", where=where, hint="mine, group:NAME, user:NAME or everyone")
+    if spec.secrets and not spec.trust:
+        raise InvalidInput("whose PCs may see the secrets?", where=where, hint='as in ["mine"]')
+    if spec.secrets and spec.machine.warm:
+        raise InvalidInput("a program that is kept warm has no secrets", where="secrets.files", hint="warm = false")
 
 
 def _require_as_read(one: Offer | Reach, read: Callable[..., Offer | Reach], where: str) -> None:

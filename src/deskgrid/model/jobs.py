@@ -144,6 +144,10 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     """Seconds that its results are kept after its end; 0: what the server says."""
     limits: Limits = Limits()
     results: Results = Results()
+    secrets: tuple[str, ...] = ()
+    """Names of its secrets, which are submitted sealed beside it and appear as files /context/secrets/NAME."""
+    trust: tuple[str, ...] = ()
+    """Owners of the PCs that it may run on: mine (the submitter's own), user:NAME, group:NAME or everyone. Empty: everyone, without secrets only."""
 
 
 class Job(Struct, frozen=True, kw_only=True):

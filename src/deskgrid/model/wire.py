@@ -129,6 +129,10 @@ class WhoAmI(Struct, frozen=True, kw_only=True):
     """When the token ends."""
     rights: tuple[str, ...] = ()
     """What the token is narrowed to; none: all that its holder may."""
+    user_id: UserId | None = None
+    """None: it is no user's token, nor a job's."""
+    secrets_key: str = ""
+    """To which users seal the secrets of their jobs (core/sealing.py); empty: an older server, which takes none."""
 
 
 class SecretRequest(Struct, frozen=True, kw_only=True):
@@ -278,6 +282,8 @@ class SubmitJob(Struct, frozen=True, kw_only=True):
     spec: JobSpec
     context: Blob | None = None
     """An uploaded archive with the context folder."""
+    secrets: bytes = b""
+    """What the spec's `secrets` names, sealed to WhoAmI.secrets_key for the submitter (core/sealing.py)."""
 
 
 class SubmitArray(Struct, frozen=True, kw_only=True):
@@ -289,6 +295,8 @@ class SubmitArray(Struct, frozen=True, kw_only=True):
     table: Blob | None = None
     """An uploaded blob of `count` lines, each a JSON list of texts, one for each of `names`."""
     names: tuple[str, ...] = ()
+    secrets: bytes = b""
+    """As in SubmitJob; all its jobs have the same."""
 
 
 class ArrayList(Struct, frozen=True, kw_only=True):
@@ -308,6 +316,7 @@ class SetMember(Struct, frozen=True, kw_only=True):
     """0: a job; otherwise an array, as in SubmitArray."""
     table: Blob | None = None
     names: tuple[str, ...] = ()
+    secrets: bytes = b""
 
 
 class SubmitSet(Struct, frozen=True, kw_only=True):

@@ -51,6 +51,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     """One of them must vouch for a disk; none: no matter who."""
     accepts: tuple[str, ...] = ("everyone",)
     """Whose jobs it takes: mine (its owner's), user:NAME, group:NAME or everyone."""
+    secrets_key: str = ""
+    """Its public key to which secrets of jobs are sealed (core/sealing.py); empty: it takes no jobs that have any."""
 
 
 class AttemptReport(Struct, frozen=True, kw_only=True):
@@ -92,6 +94,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     """Signed, by which those whom the owner asks for vouch for the disk (core/manifests.py)."""
     hold: bool = False
     """Prepare, but start only when the server says so: its set starts together."""
+    secrets: bytes = b""
+    """The job's secrets, sealed to this worker for this attempt (core/sealing.py). Empty although its spec names some: the server cannot open them."""
 
 
 class Worker(Struct, frozen=True, kw_only=True):

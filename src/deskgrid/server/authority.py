@@ -6,17 +6,19 @@ are in it for browsers. A peer or hub brings its public key and gets a certifica
 number: no peer can have the name of a hub or of the server.
 
 HOME/authority/grants.key is the Ed25519 key by which grants (core/trust.py) are signed, HOME/authority/manifests.key that for what is said of
-disks (core/manifests.py), which the authority certifies (manifests.pem): other grids and workers check it.
+disks (core/manifests.py), which the authority certifies (manifests.pem): other grids and workers check it. HOME/authority/secrets.key is the X25519 key
+to which users seal the secrets of their jobs (core/sealing.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +27,14 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deskgrid.core.manifests import SIGNER, sign_statement
+from deskgrid.core.sealing import for_user, open_secrets, sealing_key
 from deskgrid.core.trust import Grant, key_hash, sign_grant
 from deskgrid.errors import InvalidInput
-from deskgrid.model.ids import Sha256
+from deskgrid.model.ids import Sha256, UserId
 from deskgrid.model.manifests import Manifest, Revocation
 from deskgrid.model.overlay import hub_peer
 from deskgrid.model.wire import SERVER_NAME
@@ -80,6 +84,7 @@ class Authority:
         self._grant_key = _ensure_ed25519_key(folder / "grants.key")
         self._manifest_key = _ensure_ed25519_key(folder / "manifests.key")
         self._manifest_certificate = _ensure_manifest_certificate(folder, self._root, self._key, self._manifest_key)
+        self._secrets_key = _ensure_secrets_key(folder)
 
     @property
     def grant_key_pem(self) -> str:
@@ -94,6 +99,15 @@ class Authority:
     def sign_statement(self, statement: Manifest | Revocation) -> str:
         """Return what this grid says of a disk, as it travels."""
         return sign_statement(statement, self._manifest_key, self._manifest_certificate)
+
+    @property
+    def secrets_key(self) -> str:
+        """The public key to which users seal the secrets of their jobs (core/sealing.py)."""
+        return sealing_key(self._secrets_key)
+
+    def open_secrets(self, sealed: bytes, owner_id: UserId) -> dict[str, bytes]:
+        """Return a user's secrets, in memory only. Raise InvalidInput if they were not sealed to this key for him."""
+        return open_secrets(sealed, self._secrets_key, for_user(owner_id))
 
     def sign_peer(self, name: str, key: PeerKey, *, now: float, lifetime_s: float) -> str:
         """Return a certificate (PEM) for a peer. `name` must be of model.overlay's attempt_peer, user_peer or worker_peer."""
@@ -126,6 +140,7 @@ def make_authority(folder: Path, name: str, now: datetime.datetime) -> None:
     """Make the root key and certificate, and the key for grants, in `folder`, unless they are there. Interrupted, it can be called again."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _ensure_ed25519_key(folder / "grants.key")
+    _ensure_secrets_key(folder)
     if (folder / "authority.pem").exists():
         return
     key = ec.generate_private_key(ec.SECP256R1())
@@ -228,9 +243,7 @@ def _load_root_key(folder: Path) -> ec.EllipticCurvePrivateKey:
 
 def _ensure_ed25519_key(file: Path) -> Ed25519PrivateKey:
     """Return a key, made if it is missing: grids made by earlier versions have not all of them."""
-    if not file.exists():
-        _write_secret(file, _key_pem(Ed25519PrivateKey.generate()))
-    key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+    key = _ensure_private_key(file, Ed25519PrivateKey.generate)
     if not isinstance(key, Ed25519PrivateKey):
         raise TypeError(f"{file.name} is not an Ed25519 key")
     return key
@@ -256,6 +269,20 @@ def _ensure_manifest_certificate(
     return certificate
 
 
+def _ensure_secrets_key(folder: Path) -> X25519PrivateKey:
+    """Return the key to which secrets are sealed, made if it is missing."""
+    key = _ensure_private_key(folder / "secrets.key", X25519PrivateKey.generate)
+    if not isinstance(key, X25519PrivateKey):
+        raise TypeError("secrets.key is not an X25519 key")
+    return key
+
+
+def _ensure_private_key(file: Path, make: Callable[[], Ed25519PrivateKey | X25519PrivateKey]) -> object:
+    if not file.exists():
+        _write_first(file, _key_pem(make()))
+    return serialization.load_pem_private_key(file.read_bytes(), password=None)
+
+
 def ensure_key(file: Path) -> bytes:
     """Return the PEM of an EC key of a program inside the server, made if it is missing."""
     if not file.exists():
@@ -264,15 +291,35 @@ def ensure_key(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
+def _key_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey | X25519PrivateKey) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
+def _write_first(file: Path, content: bytes) -> None:
+    """Write a file that only we can read, unless another process, which may start at the same time, has written one already."""
+    temporary = _beside(file)
+    try:
+        _write_new(temporary, content)
+        with contextlib.suppress(FileExistsError):
+            file.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write_secret(file: Path, content: bytes) -> None:
-    temporary = file.with_name(file.name + ".new")
+    temporary = _beside(file)
+    _write_new(temporary, content)
+    temporary.replace(file)
+
+
+def _beside(file: Path) -> Path:
+    """Return a name of our own: several processes may start at the same time."""
+    return file.with_name(f"{file.name}.{os.urandom(8).hex()}")
+
+
+def _write_new(temporary: Path, content: bytes) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as output:
         output.write(content)
         output.flush()
         os.fsync(descriptor)
-    temporary.replace(file)

@@ -12,6 +12,7 @@ from msgspec import Struct
 from deskgrid.core.lifecycle import AttemptEvent, event_of_report
 from deskgrid.core.matching import Ask, match, need_of, without
 from deskgrid.core.pacing import Pace, Terms, pace
+from deskgrid.core.sealing import is_sealing_key
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import AttemptId, WorkerId
@@ -228,6 +229,7 @@ def _ask_of(worker_id: WorkerId, request: Sync, known: workers.Known) -> Ask:
         accepts=profile.accepts,
         endorsers=profile.endorsers,
         reserved_for=known.reserved_for,
+        has_key=is_sealing_key(profile.secrets_key),
     )
 
 

@@ -10,6 +10,7 @@ import random
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -80,6 +81,12 @@ async def _lease_one(store: Store, worker_id: WorkerId) -> AttemptId:
         return leased.attempt_id
 
     return await store.write(lease)
+
+
+async def _sealed(store: Store) -> int:
+    """Return how many submissions have secrets still."""
+    sealed = sa.select(sa.func.count()).where(submission.c.secrets.is_not(None))
+    return int(await store.read(lambda tx: tx.value(sealed)))
 
 
 async def _submit_array(
@@ -317,6 +324,45 @@ class StoreContract:
         await _program(store, caller, 2, most=2)
         await clock.advance(_PEER_S)
         await _program(store, caller, 3, most=2)
+
+    async def test_secrets_come_with_each_lease_and_go_with_the_job(self, store: Store) -> None:
+        caller, worker_id = await _people(store)
+        spec = msgspec.structs.replace(_SPEC, secrets=("token",), trust=("mine",))
+        for number, ends_as in enumerate((AttemptEvent.SUCCEEDED, AttemptEvent.FAILED)):
+            new = NewSubmission(spec=spec, disk=_DISK, secrets=b"sealed %d" % number, trust=("user:1",))
+            await store.write(lambda tx, new=new: submissions.submit_job(tx, caller, new))  # type: ignore[misc]
+            while await _sealed(store):
+                [leased] = await _lease(store, worker_id, 1)
+                assert (leased.secrets, leased.owner_id) == (new.secrets, caller.user_id)
+                [again] = await store.write(
+                    lambda tx: attempts.assignments(tx, attempts.held_by(tx, worker_id).values())  # the answer was lost
+                )
+                assert again.secrets == new.secrets
+                await _end(store, leased.attempt_id, ends_as)
+
+    async def test_secrets_of_what_is_cancelled_or_ended_are_removed(self, store: Store) -> None:
+        caller, worker_id = await _people(store)
+        spec = msgspec.structs.replace(_SPEC, secrets=("token",), trust=("mine",))
+        new = NewSubmission(spec=spec, disk=_DISK, secrets=b"sealed", trust=("user:1",))
+        after = msgspec.structs.replace(new, spec=msgspec.structs.replace(spec, after=("job-1",)))
+        first = await store.write(lambda tx: submissions.submit_job(tx, caller, new))
+        await store.write(lambda tx: submissions.submit_job(tx, caller, after))
+        assert await _sealed(store) == 2
+        await store.write(lambda tx: jobs.cancel_job(tx, caller, first, "not needed"))
+        assert await _sealed(store) == 0  # the second one cannot start any more
+        array_id = await store.write(lambda tx: submissions.submit_array(tx, caller, new, 3))
+        await store.write(lambda tx: submissions.fill(tx, array_id, 10))
+        for one in await _lease(store, worker_id, 3):
+            assert one.secrets == b"sealed"
+            assert await _sealed(store) == 1
+            await _end(store, one.attempt_id)
+        assert await _sealed(store) == 0
+        array_id = await store.write(lambda tx: submissions.submit_array(tx, caller, new, 3))
+        await store.write(lambda tx: submissions.fill(tx, array_id, 10))
+        await store.write(lambda tx: submissions.cancel_array(tx, caller, array_id, "not needed"))
+        while await store.write(lambda tx: jobs.cancel_array_jobs(tx, array_id, 10)):
+            pass
+        assert await _sealed(store) == 0
 
     async def test_way_leads_to_the_peer_of_a_live_attempt_and_ends_with_it(self, store: Store, clock: Any) -> None:
         caller, worker_id = await _people(store)

@@ -30,6 +30,8 @@ requirements = st.builds(
     packages=st.sampled_from([(), ("root",)]),
     on=st.sampled_from(["", "", "worker:7", "worker:8", "group:hep"]),
     driver=st.sampled_from(["", "", "qemu", "virtualbox"]),
+    trust=st.sampled_from([(), (), ("user:1",), ("group:hep", "user:2"), ("user:2",)]),
+    secrets=st.booleans(),
 )
 queues = st.lists(
     st.builds(
@@ -64,6 +66,7 @@ asks = st.builds(
     owner_groups=st.sampled_from([frozenset(), frozenset({"hep"})]),
     accepts=st.sampled_from([("everyone",), ("mine",), ("group:hep",), ("user:bob", "mine"), ()]),
     reserved_for=st.sampled_from(["", "", "group:hep", "user:bob"]),
+    has_key=st.booleans(),
 )
 
 
@@ -184,3 +187,48 @@ def test_owner_takes_only_whose_jobs_he_says():
     waiting = [_queue(1, 1), _queue(2, 2)]
     ask = msgspec.structs.replace(ROOMY, owner_id=UserId(2), accepts=("mine",))
     assert [one.queue_id for one in match(ask, waiting, _even(), limit=8, people=PEOPLE)] == [2]
+
+
+SECRET = JobSpec(machine=Machine(disk="d"), secrets=("token",), trust=("mine",))
+
+
+def _secret_queue(trust: tuple[str, ...], spec: JobSpec = SECRET) -> Queue:
+    return Queue(1, 1, UserId(1), requirement_of(spec, DISKS[0], (), trust), 5)
+
+
+@given(asks, queues)
+def test_jobs_run_only_on_pcs_of_owners_that_they_trust(ask: Ask, waiting: list[Queue]):
+    by_id = {queue.id: queue for queue in waiting}
+    for share in match(ask, waiting, _even(), limit=50, people=PEOPLE):
+        wanted = by_id[share.queue_id].requirement
+        owner = {f"user:{ask.owner_id}", *(f"group:{group}" for group in ask.owner_groups)} if ask.owner_id else set()
+        assert not wanted.trust or owner & set(wanted.trust)
+        assert ask.has_key or not wanted.secrets
+
+
+def test_a_worker_without_key_gets_no_job_with_secrets():
+    queue = _secret_queue(("user:1",))
+    ask = msgspec.structs.replace(ROOMY, owner_id=UserId(1))
+    assert not suits(ask, queue, PEOPLE[UserId(1)])
+    assert suits(msgspec.structs.replace(ask, has_key=True), queue, PEOPLE[UserId(1)])
+
+
+def test_everyone_is_trusted_only_if_that_is_said():
+    nobodys = msgspec.structs.replace(ROOMY, has_key=True)
+    assert suits(nobodys, _secret_queue(("user:1", "everyone")), PEOPLE[UserId(1)])
+    assert not suits(nobodys, _secret_queue(("user:1",)), PEOPLE[UserId(1)])
+    assert not suits(msgspec.structs.replace(nobodys, owner_id=UserId(2)), _secret_queue(("user:1",)), PEOPLE[UserId(1)])
+
+
+def test_a_pc_that_is_reserved_for_a_group_is_not_trusted_for_that():
+    ask = msgspec.structs.replace(ROOMY, has_key=True, owner_id=UserId(3), reserved_for="group:hep")
+    assert not suits(ask, _secret_queue(("group:hep",)), PEOPLE[UserId(1)])
+    assert suits(msgspec.structs.replace(ask, owner_groups=frozenset({"hep"})), _secret_queue(("group:hep",)), PEOPLE[UserId(1)])
+
+
+def test_jobs_that_trust_others_are_of_another_class():
+    keys = {requirement_of(SECRET, DISKS[0], (), trust) for trust in (("user:1",), ("user:2",), ("user:2", "everyone"))}
+    assert len(keys) == 3
+    assert requirement_of(SECRET, DISKS[0], (), ("group:b", "user:1")) == requirement_of(
+        SECRET, DISKS[0], (), ("user:1", "group:b")
+    )

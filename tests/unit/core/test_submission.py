@@ -26,6 +26,12 @@ def test_defaults_are_allowed():
     check_spec(GOOD)
 
 
+@pytest.mark.parametrize("trust", [("mine",), ("everyone",), ("mine", "group:hep", "user:bob")])
+def test_secrets_are_allowed_with_those_who_may_see_them(trust: tuple[str, ...]):
+    check_spec(msgspec.structs.replace(GOOD, secrets=("rucio.token", "PASSWORD_2"), trust=trust))
+    check_spec(msgspec.structs.replace(GOOD, trust=trust))
+
+
 @pytest.mark.parametrize("network", [Network.OVERLAY, Network.INTERNET])
 def test_services_are_allowed_with_a_network(network: Network):
     reach = (DB, Reach("other-db", ServiceRef("db", "user-ann"), 5432), Reach("grid", API_SERVICE, 8470))
@@ -78,6 +84,23 @@ def test_services_are_allowed_with_a_network(network: Network):
         (msgspec.structs.replace(GOOD, limits=Limits(wall_time_s=float("nan"))), "limits.wall_time"),
         (msgspec.structs.replace(GOOD, limits=Limits(attempts=0)), "limits.attempts"),
         (msgspec.structs.replace(GOOD, name="a\nb"), "name"),
+        (msgspec.structs.replace(GOOD, secrets=("a/b",), trust=("mine",)), "secrets.files"),
+        (msgspec.structs.replace(GOOD, secrets=("a", "a"), trust=("mine",)), "secrets.files"),
+        (msgspec.structs.replace(GOOD, secrets=tuple(f"s{number}" for number in range(101)), trust=("mine",)), "secrets.files"),
+        (msgspec.structs.replace(GOOD, secrets=("token",)), "secrets.trust"),
+        (msgspec.structs.replace(GOOD, secrets=("token",), trust=("bob",)), "secrets.trust"),
+        (msgspec.structs.replace(GOOD, trust=("user:7",)), "secrets.trust"),
+        (msgspec.structs.replace(GOOD, trust=("mine",) * 65), "secrets.trust"),
+        (
+            JobSpec(
+                machine=Machine(kind=MachineKind.PROCESS, warm=True),
+                command=("/app/x",),
+                results=Results(paths=()),
+                secrets=("token",),
+                trust=("mine",),
+            ),
+            "secrets.files",
+        ),
         (msgspec.structs.replace(GOOD, results=Results(paths=())), "results.paths"),
         (msgspec.structs.replace(GOOD, results=Results(paths=("\u00e9" * 1000,) * 11)), "results.paths"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deskgrid.core.sealing import for_user, seal_secrets
 from deskgrid.core.trust import key_hash
 from deskgrid.errors import InvalidInput
+from deskgrid.model.ids import UserId
 from deskgrid.server.authority import Authority, make_authority, read_peer_key
 
 NOW = 1_700_000_000.0
@@ -102,3 +105,22 @@ def test_certificate_is_good_from_a_day_ago_until_after_the_registration_and_sig
 def test_keys_are_their_owners_only_and_stay(tmp_path: Path, authority: Authority):
     assert {file.stat().st_mode & 0o077 for file in tmp_path.iterdir()} == {0}
     assert Authority(tmp_path).grant_key_pem == authority.grant_key_pem
+
+
+def test_processes_that_start_at_once_agree_on_the_keys(tmp_path: Path):
+    make_authority(tmp_path, "test", datetime.datetime.fromtimestamp(NOW, datetime.UTC))
+    for name in ("grants.key", "secrets.key"):
+        (tmp_path / name).unlink()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(Authority, [tmp_path] * 8))
+    assert len({one.secrets_key for one in found}) == len({one.grant_key_pem for one in found}) == 1
+    keys = ["authority.key", "authority.pem", "grants.key", "manifests.key", "manifests.pem", "secrets.key"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == keys
+    assert (tmp_path / "secrets.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_secrets_open_for_the_user_who_sealed_them_and_for_nobody_else(authority: Authority):
+    sealed = seal_secrets({"token": b"s3cret"}, authority.secrets_key, for_user(UserId(7)))
+    assert authority.open_secrets(sealed, UserId(7)) == {"token": b"s3cret"}
+    with pytest.raises(InvalidInput):
+        authority.open_secrets(sealed, UserId(8))

@@ -575,6 +575,8 @@ def test_job_may_call_exactly_these():
         "register_data",
         "list_data",
         "get_data",
+        "list_disks",
+        "get_disk",
         "submit_job",
         "list_jobs",
         "get_job",

@@ -7,7 +7,6 @@ from deskgrid.model import wire
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.server.routes.handler import Call, reads, writes
 from deskgrid.server.store import accounts, workers
-from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
 
@@ -31,12 +30,19 @@ def login(tx: Transaction, call: Call[wire.LoginRequest]) -> wire.LoginAnswer:
 
 @reads(wire.WHO)
 def who(_tx: Transaction, call: Call[wire.Nothing]) -> wire.WhoAmI:
-    return _who(call.caller, call.caller.expires_at)
+    return _who(call, call.caller.expires_at)
 
 
-def _who(caller: Caller, expires_at: float | None) -> wire.WhoAmI:
-    rights = tuple(sorted(caller.rights)) if caller.rights is not None else ()
-    return wire.WhoAmI(role=caller.role, name=caller.name, expires_at=expires_at, rights=rights)
+def _who(call: Call[wire.Nothing], expires_at: float | None) -> wire.WhoAmI:
+    caller = call.caller
+    return wire.WhoAmI(
+        role=caller.role,
+        name=caller.name,
+        expires_at=expires_at,
+        rights=tuple(sorted(caller.rights)) if caller.rights is not None else (),
+        user_id=caller.user_id,
+        secrets_key=call.authority.secrets_key,
+    )
 
 
 @writes(wire.ADD_JOIN_SECRET)
@@ -83,7 +89,7 @@ def add_token(tx: Transaction, call: Call[wire.AddToken]) -> Token:
 
 @writes(wire.RENEW_TOKEN)
 def renew_token(tx: Transaction, call: Call[wire.Nothing]) -> wire.WhoAmI:
-    return _who(call.caller, accounts.renew_token(tx, call.caller, call.settings.token_s))
+    return _who(call, accounts.renew_token(tx, call.caller, call.settings.token_s))
 
 
 @writes(wire.SET_GROUP)

@@ -13,7 +13,6 @@ from deskgrid.core.rights import check_job_token
 from deskgrid.core.submission import check_array, check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model import wire
-from deskgrid.model.data import Blob
 from deskgrid.model.ids import ArrayId, JobId, UserId
 from deskgrid.model.jobs import Array, Job, JobSpec, JobState
 from deskgrid.model.overlay import API_SERVICE
@@ -24,6 +23,7 @@ from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.submissions import NewSubmission
 
 Found = TypeVar("Found")
+Submitted = wire.SubmitJob | wire.SubmitArray | wire.SetMember
 _LONGEST_HOLD_S = 60.0
 _LOG_CHUNK_BYTES = 1 << 18
 _STREAMS = ("stdout", "stderr", "console")
@@ -31,7 +31,7 @@ _STREAMS = ("stdout", "stderr", "console")
 
 @writes(wire.SUBMIT_JOB)
 def submit_job(tx: Transaction, call: Call[wire.SubmitJob]) -> Job:
-    new = resolved(tx, call, call.body.spec, call.body.context)
+    new = resolved(tx, call, call.body)
     job_id = submissions.submit_job(tx, call.caller, new, max_waiting=call.settings.max_waiting)
     return jobs.get_job(tx, call.caller, job_id).job
 
@@ -41,7 +41,7 @@ def submit_array(tx: Transaction, call: Call[wire.SubmitArray]) -> Array:
     check_array(call.body.count, call.body.names, has_table=call.body.table is not None)
     if call.body.table is not None:
         data.require_upload(tx, call.caller, call.body.table)
-    new = resolved(tx, call, call.body.spec, call.body.context)
+    new = resolved(tx, call, call.body)
     array_id = submissions.submit_array(
         tx,
         call.caller,
@@ -54,9 +54,9 @@ def submit_array(tx: Transaction, call: Call[wire.SubmitArray]) -> Array:
     return submissions.get_array(tx, call.caller, array_id)
 
 
-def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | None, *, in_set: bool = False) -> NewSubmission:
-    """Check a spec and find what it refers to. Raise InvalidInput, NotFound, Conflict or Forbidden (no room)."""
-    caller = call.caller
+def resolved(tx: Transaction, call: Call[Any], wanted: Submitted, *, in_set: bool = False) -> NewSubmission:
+    """Check what is submitted and find what it refers to. Raise InvalidInput, NotFound, Conflict or Forbidden (no room)."""
+    caller, spec, context = call.caller, wanted.spec, wanted.context
     check_spec(spec, in_set=in_set)
     if any(reach.service == API_SERVICE for reach in spec.machine.reach):
         check_job_token(caller.rights)
@@ -73,10 +73,27 @@ def resolved(tx: Transaction, call: Call[Any], spec: JobSpec, context: Blob | No
         manifests.check_not_revoked(tx, disk.disk)
     if context is not None:
         data.require_upload(tx, caller, context)
+    _check_secrets(call, spec, wanted.secrets)
+    trust = accounts.trusted(tx, caller, spec.trust)
+    new = NewSubmission(spec=spec, disk=disk, context=context, secrets=wanted.secrets, trust=trust)
     if not spec.app:
-        return NewSubmission(spec=spec, disk=disk, context=context)
+        return new
     app = apps.find_app(tx, caller, spec.app)
-    return NewSubmission(spec=spec, disk=disk, context=context, app_id=app.id, programs=app.files)
+    return msgspec.structs.replace(new, app_id=app.id, programs=app.files)
+
+
+def _check_secrets(call: Call[Any], spec: JobSpec, sealed: bytes) -> None:
+    """Check that the secrets that come with a spec are those that it names, and can be opened here. Raise InvalidInput."""
+    if not sealed and not spec.secrets:
+        return
+    if call.caller.user_id is None:
+        raise InvalidInput("only users' jobs have secrets", where="secrets")
+    try:
+        found = call.authority.open_secrets(sealed, call.caller.user_id)
+    except InvalidInput as error:
+        raise InvalidInput(f"the secrets cannot be opened: {error.message}", where="secrets", hint="submit anew") from error
+    if set(found) != set(spec.secrets):
+        raise InvalidInput("what was sealed are not the secrets that the job names", where="secrets")
 
 
 @reads(wire.LIST_ARRAYS)

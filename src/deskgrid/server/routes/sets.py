@@ -45,7 +45,7 @@ def _member(tx: Transaction, call: Call[wire.SubmitSet], member: wire.SetMember)
             check_array(member.count, member.names, has_table=member.table is not None)
         if member.table is not None:
             data.require_upload(tx, call.caller, member.table)
-        return resolved(tx, call, member.spec, member.context, in_set=True)
+        return resolved(tx, call, member, in_set=True)
     except InvalidInput as error:
         raise InvalidInput(error.message, where=f"job.{member.name}.{error.where}".rstrip("."), hint=error.hint) from error
 

@@ -15,6 +15,7 @@ from deskgrid.model.users import Role
 from deskgrid.model.workers import Worker
 from deskgrid.server import scheduler
 from deskgrid.server.routes.handler import Call, Services, caller_of, reads, serves, writes
+from deskgrid.server.secrets import sealed_to_worker
 from deskgrid.server.store import attempts, jobs, queues, workers
 from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
@@ -38,6 +39,7 @@ async def sync(services: Services, call: Call[wire.Sync], _http: HttpRequest) ->
     if is_settled:
         services.live.settle(WORK, seen)
     services.live.remember(caller.principal, dict.fromkeys(_topics(caller), seen))
+    answer = await sealed_to_worker(answer, services.authority, call.body.profile.secrets_key)
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "set_members",
     "set_team",
     "token_ends",
+    "trusted",
     "use_secret",
     "visible",
 ]
@@ -428,6 +429,20 @@ def check_shares(tx: Transaction, shares: Iterable[str], where: str) -> None:
         table = {"group": team, "user": account}.get(kind)
         if table is not None and tx.row(sa.select(table.c.name).where(table.c.name == name)) is None:
             raise InvalidInput(f"there is no {kind} {name!r}", where=where, hint=f"deskgrid {kind} list")
+
+
+def trusted(tx: Transaction, caller: Caller, trust: Iterable[str]) -> tuple[str, ...]:
+    """Return whose PCs a job trusts with users by number, the caller for `mine`. Raise InvalidInput naming who does not exist."""
+    trust = tuple(trust)
+    check_shares(tx, trust, "secrets.trust")
+    found = []
+    for one in trust:
+        kind, _, name = one.partition(":")
+        if kind == "mine":
+            found.append(f"user:{caller.user_id}")
+        else:
+            found.append(f"user:{find_account(tx, name).id}" if kind == "user" else one)
+    return tuple(found)
 
 
 def check_group(tx: Transaction, caller: Caller, name: str) -> None:

@@ -21,9 +21,9 @@ from deskgrid.model.workers import Assignment
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.manifests import revocations
 from deskgrid.server.store.queues import board, come_back, count, note_use
-from deskgrid.server.store.schema import IS_LIVE, attempt, job, queue, revocation, submission, worker
+from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, attempt, job, queue, revocation, submission, worker
 from deskgrid.server.store.statement import Statement, constant
-from deskgrid.server.store.submissions import WORK, array_topic, held_until_started, job_topic, tell_dependants
+from deskgrid.server.store.submissions import WORK, array_topic, forget_secrets, held_until_started, job_topic, tell_dependants
 
 __all__ = [
     "Held",
@@ -115,7 +115,7 @@ def common(tx: Transaction, submission_id: int) -> Common:
     known: dict[int, Common] = tx.memo.setdefault("common", {})
     found = known.get(submission_id)
     if found is None:
-        row: Any = tx.row(sa.select(submission).where(submission.c.id == submission_id))
+        row: Any = tx.row(sa.select(*WITHOUT_SECRETS).where(submission.c.id == submission_id))
         found = Common(
             owner_id=UserId(row.owner_id),
             spec=msgspec.json.decode(row.spec, type=JobSpec),
@@ -185,7 +185,7 @@ _ACTIVATE = Statement(
 def lease(tx: Transaction, worker_id: WorkerId, queue_id: int, most: int, lease_s: float, *, head: int = 0) -> list[Assignment]:
     """Lease the oldest waiting jobs of a queue, with ids from `head` on, except those that this worker refused a moment ago.
 
-    What another process leases at this moment is passed over. `Assignment.class_id` is the caller's to fill in, and the program to choose.
+    Secrets in them are as they came: sealed to the server (server/secrets.py). What another process leases at this moment is passed over. `Assignment.class_id` is the caller's to fill in, and the program to choose.
     """
     leased = []
     candidates = tx.fast(
@@ -219,10 +219,24 @@ def _assignment(
         context=shared.context,
         programs=shared.programs,
         hold=held_until_started(tx, shared.set_id),
+        secrets=_sealed(tx, submission_id) if shared.spec.secrets else b"",
         in_array=position is not None,
         index=position or 0,
         parameters=dict(zip(shared.names, values, strict=False)),
     )
+
+
+_MOST_SEALED = 16
+
+
+def _sealed(tx: Transaction, submission_id: int) -> bytes:
+    """Return the secrets of a submission as the server has them. Few are kept at hand: they are long, and an array's jobs have the same."""
+    known: dict[int, bytes] = tx.memo.setdefault("sealed", {})
+    if submission_id not in known:
+        while len(known) >= _MOST_SEALED:
+            known.pop(next(iter(known)))
+        known[submission_id] = tx.value(sa.select(submission.c.secrets).where(submission.c.id == submission_id)) or b""
+    return known[submission_id]
 
 
 def assignments(tx: Transaction, held: Iterable[Held]) -> list[Assignment]:
@@ -471,6 +485,8 @@ def move_job(tx: Transaction, of_job: Job, new: JobState, *, outcome: Outcome = 
     if new is JobState.WAITING:
         come_back(tx, of_job.queue_id, of_job.id)
         tx.topics.append(WORK)
+    if final and spec.secrets and of_job.position is None:
+        forget_secrets(tx, of_job.submission_id)
     if final and of_job.position is None:
         tell_dependants(tx, of_job.submission_id, f"job-{of_job.id}", well=new is JobState.COMPLETED)
     return True

@@ -26,6 +26,7 @@ from deskgrid.server.store.statement import constant
 
 __all__ = [
     "IS_LIVE",
+    "WITHOUT_SECRETS",
     "account",
     "app",
     "app_file",
@@ -293,6 +294,8 @@ submission = _numbered(
 """What one call submitted: a job, or an array of `size` jobs. All that its jobs have in common is here. An array is filled little by
 little: `filled` jobs are there; of its table (the blob `parameters`, columns `names`) `reads_at` bytes were read. `programs`: its app's
 files by platform, JSON. `secrets`: sealed to the server (core/sealing.py)."""
+WITHOUT_SECRETS = tuple(column for column in submission.c if column.name != "secrets")
+"""All of a submission but what is long and needed only where its jobs are leased."""
 _unfinished = submission.c.state.in_(("filling", "cancelling"))
 Index("ix_submission_unfinished", submission.c.id, sqlite_where=_unfinished, postgresql_where=_unfinished)
 _array = submission.c.size.is_not(None)

@@ -28,7 +28,7 @@ from deskgrid.server.store import attempts, jobs, submissions
 from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import open_queue
-from deskgrid.server.store.schema import IS_LIVE, account, attempt, job, job_set, queue, submission
+from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, account, attempt, job, job_set, queue, submission
 from deskgrid.server.store.submissions import NewSubmission
 
 __all__ = [
@@ -184,7 +184,7 @@ def _sets() -> sa.Select[tuple[Any, ...]]:
 
 
 def _set(tx: Transaction, caller: Caller, row: Any) -> JobSet:
-    members = tx.rows(sa.select(submission).where(submission.c.set_id == row.id).order_by(submission.c.id))
+    members = tx.rows(sa.select(*WITHOUT_SECRETS).where(submission.c.set_id == row.id).order_by(submission.c.id))
     return JobSet(
         id=SetId(row.id),
         owner_id=UserId(row.owner_id),

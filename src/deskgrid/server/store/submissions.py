@@ -29,7 +29,7 @@ from deskgrid.model.jobs import Array, ArrayState, JobSpec, JobState
 from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import ARRAY_RAN_OUT, come_back, count, find_queue, open_queue, queue_counts, waiting_of
-from deskgrid.server.store.schema import account, dependency, job, job_set, queue, submission
+from deskgrid.server.store.schema import WITHOUT_SECRETS, account, dependency, job, job_set, queue, submission
 from deskgrid.server.store.statement import Statement
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "fail_filling",
     "fill",
     "fill_table",
+    "forget_secrets",
     "get_array",
     "held_until_started",
     "job_topic",
@@ -83,6 +84,10 @@ class NewSubmission(Struct, frozen=True, kw_only=True):
     app_id: int | None = None
     programs: dict[str, Blob] = {}
     """The files of its app by platform."""
+    secrets: bytes = b""
+    """Sealed to the server for the submitter."""
+    trust: tuple[str, ...] = ()
+    """Of its spec, with users by number."""
     set_id: int | None = None
     member: str = ""
     together: bool = False
@@ -187,7 +192,7 @@ def _owner(caller: Caller) -> UserId:
 def _add_queue(tx: Transaction, owner_id: UserId, new: NewSubmission, array_id: int, *, is_open: bool) -> int:
     disk = new.disk.disk.sha256 if new.disk is not None and new.disk.disk is not None else None
     platforms = () if ANY_PLATFORM in new.programs else tuple(new.programs)
-    wanted = requirement_of(new.spec, disk, platforms)
+    wanted = requirement_of(new.spec, disk, platforms, new.trust)
     return find_queue(tx, wanted, owner_id, new.spec.group, new.spec.priority, array_id=array_id, is_open=is_open)
 
 
@@ -219,6 +224,7 @@ def _insert(tx: Transaction, owner_id: UserId, queue_id: int | None, new: NewSub
             context_bytes=new.context.size_bytes if new.context else None,
             app_id=new.app_id,
             programs=msgspec.json.encode(new.programs).decode() if new.programs else None,
+            secrets=new.secrets or None,
             set_id=new.set_id,
             member=new.member,
             created_at=tx.now,
@@ -340,10 +346,18 @@ def _cancel_submission(tx: Transaction, submission_id: int, message: str) -> Non
         count(tx, row.queue_id, JobState.BLOCKED, JobState.CANCELLED)
         tx.topics.append(job_topic(found.id))
         tell_dependants(tx, submission_id, f"job-{found.id}", well=False)
+    forget_secrets(tx, submission_id)
 
 
 def _set_state(tx: Transaction, submission_id: int, state: SubmissionState, **values: Any) -> None:
+    if state in (SubmissionState.CANCELLED, SubmissionState.ENDED):
+        values["secrets"] = None
     tx.run(sa.update(submission).where(submission.c.id == submission_id).values(state=state.value, **values))
+
+
+def forget_secrets(tx: Transaction, submission_id: int) -> None:
+    """Remove the sealed secrets of jobs that have ended: nobody needs them any more. Idempotent."""
+    tx.run(sa.update(submission).where(submission.c.id == submission_id).values(secrets=None))
 
 
 # Arrays
@@ -362,7 +376,7 @@ def chores(tx: Transaction) -> list[Chore]:
             reads_at=row.reads_at,
             names=msgspec.json.decode(row.names, type=tuple[str, ...]) if row.names else (),
         )
-        for row in tx.rows(sa.select(submission).where(found).order_by(submission.c.id).limit(100))
+        for row in tx.rows(sa.select(*WITHOUT_SECRETS).where(found).order_by(submission.c.id).limit(100))
     ]
 
 
@@ -563,7 +577,8 @@ def list_arrays(
 def _arrays() -> sa.Select[tuple[Any, ...]]:
     counts = [queue.c[state.value] for state in JobState]
     joined = submission.join(account, account.c.id == submission.c.owner_id).join(queue, queue.c.id == submission.c.queue_id)
-    return sa.select(submission, account.c.name.label("owner"), *counts).select_from(joined).where(submission.c.size.is_not(None))
+    columns = (*WITHOUT_SECRETS, account.c.name.label("owner"), *counts)
+    return sa.select(*columns).select_from(joined).where(submission.c.size.is_not(None))
 
 
 _SHOWN = {state.value: ArrayState(state.value) for state in SubmissionState if state is not SubmissionState.CANCELLING} | {
