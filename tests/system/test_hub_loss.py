@@ -146,6 +146,7 @@ def they_talk(called: Talker, caller: Talker) -> None:
         other.order("hear", expect="heard hello")
 
 
+@pytest.mark.full
 def test_direct_stream_lives_on_when_the_hub_is_killed_and_a_new_one_takes_another_hub(tmp_path: Path):
     with grid_with_two_hubs(tmp_path, "direct") as (grid, job):
         called, caller = grid.called_and_caller(job, "talk")

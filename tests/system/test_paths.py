@@ -52,10 +52,10 @@ def test_stream_takes_the_path_that_is_forced(tmp_path: Path, way: str):
     ("worker", "user", "path"),
     [
         (Nat.NONE, Nat.NONE, {"direct", "reverse", "punched"}),
-        (Nat.NONE, Nat.FULLY_RANDOM, {"direct", "punched"}),
-        (Nat.FULLY_RANDOM, Nat.NONE, {"reverse", "punched"}),
+        pytest.param(Nat.NONE, Nat.FULLY_RANDOM, {"direct", "punched"}, marks=pytest.mark.full),
+        pytest.param(Nat.FULLY_RANDOM, Nat.NONE, {"reverse", "punched"}, marks=pytest.mark.full),
         (Nat.MASQUERADE, Nat.MASQUERADE, {"punched"}),
-        (Nat.REJECTING, Nat.MASQUERADE, {"punched"}),
+        pytest.param(Nat.REJECTING, Nat.MASQUERADE, {"punched"}, marks=pytest.mark.full),
         (Nat.FULLY_RANDOM, Nat.MASQUERADE, {"relayed"}),
     ],
     ids=lambda value: str(value) if isinstance(value, Nat) else "",

@@ -177,16 +177,18 @@ def test_warm_program_ends_by_itself_when_its_worker_was_killed_and_nobody_comes
 
 
 def test_ordinary_job_survives_its_killed_worker_and_is_finished_by_the_next(processes: System) -> None:
-    job = submit(processes, spec("/bin/sh", "-c", "while [ ! -e /tmp/go ]; do sleep 0.1; done; echo done"))
-    until(lambda: processes.states(job.id)[1] == ["running"], what="it runs")
+    # A job without children: those that came and went would be counted, too.
+    job = submit(processes, spec("/bin/sh", "-c", "mkfifo /tmp/go; read line </tmp/go; echo done"))
+    until(lambda: list((processes.folder / "pc" / "attempts").glob("*/machine/tmp/go")), what="it runs")
+    until(lambda: processes.states(job.id)[1] == ["running"], what="it is known to run")
     processes.workers["pc"].kill()
     processes.workers["pc"].process.wait()  # type: ignore[union-attr]
     before = {process.pid for process in processes.machines()}
     processes.workers["pc"].start()
     until(lambda: processes.workers["pc"].said().count("machine_found_again") == 1, what="it was found again")
     assert before and before == {process.pid for process in processes.machines()}
-    (go,) = (processes.folder / "pc" / "attempts").glob("*/machine/tmp")
-    (go / "go").touch()
+    (go,) = (processes.folder / "pc" / "attempts").glob("*/machine/tmp/go")
+    go.write_text("on\n")
     processes.wait_for(job.id, "completed", ["succeeded"])
     processes.nothing_left()
 

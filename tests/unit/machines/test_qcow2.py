@@ -112,6 +112,7 @@ def test_packed_disk_is_sound_and_holds_what_the_raw_one_does(tmp_path: Path, si
                 assert reader.read_at(offset, 300_000) == plain.read(300_000)
 
 
+@pytest.mark.full
 def test_many_clusters_need_many_refcount_blocks(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     with raw.open("xb") as file:
