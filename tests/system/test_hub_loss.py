@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from deskgrid.testing.natlab import Host, Nat, NatLab
 from tests.system.cage import inside
 from tests.system.harness import Program, until
