@@ -19,7 +19,23 @@ from cyclopts import App, CycloptsError
 
 from deskgrid import __version__
 from deskgrid.cli import app as app_noun
-from deskgrid.cli import array, audit, data, demo, disk_catalog, group, hub, job, overlay, server, ssh, status, user, worker
+from deskgrid.cli import (
+    array,
+    audit,
+    console,
+    data,
+    demo,
+    disk_catalog,
+    group,
+    hub,
+    job,
+    overlay,
+    server,
+    ssh,
+    status,
+    user,
+    worker,
+)
 from deskgrid.cli import set as set_noun
 from deskgrid.cli.output import NO_NEGATIVES, clean, warn
 from deskgrid.errors import DeskgridError, InvalidInput, NotFound, Unreachable
@@ -64,7 +80,7 @@ for part in (
     app.command(part)
 app.command(job.run)
 app.command(user.login)
-for function in (overlay.connect, overlay.offer, overlay.proxy, overlay.peers, ssh.ssh, ssh.scp, ssh.shell):
+for function in (overlay.connect, overlay.offer, overlay.proxy, overlay.peers, ssh.ssh, ssh.scp, ssh.shell, console.console):
     app.command(function)
 app.command(status.status)
 app.command(audit.audit)

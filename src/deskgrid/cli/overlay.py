@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -17,6 +18,7 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
 from deskgrid.errors import InvalidInput, NotFound, Unreachable
+from deskgrid.model.ids import JobId
 from deskgrid.model.overlay import parse_service
 from deskgrid.settings import PeerSettings, client_home, load_settings
 from deskgrid.units import format_size, parse_duration
@@ -26,12 +28,26 @@ if TYPE_CHECKING:
     from deskgrid.model.wire import PeerOffer
     from deskgrid.overlay.peer import Dial, Peer
 
-__all__ = ["Verbose", "Wait", "connect", "connection_app", "listen", "offer", "peer_of", "peers", "proxy", "until_ended", "wait_of"]
+__all__ = [
+    "Verbose",
+    "Wait",
+    "connect",
+    "connection_app",
+    "job_of",
+    "listen",
+    "offer",
+    "peer_of",
+    "peers",
+    "proxy",
+    "until_ended",
+    "wait_of",
+]
 
 connection_app = App(default_parameter=NO_NEGATIVES, name="connection", help="The streams that go through the overlay.")
 
 Wait = Annotated[str, Parameter(help="How long a connection waits for a service that is not there yet.")]
 Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, help="Log more.")]
+_JOB = re.compile(r"(?:job-)?([1-9][0-9]{0,17})")
 _BACKLOG = 128
 
 
@@ -75,6 +91,14 @@ def shown_address(listener: socket.socket) -> str:
     """Return what people type to reach a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"localhost:{port}" if host == "127.0.0.1" else f"{host}:{port}"
+
+
+def job_of(text: str) -> JobId:
+    """Return the job of a JOB argument. Raise InvalidInput."""
+    match = _JOB.fullmatch(text)
+    if match is None:
+        raise InvalidInput(f"{text[:60]!r} is not a job", where="JOB", hint="as in job-42")
+    return JobId(int(match[1]))
 
 
 def wait_of(text: str) -> float:

@@ -21,7 +21,7 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.job import JobOptions, read_wanted, submit_job
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import Json, make_reporter, warn
-from deskgrid.cli.overlay import Verbose, Wait, listen, peer_of, wait_of
+from deskgrid.cli.overlay import Verbose, Wait, job_of, listen, peer_of, wait_of
 from deskgrid.cli.signals import terminated_like_interrupted
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import JobId
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["command_apart", "scp", "shell", "ssh"]
 
-_JOB = re.compile(r"(?:job-)?([1-9][0-9]{0,17})")
 _USER = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REMOTE = re.compile(r"(?:([A-Za-z_][\w.-]*)@)?(job-[1-9][0-9]{0,17}):(.*)", re.DOTALL)
 _STAY = "#!/bin/sh\n# Stay until the job is cancelled or its time is over.\nwhile :; do sleep 3600; done\n"
@@ -75,7 +74,7 @@ async def ssh(
     """
     configure_logs(json=False, verbose=verbose, quiet=True)
     user, _, host = job.rpartition("@")  # as programs that call ssh write it
-    async with connected() as grid, _door(grid, _job_of(host), wait_of(wait)) as port:
+    async with connected() as grid, _door(grid, job_of(host), wait_of(wait)) as port:
         return await _run([_program("ssh"), "-p", str(port), *_options(), "--", f"{_user_of(user or login)}@127.0.0.1", *command])
 
 
@@ -98,7 +97,7 @@ async def scp(
     found = {match[2] for file in files if (match := _REMOTE.fullmatch(file))}
     if len(files) < 2 or len(found) != 1:
         raise InvalidInput("files and one job are needed", hint="as in: deskgrid scp input.dat job-42:/scratch/")
-    async with connected() as grid, _door(grid, _job_of(found.pop()), wait_of(wait)) as port:
+    async with connected() as grid, _door(grid, job_of(found.pop()), wait_of(wait)) as port:
         named = [_REMOTE.sub(lambda match: f"{match[1] or login}@127.0.0.1:{match[3]}", file) for file in files]
         return await _run([_program("scp"), "-P", str(port), *_options(), *(["-r"] if recursive else []), "--", *named])
 
@@ -143,13 +142,6 @@ def _with_ssh(options: JobOptions, context: Path) -> JobOptions:
         offer=(*(options.offer or ()), "ssh:22"),
         name=options.name or "shell",
     )
-
-
-def _job_of(text: str) -> JobId:
-    match = _JOB.fullmatch(text)
-    if match is None:
-        raise InvalidInput(f"{text[:60]!r} is not a job", where="JOB", hint="as in job-42")
-    return JobId(int(match[1]))
 
 
 def _user_of(text: str) -> str:

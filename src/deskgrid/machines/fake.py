@@ -53,6 +53,7 @@ from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 __all__ = ["PLAN_FILE", "FakeDriver", "FakePlan", "vnc_answer"]
 
 PLAN_FILE = "fake.toml"
+_PLAN = "plan.json"
 _OUTPUT = "output"
 _FINISHED_DISK = "finished.img"
 _RESULT = "result"
@@ -131,7 +132,7 @@ class FakeDriver(CheckpointingDriver):
     async def attach_console(self, handle: MachineHandle, connection: socket.socket, password: str) -> None:
         """See HasConsole. The machine knows no password: it gets one question and its answer."""
         self._living(handle)
-        if not _read_plan(handle.spec.context).console:
+        if not msgspec.json.decode((Path(handle.workdir) / _PLAN).read_bytes())["console"]:  # the context may be gone by now
             raise MachineFailed("the fake machine was not told to show its screen")
         question = secrets.token_bytes(16)
         order = msgspec.json.encode({"question": question.hex(), "answer": vnc_answer(password, question).hex()})
@@ -180,7 +181,7 @@ class FakeDriver(CheckpointingDriver):
         qmp.create_journal(workdir)
         output = channel_lines(Stream.STDOUT, plan.stdout.encode()) + channel_lines(Stream.STDERR, plan.stderr.encode())
         (workdir / _OUTPUT).write_bytes(output)
-        (workdir / "plan.json").write_bytes(msgspec.json.encode(_orders(plan, spec, workdir)))
+        (workdir / _PLAN).write_bytes(msgspec.json.encode(_orders(plan, spec, workdir)))
 
     async def _command(self, handle: MachineHandle) -> list[str]:
         # -I -S: no site packages to search, so that it starts in 10 ms.

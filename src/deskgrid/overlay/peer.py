@@ -37,6 +37,7 @@ from deskgrid.overlay.endpoint import Endpoint
 from deskgrid.overlay.granting import Granted, Grants
 from deskgrid.overlay.hubs import Hubs
 from deskgrid.overlay.identity import Identity
+from deskgrid.overlay.pump import Pumps
 from deskgrid.overlay.registration import HubConnection
 from deskgrid.overlay.stream import Stream
 from deskgrid.overlay.stream_start import receive_record, send_record
@@ -141,6 +142,11 @@ class Peer:
     def name(self) -> str:
         """The name in its certificate; empty before it was entered."""
         return self.identity.name
+
+    @property
+    def pumps(self) -> Pumps:
+        """What carries its streams."""
+        return self._endpoint.pumps
 
     @property
     def observed(self) -> str:

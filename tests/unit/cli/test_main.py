@@ -43,7 +43,7 @@ HANDING_OVER = {("ssh",), ("scp",)}
 def test_the_commands_are_those_that_the_documentation_promises():
     wanted = """
         demo status run login audit
-        connect offer proxy ssh scp shell peers connection.list
+        connect offer proxy ssh scp shell console peers connection.list
         server.init server.run server.join-link server.hub-link server.migrate server.backup server.restore
         hub.join hub.run hub.list hub.remove
         worker.join worker.run worker.status worker.top worker.doctor worker.pause worker.resume worker.leave
