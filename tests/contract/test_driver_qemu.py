@@ -193,13 +193,16 @@ class TestQemuDriver(ConsoleContract):
             await driver.destroy(handle)
 
     async def test_guest_sees_its_disks_environment_and_context_and_changes_only_its_overlay(
-        self, driver: QemuDriver, prepare: Prepare, tiny: TinyBuild
+        self, driver: QemuDriver, prepare: Prepare, tiny: TinyBuild, tmp_path: Path
     ) -> None:
         before = tiny.qcow2.read_bytes()
+        (tmp_path / "secrets").mkdir()
+        (tmp_path / "secrets" / "token").write_text("s3cr3t")
         script = (
             "ls /dev/hda /dev/hdb /dev/hdd; grep -c ' /context iso9660 ro' /proc/mounts\n"
             'printf \'<%s>\' "$PLAIN" "$ODD"; echo\n'
             "ls /sys/class/net | tr '\\n' ' '; echo\n"
+            "ls -ld /context/secrets /context/secrets/token | cut -c 1-10; cat /context/secrets/token; echo\n"
             # Writing to the first disk must be possible, and end in the overlay.
             "dd if=/dev/zero of=/dev/hda bs=64k count=16 2>/dev/null && sync && echo written\n"
             # Ten megabytes come and go: the image gives them back.
@@ -208,12 +211,14 @@ class TestQemuDriver(ConsoleContract):
             "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done >&2\n"
         )
         odd = 'it\'s; $(reboot) `x` "y" \\ \n ü'
-        handle = await prepare(ContractJob(script, {}), environment=(("PLAIN", "value"), ("ODD", odd)))
+        handle = await prepare(
+            ContractJob(script, {}), environment=(("PLAIN", "value"), ("ODD", odd)), secrets=tmp_path / "secrets"
+        )
         await driver.start(handle)
         events = await events_until_exit(driver, handle)
         assert events[-1] == Exited(ExitCause.POWERED_OFF)
         lines = output_of(events, Stream.STDOUT)
-        told = f"/dev/hda\n/dev/hdb\n/dev/hdd\n1\n<value><{odd}>\nlo \nwritten\n".encode()
+        told = f"/dev/hda\n/dev/hdb\n/dev/hdd\n1\n<value><{odd}>\nlo \ndrwx------\n-rw-------\ns3cr3t\nwritten\n".encode()
         assert lines == told + b"x" * 300000 + b"\n"
         assert output_of(events, Stream.STDERR) == b"".join(b"line %d\n" % number for number in range(3000))
         assert tiny.qcow2.read_bytes() == before

@@ -73,6 +73,8 @@ class JobOptions:
     array: Annotated[int | None, _key("array")] = None
     table: Annotated[str | None, _key("table")] = None
     paths: Annotated[tuple[str, ...] | None, _key("paths")] = None
+    secret: Annotated[tuple[str, ...] | None, _key("secret")] = None
+    trust: Annotated[tuple[str, ...] | None, _key("trust")] = None
 
 
 NO_OPTIONS = JobOptions()

@@ -19,6 +19,7 @@ from typing import Any
 from deskgrid import archive
 from deskgrid.client.arrays import ArrayResults, fetch_results
 from deskgrid.client.entering import join, join_hub, login, make_link
+from deskgrid.client.secret_files import sealed, with_secrets
 from deskgrid.client.tables import write_rows, write_table
 from deskgrid.client.transport import Credentials, Transport
 from deskgrid.client.watching import until_ended
@@ -69,10 +70,26 @@ class Grid:
 
     # Jobs
 
-    async def submit(self, spec: JobSpec, *, context: Path | None = None, progress: Progress | None = None) -> Job:
-        """Submit a job with a context folder; returns once the server has stored it durably."""
+    async def submit(
+        self,
+        spec: JobSpec,
+        *,
+        context: Path | None = None,
+        secrets: Mapping[str, bytes] | None = None,
+        progress: Progress | None = None,
+    ) -> Job:
+        """Submit a job with a context folder; returns once the server has stored it durably.
+
+        `secrets`: the job finds them as files /context/secrets/NAME, on PCs of those whom `spec.trust` names: if nobody, the caller's own.
+        """
         blob = await self.send_folder(context, progress) if context is not None else None
-        return await self.transport.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=spec, context=blob))
+        spec = with_secrets(spec, secrets or {})
+        private = await self.seal(secrets)
+        return await self.transport.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=spec, context=blob, secrets=private))
+
+    async def seal(self, secrets: Mapping[str, bytes] | None) -> bytes:
+        """Return secrets of a job of the caller's as they are submitted: only the server can read them. None: nothing."""
+        return sealed(secrets, await self.who()) if secrets else b""
 
     async def send_folder(self, folder: Path, progress: Progress | None = None) -> Blob:
         """Pack and upload a folder, for a job's context or an app's files; return its blob."""
@@ -158,9 +175,12 @@ class Grid:
         count: int = 0,
         table: Path | Iterable[Mapping[str, object]] | None = None,
         context: Path | None = None,
+        secrets: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Submit many jobs of one spec in one call: `count` of them, or one for each line of a CSV file, or for each row (names and values).
+
+        All have the same secrets (see submit).
 
         Returns once the server has stored it durably; the jobs are made from then on. Raise InvalidInput with file and line.
         """
@@ -168,7 +188,9 @@ class Grid:
         rows, found, names = await self.send_table(table, progress) if table is not None else (None, count, ())
         if count and count != found:
             raise InvalidInput(f"the table has {found} lines, not {count}", where="array.count")
-        request = wire.SubmitArray(spec=spec, count=found, context=blob, table=rows, names=names)
+        spec = with_secrets(spec, secrets or {})
+        private = await self.seal(secrets)
+        request = wire.SubmitArray(spec=spec, count=found, context=blob, table=rows, names=names, secrets=private)
         return await self.transport.call(wire.SUBMIT_ARRAY, request)
 
     async def send_table(

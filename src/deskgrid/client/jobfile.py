@@ -24,11 +24,13 @@ from deskgrid.client.jobfile_keys import (
     STRUCTS,
     ArrayPart,
     Key,
+    SecretsPart,
     allowed_names,
     shown,
     spec_reference,
 )
 from deskgrid.client.jobfile_places import line_of, split_path, syntax_error
+from deskgrid.client.secret_files import check_files
 from deskgrid.client.tables import read_columns
 from deskgrid.core.submission import check_array, check_spec
 from deskgrid.errors import DeskgridError, InvalidInput
@@ -61,6 +63,8 @@ class JobFile(Struct, frozen=True, kw_only=True):
     context: Path | None = None
     """The context folder, on the user's PC."""
     array: ArrayPart | None = None
+    secrets: tuple[tuple[str, Path], ...] = ()
+    """Names, as in the spec, and files on the user's PC."""
     written: frozenset[str] = frozenset()
     """Of a job with an app, the keys that the user wrote: what the app says does not go before them."""
 
@@ -114,6 +118,9 @@ def read_tables(
         if path in written:
             found = written[path]
             written[path] = _Written(beside / found.value, found.where)
+    if "secrets.files" in written:
+        found = written["secrets.files"]
+        written["secrets.files"] = _Written(tuple((name, beside / file) for name, file in found.value), found.where)
     written.update(_from_options(options or {}))
     return _assemble(written, lambda path: where(*split_path(path)), members)
 
@@ -159,8 +166,8 @@ def parse_defaults(tables: Mapping[str, Any], source_name: str) -> dict[str, Any
 
 
 def _read_default(path: str, value: Any, source_name: str) -> Any:
-    if path not in BY_PATH or path.startswith("array.") or path in _NO_DEFAULTS:
-        hint = "keys of a job file but app, context, [array], after and after_end"
+    if path not in BY_PATH or path.startswith(("array.", "secrets.")) or path in _NO_DEFAULTS:
+        hint = "keys of a job file but app, context, [array], [secrets], after and after_end"
         raise InvalidInput(f"{shown(path)} cannot be a default", where=source_name, hint=hint)
     return _read(BY_PATH[path], value, source_name, lambda _: source_name)
 
@@ -246,8 +253,11 @@ def _assemble(written: Mapping[str, _Written], where: Callable[[str], str], memb
         key = BY_PATH[path]
         if key.field:
             parts[key.section][key.field] = found.value
+    private = SecretsPart(**parts["secrets"])
     spec = JobSpec(
         **parts[""],
+        secrets=tuple(name for name, _ in private.files),
+        trust=private.trust if private.files or "secrets.trust" in written else (),
         machine=Machine(**parts["machine"]),
         limits=Limits(**parts["limits"]),
         results=Results(**parts["results"]),
@@ -257,9 +267,11 @@ def _assemble(written: Mapping[str, _Written], where: Callable[[str], str], memb
         spec=spec,
         context=context.value if context else None,
         array=array,
+        secrets=private.files,
         written=frozenset(written) if spec.app else frozenset(),
     )
     _check(job, written, where, members)
+    check_files(job.secrets, written["secrets.files"].where if job.secrets else "")
     return job
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "ArrayPart",
     "Key",
     "Kind",
+    "SecretsPart",
     "allowed_names",
     "read_flag",
     "read_text",
@@ -48,6 +49,15 @@ class ArrayPart(Struct, frozen=True, kw_only=True):
     """A CSV file, on the user's PC: one job a line, the columns named by the first."""
     names: tuple[str, ...] = ()
     """The columns of the table."""
+
+
+class SecretsPart(Struct, frozen=True, kw_only=True):
+    """What only the job and those who are trusted with it may see."""
+
+    files: tuple[tuple[str, Path], ...] = ()
+    """Name in the job, and file on the user's PC."""
+    trust: tuple[str, ...] = ("mine",)
+    """Of a job without secrets, if it is not written: everyone."""
 
 
 class Kind(Struct, frozen=True):
@@ -234,6 +244,27 @@ def _folder(value: Any) -> Path:
         raise InvalidInput(f"{shown(value)}: {error}", hint='as in "context/"') from error
 
 
+def _files(value: Any) -> tuple[tuple[str, Path], ...]:
+    """Read a table, or what several options gave: NAME=FILE."""
+    if isinstance(value, list | tuple):
+        pairs = [read_text(item).partition("=") for item in value]
+        wrong = next((name for name, equals, _ in pairs if not equals), None)
+        if wrong is not None:
+            raise InvalidInput(f"{shown(wrong)} is not NAME=FILE", hint="as in token=token.txt")
+        return tuple((name, _file_of(name, file)) for name, _, file in pairs)
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{shown(value)} is not a table", hint='as in { token = "token.txt" }')
+    return tuple((name, _file_of(name, file)) for name, file in value.items())
+
+
+def _file_of(name: str, file: Any) -> Path:
+    """Read the file of one entry. The error's place is the entry's name, so that it can be told by its own line."""
+    try:
+        return _folder(file)
+    except InvalidInput as error:
+        raise InvalidInput(f"{shown(file)} is not the name of a file", where=name, hint='as in token = "token.txt"') from error
+
+
 TEXT = Kind("text", read_text, lambda value: f'"{value}"')
 SIZE = Kind("size", _size, lambda value: f'"{format_size(value)}"')
 DURATION = Kind("duration", _duration, lambda value: f'"{format_duration(value)}"')
@@ -244,6 +275,7 @@ OFFERS = Kind("list of NAME:PORT", _offers, lambda value: TEXTS.show([str(offer)
 REACHES = Kind("table of NAME = SERVICE.PEER:PORT", _reaches, _shown_reaches)
 FOLDER = Kind("folder", _folder)
 FILE = Kind("file", _folder)
+FILES = Kind("table of NAME = FILE", _files, lambda value: "{" + ", ".join(f'{name} = "{file}"' for name, file in value) + "}")
 FLAG = Kind("true or false", read_flag, lambda value: str(value).lower())
 VARIABLES = Kind(
     "table of NAME = VALUE", _variables, lambda value: "{" + ", ".join(f'{name} = "{text}"' for name, text in value) + "}"
@@ -471,10 +503,34 @@ KEYS: tuple[Key, ...] = (
         kind=FILE,
         doc="CSV file with a job a line; the first line names the columns. Relative to the job file.",
     ),
+    Key(
+        section="secrets",
+        name="files",
+        field="files",
+        kind=FILES,
+        doc="Files that the job finds as `/context/secrets/NAME`, sealed on the way: no PC but those of `trust` and nothing on the server's disk can "
+        "read them. At most 64 KiB together. Relative to the job file.",
+        option_name="secret",
+    ),
+    Key(
+        section="secrets",
+        name="trust",
+        field="trust",
+        kind=TEXTS,
+        doc="Whose PCs the job may run on: `mine`, `user:NAME`, `group:NAME`, `everyone`. Their owners can see the secrets. "
+        "A job without secrets runs anywhere if this is not given.",
+    ),
 )
 """All that can be written in a job file."""
 
-STRUCTS: dict[str, type[Struct]] = {"": JobSpec, "machine": Machine, "limits": Limits, "results": Results, "array": ArrayPart}
+STRUCTS: dict[str, type[Struct]] = {
+    "": JobSpec,
+    "machine": Machine,
+    "limits": Limits,
+    "results": Results,
+    "array": ArrayPart,
+    "secrets": SecretsPart,
+}
 BY_PATH = {key.path: key for key in KEYS}
 BY_NAME = {key.name: key for key in KEYS}
 BY_OPTION = {key.given: key for key in KEYS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import msgspec
 
 from deskgrid.client.jobfile import JobFile, with_defaults
 from deskgrid.client.jobfile_set import SetFile
+from deskgrid.client.secret_files import read_files
 from deskgrid.errors import InvalidInput
 from deskgrid.model import wire
 from deskgrid.model.jobs import Array, Job, JobSpec
@@ -45,7 +47,8 @@ async def submit_file(grid: Grid, wanted: JobFile, *, stage: Stage = _quiet, pre
     whole = await prepared(grid, wanted)
     spec = prepare(whole.spec)
     if whole.array is None:
-        return await grid.submit(spec, context=whole.context, progress=stage("submit the job", None))
+        secrets = await asyncio.to_thread(read_files, whole.secrets)
+        return await grid.submit(spec, context=whole.context, secrets=secrets, progress=stage("submit the job", None))
     parts = await _parts(grid, whole, stage)
     stage("submit the array", None)
     return await grid.transport.call(wire.SUBMIT_ARRAY, wire.SubmitArray(spec=spec, **parts))
@@ -63,7 +66,7 @@ async def submit_set_file(grid: Grid, wanted: SetFile, *, stage: Stage = _quiet,
 
 
 async def _parts(grid: Grid, whole: JobFile, stage: Stage, of: str = "") -> dict[str, Any]:
-    """Upload the context and the table of a job; return what the call that submits it says of them. Raise InvalidInput."""
+    """Upload the context and the table of a job, seal its secrets; return what the call that submits it says of them. Raise InvalidInput."""
     parts: dict[str, Any] = {}
     array = whole.array
     if array is not None and array.table is not None:
@@ -77,6 +80,8 @@ async def _parts(grid: Grid, whole: JobFile, stage: Stage, of: str = "") -> dict
         parts["count"] = array.count
     if whole.context is not None:
         parts["context"] = await grid.send_folder(whole.context, _begun_later(stage, f"send the context{of}"))
+    if whole.secrets:
+        parts["secrets"] = await grid.seal(await asyncio.to_thread(read_files, whole.secrets))
     return parts
 
 

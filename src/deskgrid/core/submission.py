@@ -44,7 +44,7 @@ PLATFORM = re.compile(r"(linux|windows|darwin)-[a-z0-9_]{2,20}")
 _ON = re.compile(r"worker:[1-9][0-9]{0,17}|group:[a-z][a-z0-9_.-]{0,62}")
 _MOST_SHARES = 64
 _MOST_KEYS, _LONGEST_KEY_BYTES = 20, 2048
-_RESERVED_NAMES = ("localhost", "job", "attempt", "cpus", "socks", "services")
+_RESERVED_NAMES = ("localhost", "job", "attempt", "cpus", "socks", "services", "secrets")
 """What a machine's hosts file and its variables DESKGRID_... say already."""
 _MOST_PATHS, _LONGEST_NAME, _LONGEST_PATH = 100, 200, 1000
 _MOST_PATHS_BYTES = 20_000

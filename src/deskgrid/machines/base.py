@@ -31,6 +31,7 @@ from deskgrid.errors import MachineFailed
 from deskgrid.machines import cage, process_tree, processes, qmp
 from deskgrid.machines.channel import ChannelParser
 from deskgrid.machines.checkpoint import RESTORING_MARK, read_checkpoint
+from deskgrid.machines.context import SECRETS_FOLDER
 from deskgrid.machines.disks import check_space, wrap_disk_error
 from deskgrid.machines.driver import (
     ExitCause,
@@ -45,7 +46,7 @@ from deskgrid.machines.driver import (
     Saved,
     Stream,
 )
-from deskgrid.machines.folders import remove_tree
+from deskgrid.machines.folders import remove_tree, wipe
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.model.machines import DriverName, Fingerprint, Network
 
@@ -53,6 +54,7 @@ __all__ = [
     "CHANNEL_LOG",
     "CONSOLE_LOG",
     "CONTEXT_DISK",
+    "CONTEXT_FOLDER",
     "OVERLAY_DISK",
     "SCRATCH_DISK",
     "STOPPED_MARK",
@@ -63,6 +65,8 @@ __all__ = [
 
 SCRATCH_DISK = "scratch.img"
 CONTEXT_DISK = "context.iso"
+CONTEXT_FOLDER = "context"
+"""The same of a machine without disks."""
 OVERLAY_DISK = "disk.qcow2"
 CHANNEL_LOG = "channel.log"
 CONSOLE_LOG = "console.log"
@@ -216,6 +220,8 @@ class ProcessDriver(ABC):
         if identity is not None:
             await self._kill(handle, identity)
         await cage.wait_keeper_gone(Path(handle.workdir), self._clock)
+        if handle.spec.secrets is not None:
+            await asyncio.to_thread(_wipe_secrets, Path(handle.workdir))
         await asyncio.to_thread(_remove, Path(handle.workdir))
 
     async def recover(self, handle: MachineHandle) -> Recovery:
@@ -403,6 +409,14 @@ def last_words(workdir: Path) -> str:
     except OSError:
         return ""
     return "; ".join(lines[-3:])
+
+
+def _wipe_secrets(workdir: Path) -> None:
+    """Write over what was made of a job's secrets: of a virtual machine its context disk, of a process files in its context."""
+    try:
+        wipe(workdir / CONTEXT_DISK, workdir / CONTEXT_FOLDER / SECRETS_FOLDER)
+    except OSError as error:
+        raise MachineFailed(f"the job's secrets cannot be wiped: {error}") from error
 
 
 def _remove(workdir: Path) -> None:

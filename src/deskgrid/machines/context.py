@@ -6,6 +6,8 @@
     /.deskgrid/command        what runs in its place, if the job has a command: `set -- PROGRAM ARGUMENTS`, quoted
     /user-data, /meta-data    cloud-init NoCloud, for disks without our agent; the user's own files go first
 
+    /secrets/NAME             the job's secrets, for root only; the image itself is for the worker's user only
+
 With a network:
 
     /services.json            the services that the job reaches and offers, for programs
@@ -43,16 +45,20 @@ from deskgrid.model.machines import ContextLabel, Network
 
 __all__ = [
     "OWN_FOLDER",
+    "SECRETS_FOLDER",
+    "check_secrets_place",
     "create_context",
     "environment_file",
     "meta_data",
     "network_environment",
+    "secret_files",
     "services_file",
     "user_data",
 ]
 
 OWN_FOLDER = ".deskgrid"
 APP_FOLDER = "app"
+SECRETS_FOLDER = "secrets"
 SOCKS = f"{GATEWAY}:{SOCKS_PORT}"
 HTTP_PROXY = f"{GATEWAY}:{HTTP_PROXY_PORT}"
 """Where in the cage the worker listens itself."""
@@ -65,6 +71,7 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
 
     Sockets and devices are left out, links are kept and never followed. Raise InvalidInput for what an ISO cannot hold.
     """
+    check_secrets_place(spec)
     image = PyCdlib()
     image.new(interchange_level=4, rock_ridge="1.09", vol_ident=spec.context_label.value)
     writer = _Writer(image)
@@ -75,11 +82,26 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
             writer.add_program(spec.program)
         for file in _own_files(spec, instance):
             writer.add_own(file)
-        image.write(str(path))
+        # Nobody else on the PC may read it: there may be secrets in it.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
+            image.write_fp(target)
     except PyCdlibException as error:
         raise InvalidInput(f"the context folder cannot be put on a disk: {error}") from error
     finally:
         image.close()
+
+
+def check_secrets_place(spec: MachineSpec) -> None:
+    """Raise InvalidInput if the user's context has something where the job's secrets go."""
+    if spec.secrets is not None and spec.context is not None and os.path.lexists(spec.context / SECRETS_FOLDER):
+        raise InvalidInput(f"the context has {SECRETS_FOLDER!r}, which is where the job's secrets go", hint="give it another name")
+
+
+def secret_files(spec: MachineSpec) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of the job's secrets."""
+    if spec.secrets is not None:
+        for file in sorted(spec.secrets.iterdir()):
+            yield file.name, file.read_bytes()
 
 
 def environment_file(variables: Iterable[tuple[str, str]]) -> bytes:
@@ -164,6 +186,8 @@ def _own_files(spec: MachineSpec, instance: str) -> Iterator[_OwnFile]:
         yield _OwnFile(f"{OWN_FOLDER}/command", f"set -- {shlex.join(spec.command)}\n".encode())
     yield _OwnFile("user-data", user_data(spec.context_label, spec.ssh_keys if spec.network is not Network.NONE else ()))
     yield _OwnFile("meta-data", meta_data(spec.name, instance))
+    for name, data in secret_files(spec):
+        yield _OwnFile(f"{SECRETS_FOLDER}/{name}", data, 0o600)
     if spec.network is not Network.NONE:
         yield from _network_files(spec)
 
@@ -237,7 +261,7 @@ class _Writer:
         if file.path in self._taken or (folder in self._taken and folder not in self._folders):
             return
         if folder and folder not in self._folders:
-            self._folders[folder] = self._directory("", folder, 0o755)
+            self._folders[folder] = self._directory("", folder, 0o700 if folder == SECRETS_FOLDER else 0o755)
         self._image.add_fp(
             io.BytesIO(file.data),
             len(file.data),

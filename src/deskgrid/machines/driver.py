@@ -90,6 +90,8 @@ class MachineSpec(Struct, frozen=True):
     """Lines for root's authorized_keys."""
     credentials: Path | None = None
     """A file to appear as /context/grid/credentials.json, readable by root only."""
+    secrets: Path | None = None
+    """A folder with files to appear as /context/secrets/NAME, readable by root only. What is made of them is written over before it is removed."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables for context.sh, as (name, value)."""
     command: tuple[str, ...] = ()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 from deskgrid.machines.process_tree import ignoring
 
-__all__ = ["MOST_DEPTH", "MOST_ENTRIES", "OutOfBounds", "folder_bytes", "remove_tree"]
+__all__ = ["MOST_DEPTH", "MOST_ENTRIES", "OutOfBounds", "folder_bytes", "remove_tree", "wipe"]
 
 MOST_DEPTH = 200
 """Folders in folders: results do not take more (results.py)."""
@@ -69,6 +70,24 @@ class _Measure:
 
 
 # ---- removing
+
+
+def wipe(*paths: Path) -> None:
+    """Write zeros over files, and over those in folders, on the disk, and remove them. Idempotent. Raise OSError.
+
+    Worth what the disk makes of it: an SSD, or a file system that copies, may keep the old bytes for a while where nobody finds them by name.
+    """
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            wipe(*path.iterdir())
+        elif path.is_file() and not path.is_symlink():
+            with path.open("r+b") as file:
+                left = os.fstat(file.fileno()).st_size
+                while left > 0:
+                    left -= file.write(bytes(min(left, 1 << 20)))
+                file.flush()
+                os.fsync(file.fileno())
+            path.unlink()
 
 
 def remove_tree(path: str) -> None:

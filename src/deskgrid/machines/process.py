@@ -41,8 +41,8 @@ from msgspec import Struct
 from deskgrid.clock import Clock
 from deskgrid.errors import DeskgridError, InvalidInput, MachineFailed
 from deskgrid.machines import cage, process_machine, process_tree, processes, qmp
-from deskgrid.machines.base import STOPPED_MARK, ProcessDriver
-from deskgrid.machines.context import OWN_FOLDER, environment_file, services_file
+from deskgrid.machines.base import CONTEXT_FOLDER, STOPPED_MARK, ProcessDriver
+from deskgrid.machines.context import OWN_FOLDER, SECRETS_FOLDER, check_secrets_place, environment_file, secret_files, services_file
 from deskgrid.machines.driver import ExitCause, Exited, MachineEvent, MachineHandle, MachineSpec, Recovery, Saved
 from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.process_sandbox import (
@@ -67,7 +67,8 @@ __all__ = ["OUTCOME", "SandboxDriver", "program_version"]
 OUTCOME = "outcome"
 SCRATCH = f"{OUTCOME}/scratch"
 FILTER = "filter.bpf"
-_CONTEXT, _ETC, _TMP, _SHARED = "context", "etc", "tmp", "shared"
+_CONTEXT = CONTEXT_FOLDER
+_ETC, _TMP, _SHARED = "etc", "tmp", "shared"
 _CONTROL_LIMIT_S = 5.0
 _CONTROL_POLL_S = 0.005
 _PROBE_LIMIT_S = 30.0
@@ -185,8 +186,11 @@ class SandboxDriver(ProcessDriver):
         spec, workdir = handle.spec, Path(handle.workdir)
         for name in (OUTCOME, SCRATCH, process_machine.REPORT, _TMP, _SHARED, _ETC, _CONTEXT):
             (workdir / name).mkdir(mode=0o700)
+        check_secrets_place(spec)
         if spec.context is not None:
             _copy_context(spec.context, workdir / _CONTEXT)
+        for name, data in secret_files(spec):
+            _add(workdir / _CONTEXT / SECRETS_FOLDER / name, data)
         _add_network_files(workdir / _CONTEXT, spec)
         for name, text in system_files(spec).items():
             (workdir / _ETC / name).write_text(text)

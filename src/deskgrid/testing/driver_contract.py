@@ -452,6 +452,24 @@ class DriverContract:
             while keepers_of(handle):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.005)
 
+    async def test_secrets_are_for_nobody_else_and_written_over_when_the_machine_is_removed(
+        self, driver: SuspendableDriver, prepare: Prepare, tmp_path: Path
+    ) -> None:
+        secret = b"s3cr3t-" + os.urandom(8).hex().encode()
+        given, seen = tmp_path / "given", tmp_path / "seen"
+        given.mkdir()
+        seen.mkdir()
+        (given / "token").write_bytes(secret)
+        handle = await prepare(TICKING, secrets=given)
+        made = [file for file in Path(handle.workdir).rglob("*") if file.is_file() and secret in file.read_bytes()]
+        assert made
+        for number, file in enumerate(made):
+            assert not file.stat().st_mode & 0o077
+            (seen / str(number)).hardlink_to(file)  # what is on the disk, whatever its name
+        await driver.destroy(handle)
+        assert not any(secret in file.read_bytes() for file in seen.iterdir())
+        assert not Path(handle.workdir).exists()
+
     async def test_destroy_right_after_start_in_a_cage_leaves_nothing(
         self, driver: NetworkedDriver, prepare: Prepare, tmp_path: Path
     ) -> None:

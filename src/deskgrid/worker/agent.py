@@ -56,6 +56,7 @@ from deskgrid.worker.owner import Owner, rules_of
 from deskgrid.worker.presence import Sight, Watcher
 from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile_of
 from deskgrid.worker.runner import Runner
+from deskgrid.worker.secrets import SecretsKey
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
 from deskgrid.worker.throttles import Throttled, Throttles
@@ -120,6 +121,7 @@ class Agent:
         self._drivers = Drivers(drivers, lambda name: make_driver(name, settings, clock))
         self._profile = profile_of(settings, ())
         self._installed = InstalledDisks(home.disks)
+        self._secrets = SecretsKey(home.secrets_key)
         rules = rules_of(settings)
         self._owner, self._presence = Owner(home.paused), Presence(rules)
         self._sight: Watcher = sight or Sight(rules, clock)
@@ -135,6 +137,7 @@ class Agent:
             settings=settings,
             journal=self._journal,
             installed=self._installed,
+            secrets=self._secrets,
             cache=self._cache,
             connection=connection,
             drivers=self._drivers,
@@ -414,7 +417,9 @@ class Agent:
         self._change.clear()
         asked_at = self._clock.now()
         reports = {runner.id: runner.report() for runner in self._listed()}
-        self._profile = profile_of(self._settings, self._drivers.fingerprints, self._installed.packages())
+        self._profile = profile_of(
+            self._settings, self._drivers.fingerprints, self._installed.packages(), secrets_key=self._secrets.public
+        )
         request = wire.Sync(
             profile=self._profile,
             paused=self._owner.paused,

@@ -4,6 +4,7 @@ credentials.json   worker.toml      who we are on which grid; what the owner len
 journal/           attempts/<id>/   what we hold; their files
 cache/                              verified disks
 probes/                             what drivers try out, and what they found (known.json)
+secrets.key                         to which the server seals secrets of jobs
 disks.json                          disks that are on this PC already
 paused                              there while the owner wants no work done
 control.json                        where the running worker listens for commands of this user
@@ -24,9 +25,10 @@ from msgspec import Struct
 
 from deskgrid.archive import sync_folder
 from deskgrid.errors import Conflict
+from deskgrid.machines.folders import wipe
 from deskgrid.model.ids import AttemptId
 
-__all__ = ["Home", "locked", "make_empty", "remove", "write_durably", "write_whole"]
+__all__ = ["SECRETS", "Home", "locked", "make_empty", "remove", "write_durably", "write_whole"]
 
 
 class Home(Struct, frozen=True):
@@ -57,6 +59,10 @@ class Home(Struct, frozen=True):
     @property
     def disks(self) -> Path:
         return self.folder / "disks.json"
+
+    @property
+    def secrets_key(self) -> Path:
+        return self.folder / "secrets.key"
 
     @property
     def paused(self) -> Path:
@@ -137,9 +143,14 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True, mode=0o700)
 
 
+SECRETS = "secrets"
+"""Folder of an attempt with its secrets, while its machine is made."""
+
+
 def remove(*paths: Path) -> None:
-    """Remove files and folders, read-only ones too, never what links point to. Idempotent. Blocks."""
+    """Remove files and folders, read-only ones too, never what links point to; secrets are written over. Idempotent. Blocks."""
     for path in paths:
+        wipe(path if path.name == SECRETS else path / SECRETS)
         if path.is_dir() and not path.is_symlink():
             # The user's folders may be read-only; they are ours now.
             for parent, folders, _ in os.walk(path):

@@ -24,6 +24,7 @@ from deskgrid.worker.home import Home
 from deskgrid.worker.installed import InstalledDisks
 from deskgrid.worker.journal import Journal
 from deskgrid.worker.owner import Owner
+from deskgrid.worker.secrets import SecretsKey
 
 __all__ = ["Extract", "Kit", "Overlay"]
 
@@ -50,6 +51,7 @@ class Kit(Struct, frozen=True, kw_only=True):
     settings: WorkerSettings
     journal: Journal
     installed: InstalledDisks
+    secrets: SecretsKey
     cache: Cache
     connection: Connection
     drivers: Drivers

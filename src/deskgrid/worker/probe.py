@@ -23,7 +23,9 @@ _SYSTEMS = {"win32": "windows", "cygwin": "windows"}
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
-def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint], installed: Iterable[str] = ()) -> Profile:
+def profile_of(
+    settings: WorkerSettings, drivers: Iterable[Fingerprint], installed: Iterable[str] = (), *, secrets_key: str = ""
+) -> Profile:
     """Return what the grid is told of this PC. `installed`: packages besides those that the owner declares. Raise InvalidInput."""
     for endorser in settings.endorsers:
         check_endorser(endorser, "endorsers")
@@ -37,6 +39,7 @@ def profile_of(settings: WorkerSettings, drivers: Iterable[Fingerprint], install
         packages=(*settings.packages, *installed),
         accepts=settings.accepts,
         endorsers=settings.endorsers,
+        secrets_key=secrets_key,
     )
 
 

@@ -387,7 +387,8 @@ class Runner:
         context = await self._supplies.fetch_context()
         program = await self._supplies.fetch_program()
         async with self._disk() as disk:
-            handle = await driver.prepare(self._supplies.machine_spec(disk, context, program), self._folder / _MACHINE)
+            spec = self._supplies.machine_spec(disk, context, program, await self._supplies.open_secrets())
+            handle = await driver.prepare(spec, self._folder / _MACHINE)
             # At once, so that whoever cancels us now knows what to remove.
             self.entry = msgspec.structs.replace(self.entry, handle=handle)
             self._hold_disk()

@@ -21,8 +21,10 @@ from deskgrid.model.ids import attempt_name
 from deskgrid.model.machines import ContextLabel, DiskFormat, MachineKind
 from deskgrid.model.workers import Assignment
 from deskgrid.units import GIB
+from deskgrid.worker.home import SECRETS
 from deskgrid.worker.installed import InstalledDisk
 from deskgrid.worker.kit import Kit
+from deskgrid.worker.secrets import write_secrets
 from deskgrid.worker.services import doorways, job_credentials
 from deskgrid.worker.tasks import in_thread
 
@@ -57,7 +59,7 @@ class Supplies:
 
     def files(self) -> tuple[Path, ...]:
         """Return what is of no use any more once the machine is made."""
-        whole = self._folder / _CONTEXT, self._folder / _CONTEXT_ARCHIVE, self._folder / _PROGRAM_ARCHIVE
+        whole = self._folder / _CONTEXT, self._folder / _CONTEXT_ARCHIVE, self._folder / _PROGRAM_ARCHIVE, self._folder / SECRETS
         # A process runs from its program's folder; a VM has it on its context disk.
         return whole if self._assignment.spec.machine.kind is not MachineKind.VM else (*whole, self._folder / _PROGRAM)
 
@@ -73,6 +75,14 @@ class Supplies:
         if self._fills and self._assignment.spec.fill:
             await in_thread(_fill_files, folder, self._assignment.spec.fill, self._values)
         return folder
+
+    async def open_secrets(self) -> Path | None:
+        """Return a folder with the job's secrets, which `files` names for removal; None if it has none. Raise InvalidInput."""
+        if not self._assignment.spec.secrets:
+            return None
+        found = self._kit.secrets.open(self._assignment)
+        await in_thread(write_secrets, self._folder / SECRETS, found)
+        return self._folder / SECRETS
 
     async def fetch_program(self) -> Path | None:
         """Return the folder with the files of the job's app for this platform; None if it has none. Raise BadArchive, or as download does."""
@@ -153,7 +163,9 @@ class Supplies:
     def _note_progress(self, have_bytes: int) -> None:
         self.fetched_bytes = have_bytes
 
-    def machine_spec(self, disk: Path | None, context: Path | None, program: Path | None = None) -> MachineSpec:
+    def machine_spec(
+        self, disk: Path | None, context: Path | None, program: Path | None = None, secrets: Path | None = None
+    ) -> MachineSpec:
         """Return what the driver is asked to make. Raise BadImage if the job's disk is none, InvalidInput for what cannot be filled in."""
         assignment = self._assignment
         machine, limits = assignment.spec.machine, assignment.spec.limits
@@ -180,8 +192,10 @@ class Supplies:
             offer=tuple((offer.name, offer.port) for offer in machine.offer),
             ssh_keys=machine.ssh_keys,
             credentials=self._job_credentials(),
+            secrets=secrets,
             environment=(
                 ("DESKGRID_CPUS", str(machine.cpus)),
+                *((("DESKGRID_SECRETS", "/context/secrets"),) if secrets is not None else ()),
                 *(() if machine.warm else self._names_of_job()),
                 *((name, self._filled(value, f"environment.{name}")) for name, value in assignment.spec.environment),
             ),

@@ -62,11 +62,17 @@ processes = 10
 file_size = "1MiB"
 [results]
 paths = ["out/**", "*.root"]
+[secrets]
+files = { token = "token.txt", "rucio.cfg" = "private/rucio.cfg" }
+trust = ["mine", "group:hep"]
 """
 
 
 def test_every_key_is_read(tmp_path: Path):
-    (tmp_path / "context").mkdir()
+    for name in ("context", "private"):
+        (tmp_path / name).mkdir()
+    for name in ("token.txt", "private/rucio.cfg"):
+        (tmp_path / name).write_text("s3cret")
     job = parse_job(WHOLE, "job.toml", folder=tmp_path)
     machine = Machine(
         kind=MachineKind.VM,
@@ -101,7 +107,10 @@ def test_every_key_is_read(tmp_path: Path):
         machine=machine,
         limits=limits,
         results=Results(paths=("out/**", "*.root")),
+        secrets=("token", "rucio.cfg"),
+        trust=("mine", "group:hep"),
     )
+    assert job.secrets == (("token", tmp_path / "token.txt"), ("rucio.cfg", tmp_path / "private" / "rucio.cfg"))
     assert job.array is None
     assert job.context == tmp_path / "context"
 
@@ -216,6 +225,43 @@ def test_context_of_a_file_is_beside_it_and_of_an_option_is_here(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     assert read_job(file).context == tmp_path / "there" / "files"
     assert read_job(file, {"context": "here"}).context == Path("here")
+
+
+def test_secrets_are_for_ones_own_pcs_unless_others_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "token.txt").write_text("s3cret")
+    file = tmp_path / "job.toml"
+    file.write_text('[machine]\ndisk = "tiny"\n[secrets]\nfiles.token = "token.txt"\n')
+    assert (read_job(file).spec.secrets, read_job(file).spec.trust) == (("token",), ("mine",))
+    assert read_job(file, {"trust": ("everyone",)}).spec.trust == ("everyone",)
+    assert read_job(None, {"disk": "tiny"}).spec.trust == ()
+    assert read_job(None, {"disk": "tiny", "trust": ("user:bob",)}).spec.trust == ("user:bob",)
+    monkeypatch.chdir(tmp_path)
+    assert read_job(None, {"disk": "tiny", "secret": ("key=token.txt",)}).secrets == (("key", Path("token.txt")),)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("files = { token = 7 }", r"job.toml:4: files: 7 is not the name of a file"),
+        ('files = "token.txt"', r"job.toml:4: files: 'token.txt' is not a table"),
+        ('files = { token = "nowhere.txt" }', r"job.toml:4: there is no file .*nowhere.txt' for token"),
+        ('files = { token = "." }', r"job.toml:4: there is no file"),
+        ('files = { "a/b" = "token.txt" }', r"job.toml:4: files: 'a/b' is not a name for a secret"),
+        ('files = { token = "token.txt" }\ntrust = []', r"job.toml:5: trust: whose PCs may see the secrets"),
+        ('files = { token = "token.txt" }\ntrust = ["bob"]', r"job.toml:5: trust: 'bob' is nobody to trust"),
+        ('token = "token.txt"', r"job.toml:4: unknown key 'token' in \[secrets\]"),
+    ],
+)
+def test_wrong_secrets_are_told_with_their_line(tmp_path: Path, text: str, told: str):
+    (tmp_path / "token.txt").write_text("s3cret")
+    with pytest.raises(InvalidInput, match=f"^{told}"):
+        parse_job(f'[machine]\ndisk = "tiny"\n[secrets]\n{text}\n', "job.toml", folder=tmp_path)
+
+
+def test_an_app_says_nothing_of_secrets_or_of_whom_to_trust():
+    for secrets in ({"files": {"token": "t"}}, {"trust": ["everyone"]}):
+        with pytest.raises(InvalidInput, match="cannot be a default"):
+            parse_defaults({"secrets": secrets}, "app.toml")
 
 
 SWEEP = """

@@ -246,6 +246,8 @@ class PlayMachine:
 
     def __init__(self, spec: MachineSpec, scratch: Path) -> None:
         self.spec = spec
+        self.secrets = {file.name: file.read_bytes() for file in spec.secrets.iterdir()} if spec.secrets is not None else {}
+        """As they were when it was made."""
         self.scratch = scratch
         self.started = self.off = self.frozen = self.saved = False
         self.checkpoints: list[float] = []
