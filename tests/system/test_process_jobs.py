@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Coroutine
 from pathlib import Path
@@ -330,3 +332,46 @@ def test_set_of_one_file_runs_in_its_order_and_all_results_come(processes: Syste
     [listed] = processes.json("set", "list")
     assert processes.cli("set", "show", str(listed["id"])).stdout.count("completed") == 3
     processes.nothing_left()
+
+
+def places_of(system: System, secret: bytes) -> list[str]:
+    """Return the files of server, worker and user that have a secret in them, and processes that have it in their arguments or variables."""
+    found = [str(file.relative_to(system.folder)) for file in system.folder.rglob("*") if _has(file, secret)]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            words = [*process.cmdline(), *process.environ().values()]
+            found += [f"process {process.pid}"] if any(secret.decode() in word for word in words) else []
+    return found
+
+
+def _has(file: Path, secret: bytes) -> bool:
+    with contextlib.suppress(OSError):  # gone, or a pipe
+        return file.is_file() and secret in file.read_bytes()
+    return False
+
+
+def test_secret_is_in_its_job_and_nowhere_else_not_even_after_a_kill(processes: System) -> None:
+    secret = b"s3cr3t-" + os.urandom(8).hex().encode()
+    (processes.folder / "token.txt").write_bytes(secret)
+    script = 'sha256sum <"$DESKGRID_SECRETS/token" >sum; mkfifo /tmp/go; read line </tmp/go'
+    (processes.folder / "job.toml").write_text(
+        f'name = "secret"\ncommand = ["/bin/sh", "-c", {json.dumps(script)}]\nmachine = {{ kind = "process", memory = "128MiB" }}\n'
+    )
+    submitted = processes.cli("job", "submit", "job.toml", "--secret", "token=token.txt", "--trust", "everyone", "--json")
+    job_id = json.loads(submitted.stdout)["id"]
+    until(lambda: list((processes.folder / "pc" / "attempts").glob("*/machine/tmp/go")), what="it runs")
+    processes.workers["pc"].kill()
+    processes.workers["pc"].process.wait()  # type: ignore[union-attr]
+    inside = next((processes.folder / "pc" / "attempts").glob("*/machine/context/secrets/token"))
+    assert sorted(places_of(processes, secret)) == sorted(["token.txt", str(inside.relative_to(processes.folder))])
+    seen = processes.folder.parent / "seen"
+    seen.hardlink_to(inside)
+    processes.workers["pc"].start()
+    until(lambda: processes.workers["pc"].said().count("machine_found_again") == 1, what="it was found again")
+    (inside.parents[2] / "tmp" / "go").write_text("on\n")
+    processes.wait_for(job_id, "completed", ["succeeded"])
+    processes.cli("job", "results", str(job_id), "--output", "out")
+    assert (processes.folder / "out" / "sum").read_text().split()[0] == hashlib.sha256(secret).hexdigest()
+    processes.nothing_left()
+    assert places_of(processes, secret) == ["token.txt"]
+    assert seen.read_bytes() == bytes(len(secret)), "it was written over, not only removed"
