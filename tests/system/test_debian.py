@@ -60,11 +60,39 @@ cat /scratch/synced/file
 RECIPE = """\
 size = "3GiB"
 packages = ["bc"]
-commands = ["useradd --create-home physicist"]
+commands = ["useradd --create-home physicist", "systemctl enable like-cernvm"]
 
 [files]
+"/usr/local/sbin/like-cernvm" = "like-cernvm.sh"
+"/etc/systemd/system/like-cernvm.service" = "like-cernvm.service"
 "/usr/local/bin/analyse" = "analyse.sh"
 "/etc/of-the-recipe" = { text = "text\\n" }
+"""
+
+
+LIKE_CERNVM = """\
+#!/bin/sh
+# What CernVM does with volumes (hepix_functions and amiconfig.sh of cernvm/amiconfig), in its order.
+for device in /dev/sr0 /dev/sr1 /dev/hdd; do
+    [ "$(blkid -o value -s TYPE "$device")" = iso9660 ] || continue
+    mkdir -p /mnt/look && mount -o ro "$device" /mnt/look || continue
+    if [ -e /mnt/look/prolog.sh ] || [ -e /mnt/look/context.sh ]; then
+        echo "would be sourced" >/dev/console
+    elif [ -e /mnt/look/ec2/latest/user-data ] && [ -e /mnt/look/ec2/latest/meta-data.json ]; then
+        sed -n '/#!.*sh.*after/,/^exit/p' /mnt/look/ec2/latest/user-data >/run/after
+    fi
+    umount /mnt/look
+done
+[ ! -s /run/after ] || sh /run/after
+"""
+UNIT = """\
+[Unit]
+After=multi-user.target
+[Service]
+Type=oneshot
+ExecStart=/usr/local/sbin/like-cernvm
+[Install]
+WantedBy=graphical.target multi-user.target
 """
 
 
@@ -80,6 +108,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "analyse.sh").write_text("#!/bin/sh\necho analysed\n")
     (folder / "analyse.sh").chmod(0o755)
+    (folder / "like-cernvm.sh").write_text(LIKE_CERNVM)
+    (folder / "like-cernvm.sh").chmod(0o755)
+    (folder / "like-cernvm.service").write_text(UNIT)
     (folder / "debian.toml").write_text(RECIPE)
     return folder / "debian.toml"
 
@@ -154,3 +185,12 @@ def test_ssh_scp_and_rsync_reach_the_machine_through_the_overlay(vm_system: Syst
     vm_system.cli("ssh", "job-1", "touch", "/scratch/stop")
     vm_system.wait_for(1, "completed", limit_s=LIMIT_S)
     until(lambda: "synced by rsync" in vm_system.cli("job", "logs", "1").stdout, what="the copy was seen in the machine")
+
+
+def test_job_runs_in_a_system_that_is_contextualised_as_cernvm_is(vm_system: System, built: Path) -> None:
+    vm_system.cli("disk", "import", built, "--name", "cernvm", "--cernvm")
+    job = job_of(vm_system, "ls -A /; cat /context/input.txt; ls -A /context", "cernvm")
+    vm_system.cli("run", job, "-o", vm_system.folder / "out")
+    said = vm_system.cli("job", "logs", "1").stdout
+    assert "from the user\n.deskgrid\ncontext.sh\ninput.txt\n" in said
+    assert "would be sourced" not in vm_system.cli("job", "logs", "1", "--console").stdout

@@ -11,9 +11,10 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, make_reporter, print_json, print_lines, print_table
 from deskgrid.errors import InvalidInput
 from deskgrid.model.data import Data, DataKind, Visibility
+from deskgrid.model.machines import ContextLabel
 from deskgrid.units import format_size
 
-__all__ = ["app", "print_data", "reference_of", "require_file"]
+__all__ = ["app", "label_of", "print_data", "reference_of", "require_file"]
 
 app = App(default_parameter=NO_NEGATIVES, name="data", help="Keep files in the grid's repository.")
 Reference = Annotated[str, Parameter(help="NAME, NAME@VERSION or sha256.")]
@@ -55,6 +56,13 @@ def require_file(file: Path) -> None:
     """Raise InvalidInput if there is no such file."""
     if not file.is_file():
         raise InvalidInput("there is no such file", where=str(file), hint="check its name")
+
+
+def label_of(*, agent: bool, cernvm: bool) -> ContextLabel:
+    """Return for whom in the guest a context disk is made. Raise InvalidInput for both."""
+    if agent and cernvm:
+        raise InvalidInput("a disk has our agent or is a CernVM", where="--cernvm", hint="one of --agent and --cernvm")
+    return ContextLabel.CONTEXT if agent else ContextLabel.CERNVM if cernvm else ContextLabel.CIDATA
 
 
 def reference_of(data: Data) -> str:

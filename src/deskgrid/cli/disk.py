@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from msgspec import Struct
 
 from deskgrid.cli.connection import connected
-from deskgrid.cli.data import reference_of, require_file
+from deskgrid.cli.data import label_of, reference_of, require_file
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, make_reporter, print_json, print_lines
 from deskgrid.errors import BadImage, InvalidInput
 from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
@@ -170,6 +170,7 @@ async def import_(
     name: str | None = None,
     public: bool = False,
     agent: bool = False,
+    cernvm: bool = False,
     shrink: bool = False,
     whole: bool = False,
     sha256: str = "",
@@ -202,6 +203,8 @@ async def import_(
     agent
         Its system mounts a disk labelled CONTEXT and runs the agent from it, as built templates do.
         Otherwise the context disk is made for cloud-init (NoCloud, label CIDATA).
+    cernvm
+        It is a CernVM: the context disk has user-data in its format.
     shrink
         Write a qcow2 anew, without the room in it that has only zeros.
     whole
@@ -223,7 +226,7 @@ async def import_(
         await _take_news(Path(source), json)
         return
     bundle = _read_bundle(manifest) if manifest is not None else None
-    label = ContextLabel.CONTEXT if agent else ContextLabel.CIDATA
+    label = label_of(agent=agent, cernvm=cernvm)
     words = DiskWords(label=label, os=os, arch=arch, about=about, said=_disk_in(bundle) if bundle is not None else None)
     async with connected() as grid:
         with make_reporter(json) as reporter:

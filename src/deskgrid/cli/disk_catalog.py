@@ -20,7 +20,7 @@ from deskgrid.units import format_size
 
 __all__ = ["app"]
 
-_BY = {ContextLabel.CONTEXT: "agent", ContextLabel.CIDATA: "cloud-init"}
+_BY = {ContextLabel.CONTEXT: "agent", ContextLabel.CIDATA: "cloud-init", ContextLabel.CERNVM: "CernVM"}
 """Who in the guest reads the context disk."""
 
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from deskgrid.cli.data import require_file
+from deskgrid.cli.data import label_of, require_file
 from deskgrid.cli.output import NO_NEGATIVES, Json, print_json, print_lines, print_table
-from deskgrid.model.machines import ContextLabel
 from deskgrid.settings import worker_home
 from deskgrid.units import format_size
 
@@ -26,7 +25,9 @@ Home = Annotated[
 
 
 @app.command
-async def add(file: Path, /, *, name: str, agent: bool = False, home: Home = None, json: Json = False) -> None:
+async def add(
+    file: Path, /, *, name: str, agent: bool = False, cernvm: bool = False, home: Home = None, json: Json = False
+) -> None:
     """Let jobs boot a disk that is on this PC already: those with `disk = "installed:NAME"` come here, and nothing is downloaded.
 
     A plain qcow2 or an ISO. It stays where it is and is never written; once it is changed it is not offered any more, until it is added
@@ -46,11 +47,13 @@ async def add(file: Path, /, *, name: str, agent: bool = False, home: Home = Non
     agent
         Its system mounts a disk labelled CONTEXT and runs the agent from it, as built templates do.
         Otherwise the context disk is made for cloud-init (NoCloud, label CIDATA).
+    cernvm
+        It is a CernVM: the context disk has user-data in its format.
     """
     require_file(file)
     folder = home or worker_home()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    disk = _declared(folder).add(file, name, ContextLabel.CONTEXT if agent else ContextLabel.CIDATA)
+    disk = _declared(folder).add(file, name, label_of(agent=agent, cernvm=cernvm))
     if json:
         print_json(disk)
     else:

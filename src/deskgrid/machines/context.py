@@ -8,6 +8,10 @@
 
     /secrets/NAME             the job's secrets, for root only; the image itself is for the worker's user only
 
+For CernVM (label CERNVM) all that is in the folder /job, and at the top
+
+    /openstack/latest/user_data, /ec2/latest/user-data, /ec2/latest/meta-data.json     its user-data, the user's own if there is one
+
 With a network:
 
     /services.json            the services that the job reaches and offers, for programs
@@ -46,6 +50,7 @@ from deskgrid.model.machines import ContextLabel, Network
 __all__ = [
     "OWN_FOLDER",
     "SECRETS_FOLDER",
+    "cernvm_user_data",
     "check_secrets_place",
     "create_context",
     "environment_file",
@@ -59,6 +64,7 @@ __all__ = [
 OWN_FOLDER = ".deskgrid"
 APP_FOLDER = "app"
 SECRETS_FOLDER = "secrets"
+JOB_FOLDER = "job"
 SOCKS = f"{GATEWAY}:{SOCKS_PORT}"
 HTTP_PROXY = f"{GATEWAY}:{HTTP_PROXY_PORT}"
 """Where in the cage the worker listens itself."""
@@ -74,7 +80,7 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
     check_secrets_place(spec)
     image = PyCdlib()
     image.new(interchange_level=4, rock_ridge="1.09", vol_ident=spec.context_label.value)
-    writer = _Writer(image)
+    writer = _Writer(image, JOB_FOLDER if spec.context_label is ContextLabel.CERNVM else "")
     try:
         if spec.context:
             writer.add_folder(spec.context)
@@ -82,6 +88,8 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
             writer.add_program(spec.program)
         for file in _own_files(spec, instance):
             writer.add_own(file)
+        if spec.context_label is ContextLabel.CERNVM:
+            writer.add_at_top(_cernvm_files(spec))
         # Nobody else on the PC may read it: there may be secrets in it.
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
             image.write_fp(target)
@@ -136,6 +144,36 @@ def user_data(label: ContextLabel, ssh_keys: Iterable[str] = ()) -> bytes:
     ).encode()
 
 
+def cernvm_user_data() -> bytes:
+    """Return CernVM's user-data, which runs the agent at the end of its contextualisation.
+
+    Format: a script from `#!/bin/sh.after` to a line `exit`, then sections for amiconfig (cernvm/amiconfig on GitHub, hepix/commands/amiconfig.sh and
+    rpath/; contexts in cernvm/public-contexts). Others may run it, too, so it does no harm to run it twice.
+    """
+    return (
+        "#!/bin/sh.after\n"
+        "mkdir -p /context /run/deskgrid-disk\n"
+        f"if [ ! -e /context/{OWN_FOLDER}/agent.sh ]; then\n"
+        f"    mount -o ro LABEL={ContextLabel.CERNVM.value} /run/deskgrid-disk\n"
+        f"    mount --bind /run/deskgrid-disk/{JOB_FOLDER} /context\n"
+        "fi\n"
+        f"sh /context/{OWN_FOLDER}/agent.sh\n"
+        "exit 0\n"
+        "\n"
+        "[amiconfig]\n"
+        "plugins=cernvm\n"
+    ).encode()
+
+
+def _cernvm_files(spec: MachineSpec) -> Iterator[_OwnFile]:
+    """Yield what µCernVM's boot loader (cernvm/cernvm-micro, scripts.d/06context) and the HEPiX scripts (cernvm/amiconfig, hepix_functions) look for."""
+    own = spec.context / "user-data" if spec.context is not None else None
+    data = own.read_bytes() if own is not None and own.is_file() and not own.is_symlink() else cernvm_user_data()
+    yield _OwnFile("openstack/latest/user_data", data)
+    yield _OwnFile("ec2/latest/user-data", data)
+    yield _OwnFile("ec2/latest/meta-data.json", b"{}\n")
+
+
 def services_file(spec: MachineSpec, *, localhost: frozenset[str] = frozenset()) -> bytes:
     """Return services.json: JSON with a line for each service that is reached, so that a shell can work on it, too.
 
@@ -184,12 +222,18 @@ def _own_files(spec: MachineSpec, instance: str) -> Iterator[_OwnFile]:
     yield _OwnFile(f"{OWN_FOLDER}/environment", environment_file((*network_environment(spec), *spec.environment)))
     if spec.command:
         yield _OwnFile(f"{OWN_FOLDER}/command", f"set -- {shlex.join(spec.command)}\n".encode())
-    yield _OwnFile("user-data", user_data(spec.context_label, spec.ssh_keys if spec.network is not Network.NONE else ()))
-    yield _OwnFile("meta-data", meta_data(spec.name, instance))
+    if spec.context_label is not ContextLabel.CERNVM:
+        yield from _seed(spec, instance)
     for name, data in secret_files(spec):
         yield _OwnFile(f"{SECRETS_FOLDER}/{name}", data, 0o600)
     if spec.network is not Network.NONE:
         yield from _network_files(spec)
+
+
+def _seed(spec: MachineSpec, instance: str) -> Iterator[_OwnFile]:
+    """Yield a seed for cloud-init."""
+    yield _OwnFile("user-data", user_data(spec.context_label, spec.ssh_keys if spec.network is not Network.NONE else ()))
+    yield _OwnFile("meta-data", meta_data(spec.name, instance))
 
 
 def _network_files(spec: MachineSpec) -> Iterator[_OwnFile]:
@@ -231,9 +275,11 @@ class _Place(Struct, frozen=True):
 class _Writer:
     """Gives every entry a short unique ISO identifier; guests see the Rock Ridge name."""
 
-    def __init__(self, image: PyCdlib) -> None:
+    def __init__(self, image: PyCdlib, top: str = "") -> None:
         self._image = image
         self._count = 0
+        self._top = self._directory("", top, 0o755) if top else ""
+        """Identifier of the folder in which all is."""
         self._taken: set[str] = set()
         """What there is at the top and in the folders there, by path."""
         self._folders: dict[str, str] = {}
@@ -241,7 +287,7 @@ class _Writer:
 
     def add_folder(self, root: Path) -> None:
         """Add what is in `root`, at any depth."""
-        places = [_Place(root, "", "")]
+        places = [_Place(root, self._top, "")]
         while places:
             places.extend(self._add_entries(places.pop()))
 
@@ -250,7 +296,7 @@ class _Writer:
         if APP_FOLDER in self._taken:
             raise InvalidInput(f"the context has {APP_FOLDER!r}, which is where the app's files go", hint="give it another name")
         self._taken.add(APP_FOLDER)
-        self._folders[APP_FOLDER] = self._directory("", APP_FOLDER, 0o755)
+        self._folders[APP_FOLDER] = self._directory(self._top, APP_FOLDER, 0o755)
         places = [_Place(root, self._folders[APP_FOLDER], f"{APP_FOLDER}/")]
         while places:
             places.extend(self._add_entries(places.pop()))
@@ -261,14 +307,25 @@ class _Writer:
         if file.path in self._taken or (folder in self._taken and folder not in self._folders):
             return
         if folder and folder not in self._folders:
-            self._folders[folder] = self._directory("", folder, 0o700 if folder == SECRETS_FOLDER else 0o755)
-        self._image.add_fp(
-            io.BytesIO(file.data),
-            len(file.data),
-            f"{self._folders[folder] if folder else ''}/{self._next('F')}.;1",
-            rr_name=name,
-            file_mode=stat.S_IFREG | file.mode,
-        )
+            self._folders[folder] = self._directory(self._top, folder, 0o700 if folder == SECRETS_FOLDER else 0o755)
+        self._add_bytes(self._folders[folder] if folder else self._top, name, file)
+
+    def add_at_top(self, files: Iterable[_OwnFile]) -> None:
+        """Add files outside of the folder in which all else is."""
+        folders = {"": ""}
+        for file in files:
+            *parts, name = file.path.split("/")
+            path = ""
+            for part in parts:
+                above, path = path, f"{path}/{part}"
+                if path not in folders:
+                    folders[path] = self._directory(folders[above], part, 0o755)
+            self._add_bytes(folders[path], name, file)
+
+    def _add_bytes(self, folder: str, name: str, file: _OwnFile) -> None:
+        identifier = f"{folder}/{self._next('F')}.;1"
+        mode = stat.S_IFREG | file.mode
+        self._image.add_fp(io.BytesIO(file.data), len(file.data), identifier, rr_name=name, file_mode=mode)
 
     def _add_entries(self, place: _Place) -> Iterator[_Place]:
         with os.scandir(place.folder) as entries:

@@ -53,6 +53,8 @@ class ContextLabel(StrEnum):
 
     CONTEXT = "CONTEXT"
     CIDATA = "CIDATA"
+    CERNVM = "CERNVM"
+    """CernVM knows no label, but sources a context.sh that lies at the top of any volume: so the files are in a folder of this one."""
 
 
 class Fingerprint(Struct, frozen=True):

@@ -70,7 +70,7 @@ def test_context_with_a_file_where_the_app_goes_is_refused(tmp_path: Path) -> No
         create_context(tmp_path / "context.iso", spec, instance="token")
 
 
-@pytest.mark.parametrize("label", ContextLabel)
+@pytest.mark.parametrize("label", [ContextLabel.CONTEXT, ContextLabel.CIDATA])
 def test_label_is_where_guests_look_for_it(tmp_path: Path, label: ContextLabel) -> None:
     make(tmp_path, None, label)
     assert (tmp_path / "context.iso").read_bytes()[32808:32840].rstrip() == label.value.encode()
@@ -271,3 +271,30 @@ def test_without_a_network_nothing_of_it_is_there(tmp_path: Path) -> None:
     assert listing(image) == own
     assert b"ssh" not in read(image, "/user-data")
     assert b"SOCKS" not in read(image, "/.deskgrid/environment")
+
+
+# ---- CernVM
+
+
+def test_cernvm_finds_its_user_data_and_no_context_script_to_source(tmp_path: Path) -> None:
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "context.sh").write_text("echo the job\n")
+    image = make(tmp_path, tmp_path / "context", ContextLabel.CERNVM)
+    top = {path for path in listing(image) if path.count("/") == 1}
+    assert top == {"/job", "/openstack", "/ec2"}  # HEPiX's scripts source /context.sh and run /prolog.sh of any volume
+    assert {"/job/context.sh", "/job/.deskgrid/agent.sh", "/job/.deskgrid/environment"} <= listing(image)
+    user_data = read(image, "/openstack/latest/user_data")
+    assert read(image, "/ec2/latest/user-data") == user_data
+    assert json.loads(read(image, "/ec2/latest/meta-data.json")) == {}
+    script, _, sections = user_data.decode().partition("\nexit 0\n")
+    assert script.startswith("#!/bin/sh.after\n")
+    assert sections.strip().splitlines() == ["[amiconfig]", "plugins=cernvm"]
+    subprocess.run(["sh", "-n"], input=script.encode(), check=True)
+
+
+def test_own_user_data_of_the_user_goes_first_for_cernvm_too(tmp_path: Path) -> None:
+    own = b"[amiconfig]\nplugins=cernvm\n[cernvm]\norganisations=atlas\n"
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context" / "user-data").write_bytes(own)
+    image = make(tmp_path, tmp_path / "context", ContextLabel.CERNVM)
+    assert read(image, "/openstack/latest/user_data") == read(image, "/ec2/latest/user-data") == own
