@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from deskgrid.core.sealing import MOST_SECRET_BYTES, for_user, seal_secrets
+from deskgrid.core.secret_names import MOST_SECRET_BYTES
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model import wire
 from deskgrid.model.jobs import JobSpec
@@ -51,6 +51,8 @@ def with_secrets(spec: JobSpec, secrets: Mapping[str, bytes]) -> JobSpec:
 
 def sealed(secrets: Mapping[str, bytes], me: wire.WhoAmI) -> bytes:
     """Return secrets as only the server can read them. Raise InvalidInput, or Conflict if it takes none."""
+    from deskgrid.core.sealing import for_user, seal_secrets
+
     if not me.secrets_key or me.user_id is None:
         raise Conflict("this server takes no secrets", hint="it is older than this program: ask its admin to update it")
     return seal_secrets(secrets, me.secrets_key, for_user(me.user_id))

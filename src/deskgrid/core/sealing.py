@@ -15,21 +15,19 @@ sealed bytes of one user, copied into another's job, do not open, nor those of o
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
+from deskgrid.core.secret_names import MOST_SECRET_BYTES, MOST_SECRETS, check_names
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import AttemptId, UserId
 
 __all__ = [
     "MOST_SEALED_BYTES",
-    "MOST_SECRETS",
-    "MOST_SECRET_BYTES",
-    "check_names",
     "for_attempt",
     "for_user",
     "is_sealing_key",
@@ -40,11 +38,8 @@ __all__ = [
     "sealing_key",
 ]
 
-MOST_SECRETS, MOST_SECRET_BYTES = 100, 64 << 10
-"""Of one job, all together."""
 MOST_SEALED_BYTES = MOST_SECRET_BYTES + MOST_SECRETS * 110 + 200
 """What these take with their names, sealed."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.CHACHA20_POLY1305)
 
@@ -94,21 +89,6 @@ def open_sealed(sealed: bytes, private: X25519PrivateKey, info: bytes) -> bytes:
 
 
 # ---- a job's secrets
-
-
-def check_names(names: Collection[str], where: str = "secrets.files") -> None:
-    """Check the names of a job's secrets. Raise InvalidInput."""
-    if len(names) > MOST_SECRETS:
-        raise InvalidInput(f"{len(names)} secrets are too many", where=where, hint=f"at most {MOST_SECRETS}")
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise InvalidInput(
-                f"{name[:40]!r} is not a name for a secret",
-                where=where,
-                hint="letters, digits and _ . -, at most 100, the first no sign",
-            )
-    if len(set(names)) < len(names):
-        raise InvalidInput("two secrets have the same name", where=where)
 
 
 def seal_secrets(secrets: Mapping[str, bytes], key: str, info: bytes) -> bytes:

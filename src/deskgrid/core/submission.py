@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from deskgrid.core.console import CONSOLE
 from deskgrid.core.reach import check_share, is_trust
-from deskgrid.core.sealing import check_names
+from deskgrid.core.secret_names import check_names
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import INSTALLED, JobSpec, Machine
 from deskgrid.model.machines import DriverName, MachineKind, Network
