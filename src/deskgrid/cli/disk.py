@@ -57,6 +57,7 @@ async def build(
         deskgrid disk build tiny
         deskgrid disk build tiny --output tiny.iso
         deskgrid disk build debian --packages apache2,gnuplot-nox --size 8GiB
+        deskgrid disk build worker
         deskgrid disk build physics.toml
 
     Parameters
@@ -64,11 +65,12 @@ async def build(
     template
         Which one: tiny is a kernel, busybox and the agent, and boots in seconds.
         debian has systemd, ssh, rsync, cloud-init, and what is installed besides.
-        A file that ends in .toml is a recipe: debian with packages, files and commands of yours.
+        worker is debian with deskgrid in it, so that a machine can be a worker.
+        A file that ends in .toml is a recipe: debian or worker with packages, files and commands of yours.
     packages
-        What to install in debian besides, with commas between.
+        What to install in debian or worker besides, with commas between.
     size
-        Of the disk of debian, 4GiB by default; what is not used takes no room.
+        Of the disk of debian or worker, 4GiB by default; what is not used takes no room.
     output
         File to write, .qcow2 (or .iso for tiny); ./TEMPLATE.qcow2 by default.
     """
@@ -99,16 +101,15 @@ def _check_output(file: Path, suffixes: tuple[str, ...]) -> None:
 
 def _recipe(template: str, packages: str, size: str) -> DebianRecipe | None:
     """Return what to build; None for tiny. Raise InvalidInput."""
-    from deskgrid.templates.debian import DEFAULT_SIZE_BYTES, debian_recipe
-    from deskgrid.templates.recipe import read_recipe
+    from deskgrid.templates.debian import DEFAULT_SIZE_BYTES
+    from deskgrid.templates.recipe import TEMPLATES, read_recipe
 
-    if template == "debian":
+    if template in TEMPLATES:
         names = [name.strip() for name in packages.split(",") if name.strip()]
-        return debian_recipe(names, size_bytes=parse_size(size) if size else DEFAULT_SIZE_BYTES)
+        return TEMPLATES[template](names, size_bytes=parse_size(size) if size else DEFAULT_SIZE_BYTES)
     if template != "tiny" and not template.endswith(".toml"):
-        raise InvalidInput(
-            f"there is no template {template[:80]!r}", where="TEMPLATE", hint="tiny, debian, or a recipe: a file .toml"
-        )
+        allowed = f"tiny, {', '.join(TEMPLATES)}, or a recipe: a file .toml"
+        raise InvalidInput(f"there is no template {template[:80]!r}", where="TEMPLATE", hint=allowed)
     why = "tiny is always the same" if template == "tiny" else "a recipe says that itself"
     for name, value in (("--packages", packages), ("--size", size)):
         if value:

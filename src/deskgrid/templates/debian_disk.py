@@ -32,6 +32,7 @@ from msgspec import Struct
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
 from deskgrid.machines.processes import find_program
 from deskgrid.templates.ext4_times import set_times
+from deskgrid.templates.program import program_files
 from deskgrid.units import MIB
 
 __all__ = ["REQUIRED_FILES", "REQUIRED_TOOLS", "DebianRecipe", "Progress", "build_disk", "missing_tools"]
@@ -100,6 +101,8 @@ class DebianRecipe(Struct, frozen=True):
     """Features of the file system, as mke2fs -O takes them."""
     own_initrd: bool = False
     """The distribution's initrd is not made; /boot/deskgrid.img is."""
+    program: bool = False
+    """deskgrid itself is among the files (program.py)."""
 
 
 def missing_tools() -> dict[str, str]:
@@ -207,7 +210,9 @@ def _make_system(disk: Path, work: Path, cache: Path, recipe: DebianRecipe, prog
         folder.mkdir(parents=True, exist_ok=True)
     settings = work / "apt.conf"
     settings.write_text(_apt_settings())
-    _write_files(work / "files.tar", {"/etc/hostname": f"{recipe.name}\n", "/etc/apt/sources.list": _SOURCES, **recipe.files})
+    program = program_files(cache) if recipe.program else {}
+    own = {"/etc/hostname": f"{recipe.name}\n", "/etc/apt/sources.list": _SOURCES}
+    _write_files(work / "files.tar", {**own, **recipe.files, **program})
     (work / "commands").write_text(f"set -eu\n{recipe.commands}")
     mounted = work / "mounted"
     mounted.mkdir()

@@ -1,5 +1,6 @@
 """Recipes that users write: a Debian with packages, files and commands of theirs, in one TOML.
 
+    template = "debian"                      what it begins with: debian, or worker, which has deskgrid in it
     name = "physics"                         of the machine; by default the file's
     size = "8GiB"                            of the disk; what is not used takes no room
     packages = ["gnuplot-nox", "python3-numpy"]
@@ -9,13 +10,14 @@
     "/usr/local/bin/analyse" = "analyse.py"  or text
     "/etc/motd" = { text = "hello\\n" }
 
-All the rest is the debian template's (debian.py).
+All the rest is the template's (debian.py, worker.py).
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -25,10 +27,13 @@ from msgspec import Meta, Struct
 from deskgrid.errors import InvalidInput
 from deskgrid.templates.debian import DEFAULT_SIZE_BYTES, debian_recipe
 from deskgrid.templates.debian_disk import DebianRecipe
+from deskgrid.templates.worker import worker_recipe
 from deskgrid.units import parse_size
 
-__all__ = ["read_recipe"]
+__all__ = ["TEMPLATES", "read_recipe"]
 
+TEMPLATES: Mapping[str, Callable[..., DebianRecipe]] = {"debian": debian_recipe, "worker": worker_recipe}
+"""Name -> what makes a recipe of further packages and the disk's size."""
 _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -37,6 +42,7 @@ class _Text(Struct, forbid_unknown_fields=True):
 
 
 class _Recipe(Struct, forbid_unknown_fields=True):
+    template: str = "debian"
     name: str = ""
     size: str = ""
     packages: tuple[str, ...] = ()
@@ -51,11 +57,13 @@ def read_recipe(file: Path) -> DebianRecipe:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"cannot be read: {error}", where=str(file)) from error
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise InvalidInput(str(error), where=str(file), hint="name, size, packages, commands and [files]") from error
+        raise InvalidInput(str(error), where=str(file), hint="template, name, size, packages, commands and [files]") from error
     name = found.name or re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:63] or "debian"
     if not _HOST_NAME.fullmatch(name):
         raise InvalidInput(f"{name[:80]!r} cannot be a machine's name", where=f"{file}: name", hint="small letters, digits and -")
-    base = debian_recipe(found.packages, size_bytes=parse_size(found.size) if found.size else DEFAULT_SIZE_BYTES)
+    if found.template not in TEMPLATES:
+        raise InvalidInput(f"there is no template {found.template[:80]!r}", where=f"{file}: template", hint=" or ".join(TEMPLATES))
+    base = TEMPLATES[found.template](found.packages, size_bytes=parse_size(found.size) if found.size else DEFAULT_SIZE_BYTES)
     own = {_path(path, file): _content(content, file) for path, content in found.files.items()}
     taken = sorted(set(own) & set(base.files))
     if taken:

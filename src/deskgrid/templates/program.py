@@ -1,0 +1,81 @@
+"""deskgrid itself, as files for a disk: this very version, and the packages that it needs, as worker.lock pins them.
+
+They are fetched with this machine's own pip, for the disk's Python and not for the one that runs here, and kept in a cache, so that a
+later build needs no network. pip holds each file against its sha256.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import deskgrid
+from deskgrid.errors import OperatorError
+
+__all__ = ["PROGRAM_FOLDER", "program_files"]
+
+PROGRAM_FOLDER = "/usr/lib/deskgrid/program"
+"""Where the files are put in a disk; a recipe's commands move them on."""
+_LOCK = Path(__file__).parent / "worker.lock"
+_PYTHON = "3.11"
+"""Of Debian 12. Its packages serve 3.12 and 3.13, too, if they say so; of those that do not, pip tells in the disk."""
+_GLIBC_MINORS = (36, 35, 34, 31, 28, 27, 24, 17, 12, 5)
+"""Of the manylinux tags that a Debian 12 takes (PEP 600)."""
+_PIP_LIMIT_S = 900.0
+_NOT_IN_A_DISK = ("bin", "share", "__pycache__")
+"""Scripts name the Python that ran pip; bytecode is the disk's own matter."""
+
+
+def program_files(cache: Path) -> dict[str, Path]:
+    """Return path in the disk -> file, in one order. Raise OperatorError if a package cannot be had.
+
+    Packages are kept in folder `cache`. Not safe for two callers of one cache at a time.
+    """
+    found: dict[str, Path] = {}
+    for root, base in ((_packages(cache), ""), (Path(deskgrid.__file__).parent, "deskgrid/")):
+        for file in sorted(root.rglob("*")):
+            path = file.relative_to(root)
+            if file.is_file() and path.parts[0] not in _NOT_IN_A_DISK and "__pycache__" not in path.parts:
+                found[f"{PROGRAM_FOLDER}/{base}{path.as_posix()}"] = file
+    return found
+
+
+def _packages(cache: Path) -> Path:
+    """Return the folder with the packages, fetching them if they are not there."""
+    folder = cache / f"program-{hashlib.sha256(_LOCK.read_bytes()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    for old in cache.glob("program-*"):  # of other versions, and those that were cut short
+        shutil.rmtree(old)
+    unfinished = folder.with_suffix(".new")
+    _install(unfinished)
+    unfinished.rename(folder)
+    return folder
+
+
+def _install(folder: Path) -> None:
+    tags = [f"manylinux_2_{minor}_x86_64" for minor in _GLIBC_MINORS] + ["manylinux2014_x86_64"]
+    command = [
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"),
+        *("--target", str(folder), "--no-compile", "--no-deps", "--require-hashes", "--only-binary=:all:"),
+        *("--python-version", _PYTHON, "--implementation", "cp", *(word for tag in tags for word in ("--platform", tag))),
+        *("--requirement", str(_LOCK)),
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", timeout=_PIP_LIMIT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise OperatorError(f"pip did not run: {error}") from error
+    if done.returncode != 0:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        missing = "No module named pip" in done.stderr
+        hint = f"{sys.executable} -m ensurepip" if missing else "check the network and pip's settings, then try again"
+        raise OperatorError(f"deskgrid's packages could not be fetched: {done.stderr.strip()[-1000:]}", hint=hint)

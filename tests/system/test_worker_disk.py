@@ -1,0 +1,55 @@
+"""The worker disk: a job boots it in a real virtual machine, and the deskgrid in it joins the grid as a worker and runs another job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.system.harness import System, until, wait
+from tests.system.test_debian import LIMIT_S, build
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
+
+SCRIPT = """
+export HOME=/scratch DESKGRID_CLIENT_HOME=/context/grid
+deskgrid --version
+deskgrid worker join "$(cat /context/link)" --name inner --home /scratch/pc
+DESKGRID_WORKER_DRIVERS=process DESKGRID_WORKER_OVERLAY=false deskgrid worker run --home /scratch/pc &
+deskgrid job wait 2
+deskgrid worker leave --home /scratch/pc
+wait
+"""
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = tmp_path_factory.mktemp("recipe") / "lab.toml"
+    recipe.write_text('template = "worker"\npackages = ["bc"]\n')
+    return build(recipe, recipe.with_suffix(".qcow2"))
+
+
+def test_machine_of_the_worker_disk_is_a_worker_that_runs_jobs(system: System, disk: Path) -> None:
+    system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
+    system.cli("disk", "import", disk, "--name", "lab", "--agent")
+    pilot = system.job_file(
+        disk='"lab"', scratch='"1GiB"', memory='"1GiB"', network='"overlay"', reach='{ grid = "api.server" }', limits="attempts = 1"
+    )
+    (pilot.parent / "context" / "context.sh").write_text(SCRIPT)
+    (pilot.parent / "context" / "link").write_text(str(msgspec.structs.replace(wait(_link(system)), address="grid:8470")))
+    system.cli("job", "submit", pilot)
+    inner = system.folder / "inner.toml"
+    inner.write_text('command = ["sh", "-c", "echo \'6 * 7\' | bc >answer"]\n[machine]\nkind = "process"\n')
+    system.cli("run", inner, "-o", system.folder / "out")
+    assert (system.folder / "out" / "answer").read_text() == "42\n"
+    (attempt,) = system.job(2)["attempts"]
+    assert attempt["worker_name"] == "inner"
+    system.wait_for(1, "completed", limit_s=LIMIT_S)
+    until(lambda: "inner" not in system.cli("worker", "list").stdout, what="the worker in the machine has left")
+    system.nothing_left(limit_s=LIMIT_S)
+
+
+async def _link(system: System):
+    async with system.grid() as grid:
+        return await grid.join_link()
