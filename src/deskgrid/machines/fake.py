@@ -237,7 +237,7 @@ def _orders(plan: FakePlan, spec: MachineSpec, workdir: Path) -> dict[str, objec
         "remake": scratch_command(workdir / _FINISHED_DISK, workdir / _RESULT),
         "journal": qmp.JOURNAL_OUTPUT,
         "channel": CHANNEL_LOG,
-        "console": CONSOLE_LOG,
+        "console_log": CONSOLE_LOG,
         "scratch": SCRATCH_DISK,
         "finished": _FINISHED_DISK,
         "output": _OUTPUT,

@@ -34,7 +34,7 @@ def main(workdir: Path) -> int:
     if plan["console"]:
         _serve_console(workdir, plan)
     if plan["never_boots"]:
-        _append(workdir / plan["console"], b"fake: no bootable device\n")
+        _append(workdir / plan["console_log"], b"fake: no bootable device\n")
         _sleep_for_ever()
     time.sleep(max(0.0, plan["boot_s"] - ran_s))
     if not _said(workdir, plan):
