@@ -271,7 +271,7 @@ def _assemble(written: Mapping[str, _Written], where: Callable[[str], str], memb
         written=frozenset(written) if spec.app else frozenset(),
     )
     _check(job, written, where, members)
-    check_files(job.secrets, written["secrets.files"].where if job.secrets else "")
+    check_files(job.secrets, job.context, written["secrets.files"].where if job.secrets else "")
     return job
 
 

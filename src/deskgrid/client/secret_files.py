@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,8 +16,12 @@ from deskgrid.model.jobs import JobSpec
 __all__ = ["check_files", "read_files", "sealed", "with_secrets"]
 
 
-def check_files(files: Iterable[tuple[str, Path]], where: str) -> None:
-    """Check that files are there. Raise InvalidInput."""
+def check_files(files: Sequence[tuple[str, Path]], context: Path | None, where: str) -> None:
+    """Check that files are there and will not travel in clear with the context, whose folder they must not be in. Raise InvalidInput."""
+    if files and context is not None and os.path.lexists(context / "secrets"):
+        raise InvalidInput(
+            f"{context} has 'secrets', which is where the job finds its secrets", where=where, hint="give it another name"
+        )
     for name, file in files:
         try:
             good = file.exists() and not file.is_dir()  # a pipe will do: --secret token=<(pass show token)
@@ -25,6 +30,10 @@ def check_files(files: Iterable[tuple[str, Path]], where: str) -> None:
         if not good:
             raise InvalidInput(
                 f"there is no file {str(file)[:200]!r} for {name}", where=where, hint="the file with the secret in it"
+            )
+        if context is not None and file.resolve().is_relative_to(context.resolve()):
+            raise InvalidInput(
+                f"{str(file)[:200]!r} is in the context, which is not sealed", where=where, hint="keep secrets in another folder"
             )
 
 

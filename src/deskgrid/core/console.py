@@ -4,8 +4,8 @@ Rules:
 
 1. Only programs of the job's owner reach it (reach.py), whatever is shared.
 2. Its worker offers it while somebody wants it: each wish for it counts for WANTED_S, and is noted again when RENEW_S or less are left.
-3. Each stream has a password of its own, made by the worker, good for one login within LOGIN_S. It goes through the stream's TLS only and is kept
-   nowhere. It is for the last steps, on the PCs at both ends, where other programs may connect to a port.
+3. Each stream has a password of its own, made by the worker, good for one login within LOGIN_S or until the next stream begins. It goes through
+   the stream's TLS only and is kept nowhere. It is for the last steps, on the PCs at both ends, where other programs may connect to a port.
 
 A stream begins with a line of the worker's:
 

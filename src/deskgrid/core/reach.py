@@ -22,7 +22,7 @@ from deskgrid.errors import Forbidden, InvalidInput, NotFound
 from deskgrid.model.ids import JobId, UserId
 from deskgrid.model.overlay import ServiceRef
 
-__all__ = ["EVERYONE", "Source", "TargetJob", "check_job", "check_named", "check_share", "is_trust", "may_use"]
+__all__ = ["EVERYONE", "Source", "TargetJob", "check_job", "check_named", "check_share", "is_console", "is_trust", "may_use"]
 
 EVERYONE = "everyone"
 _SHARE = re.compile(r"(?:group|user):[a-z][a-z0-9_.-]{0,62}|everyone")
@@ -68,7 +68,7 @@ def may_use(source: Source, owner_id: UserId, share: Collection[str]) -> bool:
 
 def check_named(source: Source, service: ServiceRef) -> None:
     """Raise Forbidden if the source is a job whose spec does not name the service, or that is a job's console."""
-    if source.job_id is not None and _is_console(service):
+    if source.job_id is not None and is_console(service):
         raise Forbidden(f"job {source.job_id} may not reach {service}: only programs of its owner may")
     if source.job_id is not None and service not in source.reach:
         raise Forbidden(f"job {source.job_id} may not reach {service}: its spec does not name it", hint="add it to machine.reach")
@@ -82,7 +82,7 @@ def check_job(source: Source, service: ServiceRef, job: TargetJob | None) -> Non
     check_named(source, service)
     if job is None or not may_use(source, job.owner_id, job.share):
         raise NotFound(f"there is no job {service.job_id} that {source.user} may reach", hint="deskgrid peers")
-    if _is_console(service):
+    if is_console(service):
         if source.user_id != job.owner_id:
             raise Forbidden(f"the screen of job {service.job_id} is for its owner only")
         if not job.has_screen:
@@ -93,5 +93,6 @@ def check_job(source: Source, service: ServiceRef, job: TargetJob | None) -> Non
         raise NotFound(f"job {service.job_id} offers no service {service.service}", hint=f"it offers {offers}")
 
 
-def _is_console(service: ServiceRef) -> bool:
+def is_console(service: ServiceRef) -> bool:
+    """Tell whether this is the screen of a job's machine."""
     return service.service == CONSOLE and service.job_id is not None

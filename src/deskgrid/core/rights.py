@@ -7,7 +7,7 @@ Rules:
 2. A job's own token stands for the job's owner in all these relations, but opens only the calls whose row names `job`.
 3. A user's token may be narrowed to some rights, which are groups of calls. It opens only those, makes no wider token, and is an admin's only if
    `admin` is among them (or `metrics` is the only one). `workers` is worth more than it seems: who lends a PC sees the jobs that run there. So
-   is `jobs`: a job reaches the programs that its owner offers.
+   is `jobs`: a job reaches the programs that its owner offers. To see the screen of a job takes `jobs` besides `overlay`: who sees it can type.
 4. Visibility `group` of data and apps means the members of the group named with it. A job is seen by the members of the group that it is done for.
 """
 

@@ -31,7 +31,7 @@ from deskgrid.errors import MachineFailed
 from deskgrid.machines import cage, process_tree, processes, qmp
 from deskgrid.machines.channel import ChannelParser
 from deskgrid.machines.checkpoint import RESTORING_MARK, read_checkpoint
-from deskgrid.machines.context import SECRETS_FOLDER
+from deskgrid.machines.clear_secrets import CONTEXT_DISK, CONTEXT_FOLDER, mark_secrets, wipe_secrets
 from deskgrid.machines.disks import check_space, wrap_disk_error
 from deskgrid.machines.driver import (
     ExitCause,
@@ -46,7 +46,7 @@ from deskgrid.machines.driver import (
     Saved,
     Stream,
 )
-from deskgrid.machines.folders import remove_tree, wipe
+from deskgrid.machines.folders import remove_tree
 from deskgrid.machines.processes import ProcessIdentity
 from deskgrid.model.machines import DriverName, Fingerprint, Network
 
@@ -64,9 +64,6 @@ __all__ = [
 ]
 
 SCRATCH_DISK = "scratch.img"
-CONTEXT_DISK = "context.iso"
-CONTEXT_FOLDER = "context"
-"""The same of a machine without disks."""
 OVERLAY_DISK = "disk.qcow2"
 CHANNEL_LOG = "channel.log"
 CONSOLE_LOG = "console.log"
@@ -220,8 +217,6 @@ class ProcessDriver(ABC):
         if identity is not None:
             await self._kill(handle, identity)
         await cage.wait_keeper_gone(Path(handle.workdir), self._clock)
-        if handle.spec.secrets is not None:
-            await asyncio.to_thread(_wipe_secrets, Path(handle.workdir))
         await asyncio.to_thread(_remove, Path(handle.workdir))
 
     async def recover(self, handle: MachineHandle) -> Recovery:
@@ -291,6 +286,8 @@ class ProcessDriver(ABC):
             raise wrap_disk_error(error) from error
         try:
             check_space(workdir)
+            if handle.spec.secrets is not None:
+                mark_secrets(workdir)
             self._make_files(handle)
         except BaseException as error:
             _remove(workdir)
@@ -411,20 +408,13 @@ def last_words(workdir: Path) -> str:
     return "; ".join(lines[-3:])
 
 
-def _wipe_secrets(workdir: Path) -> None:
-    """Write over what was made of a job's secrets: of a virtual machine its context disk, of a process files in its context."""
-    try:
-        wipe(workdir / CONTEXT_DISK, workdir / CONTEXT_FOLDER / SECRETS_FOLDER)
-    except OSError as error:
-        raise MachineFailed(f"the job's secrets cannot be wiped: {error}") from error
-
-
 def _remove(workdir: Path) -> None:
-    """Remove a folder such that it is either whole or not there under its name. Idempotent."""
+    """Remove a folder such that it is either whole or not there under its name, secrets first. Idempotent."""
     removed = workdir.with_name(f"{workdir.name}.removed")
     try:
         _remove_tree(removed)
         if workdir.exists():
+            wipe_secrets(workdir)
             workdir.rename(removed)
             _remove_tree(removed)
     except FileNotFoundError:

@@ -44,12 +44,12 @@ from pycdlib.pycdlibexception import PyCdlibException
 
 from deskgrid.errors import InvalidInput
 from deskgrid.machines.cage import CAGE_NETWORK, GATEWAY, HTTP_PROXY_PORT, SOCKS_PORT
+from deskgrid.machines.clear_secrets import SECRETS_FOLDER
 from deskgrid.machines.driver import MachineSpec
 from deskgrid.model.machines import ContextLabel, Network
 
 __all__ = [
     "OWN_FOLDER",
-    "SECRETS_FOLDER",
     "cernvm_user_data",
     "check_secrets_place",
     "create_context",
@@ -63,7 +63,6 @@ __all__ = [
 
 OWN_FOLDER = ".deskgrid"
 APP_FOLDER = "app"
-SECRETS_FOLDER = "secrets"
 JOB_FOLDER = "job"
 SOCKS = f"{GATEWAY}:{SOCKS_PORT}"
 HTTP_PROXY = f"{GATEWAY}:{HTTP_PROXY_PORT}"

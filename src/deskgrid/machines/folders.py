@@ -73,21 +73,26 @@ class _Measure:
 
 
 def wipe(*paths: Path) -> None:
-    """Write zeros over files, and over those in folders, on the disk, and remove them. Idempotent. Raise OSError.
+    """Write zeros over files, and over those in folders, on the disk, and remove them. Idempotent, and two at once do no harm. Raise OSError.
 
-    Worth what the disk makes of it: an SSD, or a file system that copies, may keep the old bytes for a while where nobody finds them by name.
+    Folders stay, empty. Worth what the disk makes of it: an SSD, or a file system that copies, may keep the old bytes for a while where nobody finds them by name.
     """
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            wipe(*path.iterdir())
-        elif path.is_file() and not path.is_symlink():
-            with path.open("r+b") as file:
-                left = os.fstat(file.fileno()).st_size
-                while left > 0:
-                    left -= file.write(bytes(min(left, 1 << 20)))
-                file.flush()
-                os.fsync(file.fileno())
-            path.unlink()
+        with ignoring(FileNotFoundError):  # somebody else wipes it, too
+            if path.is_dir() and not path.is_symlink():
+                wipe(*path.iterdir())
+            elif path.is_file() and not path.is_symlink():
+                _write_over(path)
+                path.unlink()
+
+
+def _write_over(path: Path) -> None:
+    with path.open("r+b") as file:
+        left = os.fstat(file.fileno()).st_size
+        while left > 0:
+            left -= file.write(bytes(min(left, 1 << 20)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_tree(path: str) -> None:

@@ -42,7 +42,8 @@ from deskgrid.clock import Clock
 from deskgrid.errors import DeskgridError, InvalidInput, MachineFailed
 from deskgrid.machines import cage, process_machine, process_tree, processes, qmp
 from deskgrid.machines.base import CONTEXT_FOLDER, STOPPED_MARK, ProcessDriver
-from deskgrid.machines.context import OWN_FOLDER, SECRETS_FOLDER, check_secrets_place, environment_file, secret_files, services_file
+from deskgrid.machines.clear_secrets import SECRETS_FOLDER
+from deskgrid.machines.context import OWN_FOLDER, check_secrets_place, environment_file, secret_files, services_file
 from deskgrid.machines.driver import ExitCause, Exited, MachineEvent, MachineHandle, MachineSpec, Recovery, Saved
 from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.process_sandbox import (

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from deskgrid.core.manifests import SIGNER, sign_statement
@@ -84,7 +85,7 @@ class Authority:
         self._grant_key = _ensure_ed25519_key(folder / "grants.key")
         self._manifest_key = _ensure_ed25519_key(folder / "manifests.key")
         self._manifest_certificate = _ensure_manifest_certificate(folder, self._root, self._key, self._manifest_key)
-        self._secrets_key = _ensure_secrets_key(folder)
+        self._secrets_key = _ensure_secrets_key(folder, self._grant_key)
 
     @property
     def grant_key_pem(self) -> str:
@@ -139,8 +140,7 @@ class Authority:
 def make_authority(folder: Path, name: str, now: datetime.datetime) -> None:
     """Make the root key and certificate, and the key for grants, in `folder`, unless they are there. Interrupted, it can be called again."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _ensure_ed25519_key(folder / "grants.key")
-    _ensure_secrets_key(folder)
+    _ensure_secrets_key(folder, _ensure_ed25519_key(folder / "grants.key"))
     if (folder / "authority.pem").exists():
         return
     key = ec.generate_private_key(ec.SECP256R1())
@@ -269,9 +269,16 @@ def _ensure_manifest_certificate(
     return certificate
 
 
-def _ensure_secrets_key(folder: Path) -> X25519PrivateKey:
-    """Return the key to which secrets are sealed, made if it is missing."""
-    key = _ensure_private_key(folder / "secrets.key", X25519PrivateKey.generate)
+def _ensure_secrets_key(folder: Path, grant_key: Ed25519PrivateKey) -> X25519PrivateKey:
+    """Return the key to which secrets are sealed, made if it is missing: of the key for grants, so that servers on several machines, which
+    have copies of one authority of a time before this key, make the same.
+    """
+
+    def make() -> X25519PrivateKey:
+        derivation = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"deskgrid secrets.key")
+        return X25519PrivateKey.from_private_bytes(derivation.derive(grant_key.private_bytes_raw()))
+
+    key = _ensure_private_key(folder / "secrets.key", make)
     if not isinstance(key, X25519PrivateKey):
         raise TypeError("secrets.key is not an X25519 key")
     return key

@@ -10,7 +10,8 @@ from msgspec import Struct
 
 from deskgrid.core.console import RENEW_S
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
-from deskgrid.core.reach import Source, TargetJob, check_job, check_named, may_use
+from deskgrid.core.reach import Source, TargetJob, check_job, check_named, is_console, may_use
+from deskgrid.core.rights import Right, holds
 from deskgrid.core.trust import Grant
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
@@ -63,6 +64,8 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
     service = parse_service(wish.service, "service")
     if service.peer == API_SERVICE.peer:
         raise InvalidInput(f"{service} is not reached through the overlay", where="service", hint="dial the server")
+    if is_console(service) and not holds(caller.rights, Right.JOBS):
+        raise Forbidden("this token may not see the screens of jobs", hint="it needs the right: jobs")
     own = peers.find_own(tx, caller, wish.peer_id)
     source = _source(tx, own)
     check_named(source, service)

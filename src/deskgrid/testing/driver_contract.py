@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ import psutil
 import pytest
 from msgspec import Struct
 
-from deskgrid.errors import MachineFailed
+from deskgrid.errors import MachineFailed, NoSpace
 from deskgrid.machines import processes
 from deskgrid.machines.driver import (
     Booted,
@@ -466,9 +467,30 @@ class DriverContract:
         for number, file in enumerate(made):
             assert not file.stat().st_mode & 0o077
             (seen / str(number)).hardlink_to(file)  # what is on the disk, whatever its name
-        await driver.destroy(handle)
+        # Also by whoever knows nothing of the machine but its folder, as of one whose making a kill cut short.
+        await driver.destroy(msgspec.structs.replace(handle, spec=msgspec.structs.replace(handle.spec, secrets=None)))
         assert not any(secret in file.read_bytes() for file in seen.iterdir())
         assert not Path(handle.workdir).exists()
+
+    async def test_secrets_are_written_over_when_the_machine_cannot_be_made(
+        self, driver: SuspendableDriver, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        secret = b"s3cr3t-" + os.urandom(8).hex().encode()
+        given, seen = tmp_path / "given", tmp_path / "seen"
+        given.mkdir()
+        (given / "token").write_bytes(secret)
+        make_files = driver._make_files  # type: ignore[attr-defined]
+
+        def fail(handle: MachineHandle) -> None:
+            make_files(handle)
+            made = [file for file in Path(handle.workdir).rglob("*") if file.is_file() and secret in file.read_bytes()]
+            seen.hardlink_to(made[0])
+            raise OSError(errno.ENOSPC, "no space")
+
+        monkeypatch.setattr(driver, "_make_files", fail)
+        with pytest.raises(NoSpace):
+            await prepare(TICKING, secrets=given)
+        assert secret not in seen.read_bytes()
 
     async def test_destroy_right_after_start_in_a_cage_leaves_nothing(
         self, driver: NetworkedDriver, prepare: Prepare, tmp_path: Path

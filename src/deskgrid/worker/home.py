@@ -25,10 +25,11 @@ from msgspec import Struct
 
 from deskgrid.archive import sync_folder
 from deskgrid.errors import Conflict
+from deskgrid.machines.clear_secrets import wipe_secrets
 from deskgrid.machines.folders import wipe
 from deskgrid.model.ids import AttemptId
 
-__all__ = ["SECRETS", "Home", "locked", "make_empty", "remove", "write_durably", "write_whole"]
+__all__ = ["MACHINE", "SECRETS", "Home", "locked", "make_empty", "remove", "remove_attempt", "write_durably", "write_whole"]
 
 
 class Home(Struct, frozen=True):
@@ -143,14 +144,20 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True, mode=0o700)
 
 
-SECRETS = "secrets"
-"""Folder of an attempt with its secrets, while its machine is made."""
+MACHINE, SECRETS = "machine", "secrets"
+"""Folders in an attempt's: of its machine, which the driver makes, and of the job's secrets in clear until the machine has them."""
+
+
+def remove_attempt(folder: Path) -> None:
+    """Remove the folder of an attempt whose machine is gone; what is left of secrets in it is written over. Idempotent. Blocks."""
+    wipe(folder / SECRETS)
+    wipe_secrets(folder / MACHINE)  # of one whose making was cut short
+    remove(folder)
 
 
 def remove(*paths: Path) -> None:
-    """Remove files and folders, read-only ones too, never what links point to; secrets are written over. Idempotent. Blocks."""
+    """Remove files and folders, read-only ones too, never what links point to. Idempotent. Blocks."""
     for path in paths:
-        wipe(path if path.name == SECRETS else path / SECRETS)
         if path.is_dir() and not path.is_symlink():
             # The user's folders may be read-only; they are ours now.
             for parent, folders, _ in os.walk(path):

@@ -13,12 +13,13 @@ from deskgrid.client.transport import Transport, load_credentials
 from deskgrid.clock import SystemClock
 from deskgrid.errors import DeskgridError, InvalidInput, PeerError, Unauthenticated
 from deskgrid.machines.driver import MachineHandle
+from deskgrid.machines.folders import wipe
 from deskgrid.model import wire
 from deskgrid.settings import WorkerSettings, load_settings
 from deskgrid.worker.connection import Connection
 from deskgrid.worker.control import AttemptStatus, StatusAnswer
 from deskgrid.worker.drivers import Drivers, make_driver
-from deskgrid.worker.home import Home, remove
+from deskgrid.worker.home import MACHINE, Home, remove, remove_attempt
 from deskgrid.worker.journal import Entry, Journal
 from deskgrid.worker.tasks import in_thread
 
@@ -68,8 +69,8 @@ async def destroy_strays(home: Home, drivers: Drivers, *, known: Iterable[Path])
         _log.warning("stray_attempt_removed", folder=folder.name)
         try:
             if folder.is_dir():
-                await drivers.destroy_unknown(folder / "machine")
-            await in_thread(remove, folder)
+                await drivers.destroy_unknown(folder / MACHINE)
+            await in_thread(remove_attempt, folder)
         except (DeskgridError, OSError) as error:
             _log.error("stray_attempt_not_removed", folder=folder.name, error=str(error))
 
@@ -86,10 +87,11 @@ async def say_goodbye(connection: Connection) -> str:
 
 
 def remove_files(home: Home) -> None:
-    """Remove all that a worker has on this PC but its settings."""
-    for path in (home.credentials, home.paused, home.control, home.journal, home.attempts, home.cache, home.probes):
+    """Remove all that a worker has on this PC but its settings, after its machines."""
+    files = (home.credentials, home.paused, home.control, home.journal, home.attempts, home.cache, home.probes)
+    for path, take in ((home.secrets_key, wipe), *((file, remove) for file in files)):
         try:
-            remove(path)
+            take(path)
         except OSError as error:
             _log.error("files_not_removed", path=str(path), error=str(error))
 

@@ -53,6 +53,7 @@ from deskgrid.machines.driver import (
     Suspendable,
     Viewable,
 )
+from deskgrid.machines.folders import wipe
 from deskgrid.machines.results import ExtractLimits, ResultReport
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
@@ -62,7 +63,7 @@ from deskgrid.model.workers import AttemptReport
 from deskgrid.units import format_duration
 from deskgrid.worker.console import make_console
 from deskgrid.worker.endorsed import check_endorsed
-from deskgrid.worker.home import make_empty, remove
+from deskgrid.worker.home import MACHINE, SECRETS, make_empty, remove, remove_attempt
 from deskgrid.worker.journal import Entry, Phase, Verdict
 from deskgrid.worker.judging import NOT_THE_JOB, fault_of, judge, without_result
 from deskgrid.worker.kit import Kit
@@ -84,7 +85,7 @@ _WHOLE_REPORT_BYTES = 1 << 20
 """The report holds the last MiB of a stream; shorter ones are known to be whole."""
 _MOST_RESTORES = 3
 """Times that a machine goes on from the same checkpoint: then something is wrong with it, or with this PC."""
-_MACHINE, _RESULT = "machine", "result.tar.zst"
+_RESULT = "result.tar.zst"
 _SEEN, _PICTURE = "seen", "screen.png"
 """Folder of what is left of a machine that never came up, and the picture of its screen in it."""
 _PICTURE_S = 10.0
@@ -383,15 +384,19 @@ class Runner:
             return
         assignment = self.entry.assignment
         driver = self._kit.drivers.choose(assignment.spec.machine)
+        await in_thread(remove_attempt, self._folder)
         await in_thread(make_empty, self._folder)
         context = await self._supplies.fetch_context()
         program = await self._supplies.fetch_program()
         async with self._disk() as disk:
-            spec = self._supplies.machine_spec(disk, context, program, await self._supplies.open_secrets())
-            handle = await driver.prepare(spec, self._folder / _MACHINE)
-            # At once, so that whoever cancels us now knows what to remove.
-            self.entry = msgspec.structs.replace(self.entry, handle=handle)
-            self._hold_disk()
+            try:
+                spec = self._supplies.machine_spec(disk, context, program, await self._supplies.open_secrets())
+                handle = await driver.prepare(spec, self._folder / MACHINE)
+                # At once, so that whoever cancels us now knows what to remove.
+                self.entry = msgspec.structs.replace(self.entry, handle=handle)
+                self._hold_disk()
+            finally:
+                await in_thread(wipe, self._folder / SECRETS)
         await self._note(needed=True, phase=Phase.PREPARED)
         await in_thread(remove, *self._supplies.files())
 
@@ -620,7 +625,7 @@ class Runner:
         if report.result is not None:
             report = await self._upload(report, report.result)
         if removed:
-            await in_thread(remove, self._folder)
+            await in_thread(remove_attempt, self._folder)
             self.disk_bytes = 0
         # One with a result must not look for that again when it has been removed.
         await self._note(durably=report.result is not None, phase=Phase.DONE, report=report)
@@ -707,7 +712,7 @@ class Runner:
         """Remove the machine and all files. What cannot be removed now is at the next start."""
         if await self.remove_machine():
             try:
-                await in_thread(remove, self._folder)
+                await in_thread(remove_attempt, self._folder)
             except OSError as error:
                 _log.error("files_not_removed", **self._names(), error=str(error))
 

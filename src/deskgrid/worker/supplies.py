@@ -21,7 +21,6 @@ from deskgrid.model.ids import attempt_name
 from deskgrid.model.machines import ContextLabel, DiskFormat, MachineKind
 from deskgrid.model.workers import Assignment
 from deskgrid.units import GIB
-from deskgrid.worker.home import SECRETS
 from deskgrid.worker.installed import InstalledDisk
 from deskgrid.worker.kit import Kit
 from deskgrid.worker.secrets import write_secrets
@@ -59,7 +58,7 @@ class Supplies:
 
     def files(self) -> tuple[Path, ...]:
         """Return what is of no use any more once the machine is made."""
-        whole = self._folder / _CONTEXT, self._folder / _CONTEXT_ARCHIVE, self._folder / _PROGRAM_ARCHIVE, self._folder / SECRETS
+        whole = self._folder / _CONTEXT, self._folder / _CONTEXT_ARCHIVE, self._folder / _PROGRAM_ARCHIVE
         # A process runs from its program's folder; a VM has it on its context disk.
         return whole if self._assignment.spec.machine.kind is not MachineKind.VM else (*whole, self._folder / _PROGRAM)
 
@@ -77,12 +76,10 @@ class Supplies:
         return folder
 
     async def open_secrets(self) -> Path | None:
-        """Return a folder with the job's secrets, which `files` names for removal; None if it has none. Raise InvalidInput."""
+        """Return a folder with the job's secrets, to be wiped when the machine has them; None if it has none. Raise InvalidInput."""
         if not self._assignment.spec.secrets:
             return None
-        found = self._kit.secrets.open(self._assignment)
-        await in_thread(write_secrets, self._folder / SECRETS, found)
-        return self._folder / SECRETS
+        return await in_thread(write_secrets, self._folder, self._kit.secrets.open(self._assignment))
 
     async def fetch_program(self) -> Path | None:
         """Return the folder with the files of the job's app for this platform; None if it has none. Raise BadArchive, or as download does."""

@@ -24,7 +24,7 @@ from deskgrid.machines.driver import (
 from deskgrid.model.jobs import AttemptState
 from deskgrid.units import format_duration
 from deskgrid.worker.conversation import Answer, Conversation, Task, task_line
-from deskgrid.worker.home import make_empty, remove
+from deskgrid.worker.home import MACHINE, make_empty, remove
 from deskgrid.worker.journal import Verdict
 from deskgrid.worker.judging import NOT_THE_JOB, fault_of
 from deskgrid.worker.kit import Kit
@@ -46,7 +46,6 @@ _LAST_WORDS_BYTES = 500
 _LAST_S = 5.0
 """That a program may live on once it has closed its stdout."""
 _RECHECK_S = 0.05
-_MACHINE = "machine"
 
 
 class Pool(Protocol):
@@ -245,7 +244,7 @@ class WarmProgram:
         supplies = Supplies(self._kit, self.line.assignment, self.folder)
         context = await supplies.fetch_context()
         program = await supplies.fetch_program()
-        self._handle = await driver.prepare(supplies.machine_spec(None, context, program), self.folder / _MACHINE)
+        self._handle = await driver.prepare(supplies.machine_spec(None, context, program), self.folder / MACHINE)
         await in_thread(self._kit.journal.write_machine, self.name, self._handle)
         await in_thread(remove, *supplies.files())
 

@@ -258,6 +258,24 @@ def test_wrong_secrets_are_told_with_their_line(tmp_path: Path, text: str, told:
         parse_job(f'[machine]\ndisk = "tiny"\n[secrets]\n{text}\n', "job.toml", folder=tmp_path)
 
 
+@pytest.mark.parametrize("context", [".", "files", "files/../files"])
+def test_secret_that_would_travel_in_clear_with_the_context_is_refused(tmp_path: Path, context: str):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "token").write_text("s3cret")
+    text = f'[machine]\ndisk = "tiny"\ncontext = "{context}"\n[secrets]\nfiles = {{ token = "files/token" }}\n'
+    with pytest.raises(InvalidInput, match=r"^job.toml:5: .*files/token' is in the context, which is not sealed"):
+        parse_job(text, "job.toml", folder=tmp_path)
+
+
+def test_context_that_has_something_in_the_place_of_the_secrets_is_refused(tmp_path: Path):
+    (tmp_path / "files" / "secrets").mkdir(parents=True)
+    (tmp_path / "token").write_text("s3cret")
+    text = '[machine]\ndisk = "tiny"\ncontext = "files"\n'
+    assert parse_job(text, "job.toml", folder=tmp_path).secrets == ()
+    with pytest.raises(InvalidInput, match=r"^job.toml:5: .*files has 'secrets', which is where the job finds its secrets"):
+        parse_job(text + '[secrets]\nfiles = { token = "token" }\n', "job.toml", folder=tmp_path)
+
+
 def test_an_app_says_nothing_of_secrets_or_of_whom_to_trust():
     for secrets in ({"files": {"token": "t"}}, {"trust": ["everyone"]}):
         with pytest.raises(InvalidInput, match="cannot be a default"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_certificate_is_good_from_a_day_ago_until_after_the_registration_and_sig
 def test_keys_are_their_owners_only_and_stay(tmp_path: Path, authority: Authority):
     assert {file.stat().st_mode & 0o077 for file in tmp_path.iterdir()} == {0}
     assert Authority(tmp_path).grant_key_pem == authority.grant_key_pem
+
+
+def test_servers_with_copies_of_one_authority_from_before_secrets_agree_on_the_key(tmp_path: Path):
+    make_authority(tmp_path / "one", "test", datetime.datetime.fromtimestamp(NOW, datetime.UTC))
+    (tmp_path / "one" / "secrets.key").unlink()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert Authority(tmp_path / "one").secrets_key == Authority(tmp_path / "two").secrets_key
 
 
 def test_processes_that_start_at_once_agree_on_the_keys(tmp_path: Path):

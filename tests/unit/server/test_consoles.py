@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from cryptography.hazmat.primitives import serialization
 from tests.unit.server.test_overlay import attempt_peer, grid, people, program, start_hub
+from tests.unit.server.test_rights import narrowed
 
 from deskgrid.client.grid import Grid
 from deskgrid.client.transport import Transport
@@ -144,6 +145,24 @@ async def test_nobody_but_its_owners_programs_may_see_a_job(grid: TestGrid):
         with pytest.raises(Forbidden, match="only programs of its owner"):
             await own.ask(console)
         assert await consoles(shared) == ()
+
+
+@pytest.mark.parametrize(
+    ("rights", "sees"), [(("overlay",), False), (("overlay", "jobs:read"), False), (("overlay", "jobs"), True)]
+)
+async def test_token_narrowed_to_the_overlay_sees_no_screen(grid: TestGrid, rights: tuple[str, ...], sees: bool):
+    [ann] = await people(grid, "ann")
+    hub = await start_hub(grid)
+    async with Transport(await grid.worker("a")) as worker, Transport(ann) as whole:
+        job = await play_job(ann, worker, network=Network.OVERLAY)
+        await attempt_peer(job, hub)
+        async with program(await narrowed(whole, *rights)) as user:
+            await user.register()
+            if sees:
+                assert (await user.ask(f"console.job-{job.id}")).grant
+            else:
+                with pytest.raises(Forbidden, match="needs the right: jobs"):
+                    await user.ask(f"console.job-{job.id}")
 
 
 async def test_job_that_is_over_or_has_no_screen_is_not_waited_for(grid: TestGrid):

@@ -179,7 +179,8 @@ async def test_replaced_key_of_the_server_leaves_the_secrets_out(grid: TestGrid,
     home = await pc(grid, "ann")
     async with Grid(await grid.user("ann")) as ann:
         await ann.submit(SPEC, secrets=SECRETS)
-    (grid.home / "authority" / "secrets.key").unlink()
+    for name in ("secrets.key", "grants.key"):
+        (grid.home / "authority" / name).unlink()
     old = grid.services.authority.secrets_key
     grid.services.authority.__init__(grid.home / "authority")  # what a restart does
     assert grid.services.authority.secrets_key != old

@@ -130,7 +130,9 @@ async def test_job_that_ends_takes_its_screen_with_it(rig: Rig, grid: SmallGrid,
     assert rig.nothing_left()
 
 
-async def test_next_worker_shows_the_screen_of_a_machine_that_it_finds_again(rig: Rig, driver: ConsoleDriver, user: Peer) -> None:
+async def test_next_worker_shows_the_screen_of_a_machine_that_it_finds_again(
+    rig: Rig, grid: SmallGrid, driver: ConsoleDriver, user: Peer
+) -> None:
     async with contextlib.AsyncExitStack() as stack:
         async with rig.working(keep=True):
             attempt = await started(rig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,12 +11,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from deskgrid.core.sealing import for_attempt, seal_secrets
-from deskgrid.errors import InvalidInput
+from deskgrid.errors import InvalidInput, NoSpace
+from deskgrid.machines.clear_secrets import mark_secrets
 from deskgrid.machines.folders import wipe
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState, JobSpec, Machine
 from deskgrid.units import MIB
-from deskgrid.worker.home import SECRETS, make_empty, remove
+from deskgrid.worker.home import MACHINE, make_empty, remove, remove_attempt
 from deskgrid.worker.secrets import SecretsKey, write_secrets
 from tests.unit.worker.play import Rig
 
@@ -77,15 +79,52 @@ def test_what_one_attempt_may_open_is_of_no_use_in_another(rig: Rig) -> None:
     assert key.open(msgspec.structs.replace(assignment, attempt_id=AttemptId(7))) == {"token": TOKEN}
 
 
-@pytest.mark.parametrize("clean", [remove, make_empty])
-def test_secrets_that_a_kill_left_are_written_over(tmp_path: Path, clean) -> None:
+async def test_nothing_of_the_secrets_stays_when_the_machine_cannot_be_made(rig: Rig, tmp_path: Path) -> None:
+    rig.driver.errors["prepare"] = NoSpace("full")
+    async with rig.working():
+        report = await rig.ended(rig.server.submit(spec=SPEC, secrets=sealed_for(rig, 1)))
+        assert report.state is AttemptState.REFUSED
+        assert not list(rig.home.attempts.rglob("token"))
+
+
+def test_secrets_that_a_kill_left_are_written_over(tmp_path: Path) -> None:
     attempt = tmp_path / "attempt"
-    attempt.mkdir()
-    write_secrets(attempt / SECRETS, {"token": TOKEN})
-    assert (attempt / SECRETS / "token").stat().st_mode & 0o777 == 0o600
-    os.link(attempt / SECRETS / "token", tmp_path / "seen")  # what is on the disk, whatever the name
+    machine = attempt / MACHINE
+    (machine / "context" / "secrets").mkdir(parents=True)
+    mark_secrets(machine)
+    files = [write_secrets(attempt, {"token": TOKEN}) / "token", machine / "context.iso", machine / "context" / "secrets" / "token"]
+    assert files[0].stat().st_mode & 0o777 == 0o600
+    for number, file in enumerate(files):
+        file.write_bytes(TOKEN)
+        os.link(file, tmp_path / f"seen{number}")  # what is on the disk, whatever the name
+    remove_attempt(attempt)
+    assert {(tmp_path / f"seen{number}").read_bytes() for number in range(3)} == {bytes(len(TOKEN))}
+    assert not attempt.exists()
+
+
+@pytest.mark.parametrize("clean", [remove, make_empty, remove_attempt])
+def test_files_of_a_user_that_are_called_secrets_are_not_touched(tmp_path: Path, clean: Callable[[Path], None]) -> None:
+    attempt = tmp_path / "attempt"
+    for folder in (attempt / "context" / "secrets", attempt / MACHINE / "context" / "secrets", tmp_path / "given" / "secrets"):
+        folder.mkdir(parents=True)
+        (folder / "notes").write_bytes(TOKEN)
+        (folder / "notes").chmod(0o444)
+        os.link(folder / "notes", tmp_path / f"seen-{len(list(tmp_path.glob('seen-*')))}")
+    remove(tmp_path / "given")
     clean(attempt)
-    assert (tmp_path / "seen").read_bytes() == bytes(len(TOKEN))
+    assert {file.read_bytes() for file in tmp_path.glob("seen-*")} == {TOKEN}
+
+
+@pytest.mark.parametrize("content", [b"", b"short", None], ids=["empty", "short", "a folder"])
+async def test_worker_without_a_usable_key_works_and_gets_no_secrets(rig: Rig, content: bytes | None) -> None:
+    rig.home.create()
+    if content is None:
+        rig.home.secrets_key.mkdir()
+    else:
+        rig.home.secrets_key.write_bytes(content)
+    async with rig.working():
+        await rig.running()
+        assert rig.server.syncs[-1].profile.secrets_key == ""
 
 
 def test_wiping_follows_no_link_and_can_be_done_again(tmp_path: Path) -> None:
