@@ -20,6 +20,7 @@ import pytest
 from deskgrid.clock import SystemClock
 from deskgrid.errors import BadImage, DeskgridError
 from deskgrid.machines import base, processes, qmp
+from deskgrid.machines.base import CHANNEL_LOG
 from deskgrid.machines.driver import (
     ContextExited,
     Doorway,
@@ -154,6 +155,15 @@ async def seen(driver: QemuDriver, handle: MachineHandle, least: int) -> int:
     raise AssertionError("the machine ended")
 
 
+async def says_more(handle: MachineHandle, lines: int) -> None:
+    """Wait until a machine has said so many lines more than it has now."""
+    log = Path(handle.workdir) / CHANNEL_LOG
+    wanted = log.read_bytes().count(b"\n") + lines
+    async with asyncio.timeout(BOOT_LIMIT_S):
+        while log.read_bytes().count(b"\n") < wanted:
+            await asyncio.sleep(0.02)
+
+
 def refcounts(image: Path) -> bytes:
     """Return the first block of reference counts."""
     with image.open("rb") as file:
@@ -257,18 +267,40 @@ class TestQemuDriver(ConsoleContract):
         assert output_of(events, Stream.STDOUT) == wanted
         assert read_scratch(driver.scratch(handle), "/lines") == wanted
 
+    async def test_disks_are_flushed_while_a_checkpoint_is_written_and_not_for_the_guest(
+        self, driver: QemuDriver, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def ignores_flushes(handle: MachineHandle) -> set[bool]:
+            nodes = await qmp.execute(Path(handle.workdir), "query-named-block-nodes", {"flat": True})
+            return {node["cache"]["no-flush"] for node in nodes if node["node-name"] in ("disk-file", "scratch-file")}
+
+        async def look(handle: MachineHandle, tag: str) -> None:
+            seen_flags.append(await ignores_flushes(handle))
+            await drop_state(handle, tag)
+
+        seen_flags: list[set[bool]] = []
+        drop_state = driver._drop_state
+        monkeypatch.setattr(driver, "_drop_state", look)
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        await driver.checkpoint(handle)
+        await driver.checkpoint(handle)
+        assert seen_flags == [{False}] * 3
+        assert await ignores_flushes(handle) == {True}
+
     async def test_disks_whose_counts_a_power_cut_left_behind_are_mended(
         self, driver: QemuDriver, new_driver: Callable[[], QemuDriver], prepare: Prepare
     ) -> None:
         # A new file each time: blocks of a file written again may lie in clusters that were counted before the checkpoint.
-        script = "i=0; while [ $i -lt 20 ]; do i=$((i + 1)); dd if=/dev/urandom of=x$i bs=64k count=20 2>&-; sync; echo $i; done; sleep 600\n"
+        writing = "dd if=/dev/urandom of=x$i bs=64k count=8 2>&-; sync; echo $i; sleep 0.1"
+        script = f"i=0; while [ $i -lt 60 ]; do i=$((i + 1)); {writing}; done; sleep 600\n"
         handle = await prepare(ContractJob(script, {}))
         await driver.start(handle)
         await seen(driver, handle, 1)
         await driver.checkpoint(handle)
         images = [Path(handle.workdir, name) for name in ("disk.qcow2", "scratch.qcow2")]
         counts = [refcounts(image) for image in images]
-        await seen(driver, handle, 5)
+        await says_more(handle, 3)
         identity = processes.read_identity(Path(handle.workdir))
         assert identity is not None
         await processes.kill(identity, SystemClock())
@@ -286,6 +318,25 @@ class TestQemuDriver(ConsoleContract):
         await later.stop(handle, grace_s=0)
         for image in images:
             subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", image], check=True)
+
+    async def test_restore_waits_for_a_check_that_a_killed_worker_had_begun(self, driver: QemuDriver, prepare: Prepare) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        await driver.save(handle)
+        holder = subprocess.Popen(
+            ["qemu-io", "-f", "qcow2", driver.scratch(handle)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        with holder:
+            assert holder.stdin is not None and holder.stdout is not None
+            holder.stdin.write("read 0 512\n")
+            holder.stdin.flush()
+            holder.stdout.readline()  # it has the lock
+            restoring = asyncio.create_task(driver.restore(handle))
+            await asyncio.wait({restoring}, timeout=1.5)
+            assert not restoring.done()
+            holder.stdin.close()
+            await restoring
+        assert await driver.recover(handle) == Running()
 
     async def test_room_that_a_checkpoint_took_is_given_back_by_the_one_after_the_next(
         self, driver: QemuDriver, prepare: Prepare

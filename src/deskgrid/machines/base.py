@@ -239,6 +239,15 @@ class ProcessDriver(ABC):
         processes.write_identity(workdir, identity)
         return Running()
 
+    async def fall_back(self, handle: MachineHandle) -> bool:
+        """See Checkpointing."""
+        if read_checkpoint(Path(handle.workdir)) is None:
+            return False
+        identity = self._identity(handle)
+        if identity is not None:
+            await self._kill(handle, identity)
+        return isinstance(self._exit(handle), Saved)
+
     def scratch(self, handle: MachineHandle) -> Path:
         """See Driver."""
         return Path(handle.workdir) / SCRATCH_DISK

@@ -11,6 +11,7 @@ beside the mark is ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from abc import abstractmethod
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from deskgrid.machines.processes import ProcessIdentity
 __all__ = ["CheckpointingDriver"]
 
 _QUIT_LIMIT_S = 10.0
+_THAW_LIMIT_S = 5.0
+_LEFT_LIMIT_S = 1.0
+"""For a machine that is left to whoever comes next."""
 
 
 class CheckpointingDriver(ProcessDriver):
@@ -33,12 +37,20 @@ class CheckpointingDriver(ProcessDriver):
     # ---- what a subclass says
 
     @abstractmethod
-    async def _freeze(self, handle: MachineHandle) -> bool:
-        """Stop the CPUs; return whether they ran. Raise MachineFailed if the machine is off."""
+    async def _runs(self, handle: MachineHandle) -> bool:
+        """Tell whether the CPUs run. Raise MachineFailed if the machine is off."""
 
     @abstractmethod
-    async def _thaw(self, handle: MachineHandle) -> None:
-        """Let the CPUs run on."""
+    async def _freeze(self, handle: MachineHandle) -> None:
+        """Stop the CPUs. Raise MachineFailed; they may be stopped later, then."""
+
+    @abstractmethod
+    async def _thaw(self, handle: MachineHandle, limit_s: float = _THAW_LIMIT_S) -> None:
+        """Let the CPUs run on. Raise MachineFailed if that is not done in time."""
+
+    @abstractmethod
+    def _state_limit_s(self, handle: MachineHandle) -> float:
+        """Return the seconds that keeping a state takes at most."""
 
     @abstractmethod
     async def _keep_state(self, handle: MachineHandle, tag: str) -> float:
@@ -106,16 +118,33 @@ class CheckpointingDriver(ProcessDriver):
     async def _keep(self, handle: MachineHandle) -> bool:
         """Make a checkpoint; return whether the machine ran before. It is frozen then, and goes on if this fails."""
         self._living(handle)
-        ran = await self._freeze(handle)
+        ran = await self._runs(handle)
         try:
+            await self._freeze(handle)
             await self._keep_frozen(handle)
-        except BaseException as error:
-            if ran and self._is_alive(handle):
-                await asyncio.shield(self._thaw(handle))
+        except asyncio.CancelledError:
+            # Whoever cancels does not wait until a monitor that is busy with gigabytes answers: he removes the machine, or `recover` and
+            # `resume` follow, as after a kill.
+            if ran:
+                with contextlib.suppress(MachineFailed):
+                    await asyncio.shield(self._thaw(handle, _LEFT_LIMIT_S))
+            raise
+        except (MachineFailed, OSError) as error:
+            if ran:
+                await self._go_on(handle)
             if isinstance(error, OSError):
                 raise wrap_disk_error(error) from error
             raise
         return ran
+
+    async def _go_on(self, handle: MachineHandle) -> None:
+        """Let a machine run on of which no checkpoint could be made. One that does not is ended, and goes on from its last one if it has one."""
+        try:
+            await self._thaw(handle, self._state_limit_s(handle))
+        except MachineFailed:
+            identity = self._identity(handle)
+            if identity is not None and processes.is_alive(identity):
+                await self._kill(handle, identity)
 
     async def _keep_frozen(self, handle: MachineHandle) -> None:
         workdir = Path(handle.workdir)
@@ -133,7 +162,3 @@ class CheckpointingDriver(ProcessDriver):
         if identity is None or not processes.is_alive(identity):
             raise MachineFailed("the machine is off")
         return identity
-
-    def _is_alive(self, handle: MachineHandle) -> bool:
-        identity = self._identity(handle)
-        return identity is not None and processes.is_alive(identity)

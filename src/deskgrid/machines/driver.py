@@ -306,6 +306,13 @@ class Checkpointing(Protocol):
         """Make a checkpoint and turn the machine off, which is paused or running. `events` ends with `Saved`. Errors as `checkpoint`."""
         ...
 
+    async def fall_back(self, handle: MachineHandle) -> bool:
+        """Turn a machine off such that it is `Saved` as its last checkpoint has it; it may be off already. False if it has none: nothing happens.
+
+        Raise MachineFailed if it cannot be ended.
+        """
+        ...
+
     async def restore(self, handle: MachineHandle) -> None:
         """Start a machine that is `Saved` from its last checkpoint; it runs when this returns. What it had said since is forgotten.
 

@@ -143,13 +143,17 @@ class FakeDriver(CheckpointingDriver):
         except (OSError, TimeoutError) as error:
             raise MachineFailed("the fake machine does not show its screen") from error
 
-    async def _freeze(self, handle: MachineHandle) -> bool:
-        ran = psutil.Process(self._living(handle).pid).status() != psutil.STATUS_STOPPED
-        self._signal(handle, signal.SIGSTOP)
-        return ran
+    async def _runs(self, handle: MachineHandle) -> bool:
+        return psutil.Process(self._living(handle).pid).status() != psutil.STATUS_STOPPED
 
-    async def _thaw(self, handle: MachineHandle) -> None:
+    async def _freeze(self, handle: MachineHandle) -> None:
+        self._signal(handle, signal.SIGSTOP)
+
+    async def _thaw(self, handle: MachineHandle, limit_s: float = 0.0) -> None:
         self._signal(handle, signal.SIGCONT)
+
+    def _state_limit_s(self, handle: MachineHandle) -> float:
+        return 0.0
 
     async def _keep_state(self, handle: MachineHandle, tag: str) -> float:
         if _read_plan(handle.spec.context).no_checkpoints:

@@ -69,10 +69,13 @@ _SCREEN_MIB = 4
 _VERSION_LIMIT_S = 10.0
 _MEND_LIMIT_S = 600.0
 _MEND_MEMORY_BYTES = 2 << 30
+_LOCKED, _LOCKED_S = b'Failed to get "write" lock', 0.5
 _STATE_FLOOR_S = 60.0
 _STATE_BYTES_PER_S = 10 << 20
 """Slower than any disk writes a machine's memory."""
 _PAUSE_LIMIT_S = 5.0
+_STOP_LIMIT_S = 1.5
+"""The owner has his CPUs back within two seconds."""
 
 
 class QemuDriver(CheckpointingDriver):
@@ -119,32 +122,59 @@ class QemuDriver(CheckpointingDriver):
 
     async def pause(self, handle: MachineHandle) -> None:
         """See Suspendable. Nothing happens if the machine is off."""
-        await self._control(handle, "stop")
+        try:
+            await self._control(handle, "stop", _STOP_LIMIT_S)
+        except MachineFailed:
+            # Its disk is slow just now, and it waits for that before it stands still. The owner does not wait.
+            self.let_run(handle, False)
 
     async def resume(self, handle: MachineHandle) -> None:
         """See Suspendable. Nothing happens if the machine is off."""
+        self.let_run(handle, True)
         await self._control(handle, "cont")
 
     # ---- checkpoints: internal snapshots of the writable disks, the memory in that of scratch
 
-    async def _freeze(self, handle: MachineHandle) -> bool:
-        status = await qmp.execute(Path(handle.workdir), "query-status")
-        await qmp.execute(Path(handle.workdir), "stop")
-        return bool(status.get("running"))
+    async def _runs(self, handle: MachineHandle) -> bool:
+        return bool((await qmp.execute(Path(handle.workdir), "query-status")).get("running"))
 
-    async def _thaw(self, handle: MachineHandle) -> None:
-        await qmp.execute(Path(handle.workdir), "cont", limit_s=_PAUSE_LIMIT_S)
+    async def _freeze(self, handle: MachineHandle) -> None:
+        await qmp.execute(Path(handle.workdir), "stop", limit_s=self._state_limit_s(handle))
+
+    async def _thaw(self, handle: MachineHandle, limit_s: float = _PAUSE_LIMIT_S) -> None:
+        await qmp.execute(Path(handle.workdir), "cont", limit_s=limit_s)
+
+    def _state_limit_s(self, handle: MachineHandle) -> float:
+        return _STATE_FLOOR_S + handle.spec.memory_bytes / _STATE_BYTES_PER_S
+
+    async def _keep_frozen(self, handle: MachineHandle) -> None:
+        # What a power cut leaves is a whole snapshot or none only if header and tables come to the disk in QEMU's order.
+        await self._flush_disks(handle, True)
+        try:
+            await super()._keep_frozen(handle)
+        except (MachineFailed, OSError):
+            with contextlib.suppress(MachineFailed):
+                await self._flush_disks(handle, False)
+            raise
+        # Not if it was cancelled: QEMU is busy with it, and until the next one the guest's flushes cost some time.
+        await self._flush_disks(handle, False)
+
+    async def _flush_disks(self, handle: MachineHandle, flush: bool) -> None:
+        """Let QEMU heed flushes of the writable disks, or not."""
+        for name, file in _writable_files(handle.spec).items():
+            options = [_file_node(name, file, flush=flush)]
+            await qmp.execute(Path(handle.workdir), "blockdev-reopen", {"options": options}, limit_s=self._state_limit_s(handle))
 
     async def _keep_state(self, handle: MachineHandle, tag: str) -> float:
         workdir = Path(handle.workdir)
         arguments: dict[str, object] = {"tag": tag, "vmstate": "scratch", "devices": _writable(handle.spec)}
-        await qmp.run_job(workdir, "snapshot-save", arguments, limit_s=_state_limit_s(handle.spec))
+        await qmp.run_job(workdir, "snapshot-save", arguments, limit_s=self._state_limit_s(handle))
         await asyncio.to_thread(sync_files, *_images(handle))
         return 0.0
 
     async def _drop_state(self, handle: MachineHandle, tag: str) -> None:
         arguments: dict[str, object] = {"tag": tag, "devices": _writable(handle.spec)}
-        await qmp.run_job(Path(handle.workdir), "snapshot-delete", arguments, limit_s=_state_limit_s(handle.spec))
+        await qmp.run_job(Path(handle.workdir), "snapshot-delete", arguments, limit_s=self._state_limit_s(handle))
 
     async def _quit(self, handle: MachineHandle) -> None:
         with contextlib.suppress(MachineFailed):
@@ -153,7 +183,7 @@ class QemuDriver(CheckpointingDriver):
     async def _load_state(self, handle: MachineHandle, checkpoint: Checkpoint) -> None:
         workdir = Path(handle.workdir)
         arguments: dict[str, object] = {"tag": checkpoint.tag, "vmstate": "scratch", "devices": _writable(handle.spec)}
-        await qmp.run_job(workdir, "snapshot-load", arguments, limit_s=_state_limit_s(handle.spec))
+        await qmp.run_job(workdir, "snapshot-load", arguments, limit_s=self._state_limit_s(handle))
         await self._thaw(handle)
 
     async def _mend(self, handle: MachineHandle) -> None:
@@ -162,21 +192,19 @@ class QemuDriver(CheckpointingDriver):
         if program is None:
             return
         for image in _images(handle):
-            confinement = Confinement(memory_bytes=_MEND_MEMORY_BYTES, cpu_s=int(_MEND_LIMIT_S), writable=(str(image.parent),))
-            command = [program, "check", "-q", "-f", "qcow2", "-r", "all", str(image)]
             try:
-                finished = await run_confined(command, confinement, wall_s=_MEND_LIMIT_S)
+                async with asyncio.timeout(_MEND_LIMIT_S):
+                    while not await _mend_image(program, image):
+                        await self._clock.sleep(_LOCKED_S)
             except TimeoutError as error:
                 raise MachineFailed(f"{image.name} was not checked within {_MEND_LIMIT_S:.0f} s") from error
-            if finished.code not in (0, 3):  # 3: clusters that nobody refers to, which do no harm
-                raise MachineFailed(f"{image.name} is damaged: {printable(finished.errors[-200:].strip())}")
 
-    async def _control(self, handle: MachineHandle, command: str) -> None:
+    async def _control(self, handle: MachineHandle, command: str, limit_s: float = _PAUSE_LIMIT_S) -> None:
         identity = self._identity(handle)
         if identity is None or not processes.is_alive(identity):
             return
         try:
-            await qmp.execute(Path(handle.workdir), command, limit_s=_PAUSE_LIMIT_S)
+            await qmp.execute(Path(handle.workdir), command, limit_s=limit_s)
         except MachineFailed:
             # It may have ended under our hands, which is no failure.
             if processes.is_alive(identity):
@@ -264,19 +292,30 @@ class QemuDriver(CheckpointingDriver):
             await super()._cut(handle, log)
 
 
+def _writable_files(spec: MachineSpec) -> dict[str, str]:
+    """Return the disks that a guest may write to: name -> file in the machine's folder."""
+    scratch = {"scratch": PACKED_SCRATCH}
+    return {"disk": OVERLAY_DISK, **scratch} if spec.disk_format is DiskFormat.QCOW2 else scratch
+
+
 def _writable(spec: MachineSpec) -> list[str]:
-    """Return the names of the disks that a guest may write to."""
-    return ["disk", "scratch"] if spec.disk_format is DiskFormat.QCOW2 else ["scratch"]
+    return list(_writable_files(spec))
 
 
 def _images(handle: MachineHandle) -> list[Path]:
-    """Return their files."""
-    names = {"disk": OVERLAY_DISK, "scratch": PACKED_SCRATCH}
-    return [Path(handle.workdir) / names[disk] for disk in _writable(handle.spec)]
+    return [Path(handle.workdir) / file for file in _writable_files(handle.spec).values()]
 
 
-def _state_limit_s(spec: MachineSpec) -> float:
-    return _STATE_FLOOR_S + spec.memory_bytes / _STATE_BYTES_PER_S
+async def _mend_image(program: str, image: Path) -> bool:
+    """Check an image; False if somebody else has it: what a worker that was killed had begun ends by itself. Raise MachineFailed."""
+    confinement = Confinement(memory_bytes=_MEND_MEMORY_BYTES, cpu_s=int(_MEND_LIMIT_S), writable=(str(image.parent),))
+    command = [program, "check", "-q", "-f", "qcow2", "-r", "all", str(image)]
+    finished = await run_confined(command, confinement, wall_s=_MEND_LIMIT_S)
+    if finished.code in (0, 3):  # 3: clusters that nobody refers to, which do no harm
+        return True
+    if _LOCKED in finished.errors:
+        return False
+    raise MachineFailed(f"{image.name} is damaged: {printable(finished.errors[-200:].strip())}")
 
 
 # ---- the command line
@@ -327,7 +366,7 @@ def _network(spec: MachineSpec) -> list[str]:
 def _disks(spec: MachineSpec) -> list[str]:
     first = _cd_nodes("disk", str(spec.disk)) if spec.disk_format is DiskFormat.ISO else _overlay_nodes(str(spec.disk))
     kind = "ide-cd" if spec.disk_format is DiskFormat.ISO else "ide-hd"
-    scratch = _node("scratch", "qcow2", {"driver": "file", "filename": PACKED_SCRATCH, "discard": "unmap"}, discard="unmap")
+    scratch = _node("scratch", "qcow2", _file_node("scratch", PACKED_SCRATCH), discard="unmap")
     return [
         *first,
         *_device(kind, "disk", bus="ide.0", unit=0, bootindex=0),
@@ -343,7 +382,7 @@ def _overlay_nodes(base: str) -> list[str]:
     file = {"driver": "file", "filename": base, "read-only": True, "auto-read-only": False}
     return [
         *_node("base", "qcow2", file, **{"read-only": True, "backing": None}),
-        *_node("disk", "qcow2", {"driver": "file", "filename": OVERLAY_DISK, "discard": "unmap"}, backing="base", discard="unmap"),
+        *_node("disk", "qcow2", _file_node("disk", OVERLAY_DISK), backing="base", discard="unmap"),
     ]
 
 
@@ -351,8 +390,13 @@ def _cd_nodes(name: str, file: str) -> list[str]:
     return _node(name, "raw", {"driver": "file", "filename": file, "read-only": True}, **{"read-only": True})
 
 
+def _file_node(name: str, file: str, *, flush: bool = False) -> dict[str, object]:
+    """Return the file of a disk that a guest may write to. Without `flush` guests cannot make the owner's disk sync (decision 25)."""
+    node = {"driver": "file", "node-name": f"{name}-file", "filename": file, "discard": "unmap"}
+    return {**node, "cache": {"no-flush": not flush}}
+
+
 def _node(name: str, driver: str, file: dict[str, object], **options: object) -> list[str]:
-    # no-flush: a host that loses power has lost the attempt anyway, so the guest need not wait for the owner's disk.
     node = {"driver": driver, "node-name": name, "file": file, "cache": {"no-flush": True}, **options}
     return ["-blockdev", msgspec.json.encode(node).decode()]
 

@@ -200,44 +200,48 @@ async def run_job(workdir: Path, command: str, arguments: dict[str, object], *, 
     Raise MachineFailed with QEMU's words if it fails or takes longer than `limit_s`.
     """
     name = f"deskgrid-{command}"
-    await execute(workdir, command, {"job-id": name, **arguments}, limit_s=limit_s)
     try:
         async with asyncio.timeout(limit_s):
-            job = await _concluded(workdir, name, limit_s)
-    except TimeoutError as error:
-        raise MachineFailed(f"QEMU did not do {command} within {limit_s:.0f} s") from error
-    await execute(workdir, "job-dismiss", {"id": name})
-    if job.get("error"):
-        raise MachineFailed(f"QEMU did not do {command}: {job['error']}")
+            await _concluded(workdir, name, limit_s)  # of somebody who did not wait for its end
+            await execute(workdir, command, {"job-id": name, **arguments}, limit_s=limit_s)
+            error = await _concluded(workdir, name, limit_s)
+    except TimeoutError as late:
+        raise MachineFailed(f"QEMU did not do {command} within {limit_s:.0f} s") from late
+    if error is None:
+        raise MachineFailed(f"QEMU forgot {name}")
+    if error:
+        raise MachineFailed(f"QEMU did not do {command}: {error}")
 
 
-async def _concluded(workdir: Path, name: str, limit_s: float) -> dict[str, Any]:
-    """Return a job when it has come to its end."""
+async def _concluded(workdir: Path, name: str, limit_s: float) -> str | None:
+    """Wait for a job's end and dismiss it; return why it failed, empty if it did not, None if QEMU knows no such job."""
     while True:
-        job = _job(await execute(workdir, "query-jobs", limit_s=limit_s), name)
+        jobs = await execute(workdir, "query-jobs", limit_s=limit_s)
+        job = next((job for job in jobs if job.get("id") == name), None)
+        if job is None:
+            return None
         if job.get("status") == "concluded":
-            return job
+            await execute(workdir, "job-dismiss", {"id": name}, limit_s=limit_s)
+            return str(job.get("error") or "")
         await asyncio.sleep(_JOB_POLL_S)
-
-
-def _job(jobs: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return a job by its name. Raise MachineFailed if QEMU knows none."""
-    for job in jobs:
-        if job.get("id") == name:
-            return job
-    raise MachineFailed(f"QEMU forgot {name}")
 
 
 async def _meet(client: QMPClient, path: Path) -> None:
     """Connect, once more if an event came before QEMU's greeting, as one may while it starts."""
     while True:
+        connection = await connect(path)
         try:
-            await client.connect(await connect(path))
+            await client.connect(connection)
             return
         except ConnectError as error:
+            connection.close()
             if not isinstance(error.exc, GreetingError):
                 raise
             await asyncio.sleep(_CONNECT_RETRY_S)
+        except BaseException:
+            # Cancelled at the very start qemu.qmp leaves it open, and QEMU, which talks to one at a time, hears nobody else.
+            connection.close()
+            raise
 
 
 async def connect(path: Path) -> socket.socket:

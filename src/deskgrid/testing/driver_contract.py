@@ -711,6 +711,51 @@ class CheckpointContract(DriverContract):
         ticks = await _ticks_of(driver, handle, 5)
         assert ticks == list(range(1, len(ticks) + 1))
 
+    async def test_machine_falls_back_to_its_last_checkpoint_also_when_it_was_told_to_end_with_its_worker(
+        self, driver: LastingDriver, new_driver: Callable[[], LastingDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        identity = await _start_fully(driver, handle)
+        assert not await driver.fall_back(handle)
+        await _ticks_of(driver, handle, 3)
+        await driver.checkpoint(handle)
+        if await driver.recover(handle) == Saved():
+            await driver.restore(handle)
+        for told in (False, True):
+            lost = await _ticks_of(driver, handle, 6)
+            if told:
+                os.kill((find_by_token(handle.token) or identity).pid, signal.SIGTERM)
+            assert await driver.fall_back(handle)
+            assert find_by_token(handle.token) is None
+            driver = new_driver()
+            assert await driver.recover(handle) == Saved()
+            await driver.restore(handle)
+            ticks = await _ticks_of(driver, handle, len(lost) + 3)
+            assert ticks == list(range(1, len(ticks) + 1))
+
+    async def test_checkpoint_that_nobody_waits_for_any_more_is_followed_by_others(
+        self, driver: LastingDriver, prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        await _start_fully(driver, handle)
+        for delay_s in (0.0, 0.02, 0.1, 0.3):
+            await _ticks_of(driver, handle, 1)
+            keeping = asyncio.create_task(driver.checkpoint(handle))
+            await asyncio.sleep(delay_s)
+            keeping.cancel()
+            try:
+                await keeping
+            except asyncio.CancelledError:
+                await driver.resume(handle)  # as whoever finds it does
+            if await driver.recover(handle) == Saved():
+                await driver.restore(handle)
+        await driver.checkpoint(handle)
+        if await driver.recover(handle) == Saved():
+            await driver.restore(handle)
+        ticks = await _ticks_of(driver, handle, 1)
+        ticks = await _ticks_of(driver, handle, len(ticks) + 3)
+        assert ticks == list(range(1, len(ticks) + 1))
+
     async def test_machine_that_is_off_has_nothing_to_keep(self, driver: LastingDriver, prepare: Prepare) -> None:
         handle = await prepare(BROKEN)
         with pytest.raises(MachineFailed):
@@ -722,6 +767,7 @@ class CheckpointContract(DriverContract):
         for action in (driver.checkpoint, driver.save, driver.restore):
             with pytest.raises(MachineFailed):
                 await action(handle)
+        assert not await driver.fall_back(handle)
         assert await driver.recover(handle) == Exited(ExitCause.POWERED_OFF)
 
 

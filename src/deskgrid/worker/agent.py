@@ -370,8 +370,11 @@ class Agent:
         """Destroy the machines and tell the server, if it can be reached. What is on the disk waits for the next start: results, and
         machines that have done so much that they are written there."""
         runners = self._runners.values()
-        with contextlib.suppress(TimeoutError):
-            await within(self._save_all([runner for runner in runners if runner.worth_saving]), self._clock, _SAVE_S)
+        worthy = [runner for runner in runners if runner.worth_saving]
+        try:
+            await within(self._save_all(worthy), self._clock, _SAVE_S)
+        except TimeoutError:
+            await asyncio.gather(*(runner.fall_back() for runner in worthy), return_exceptions=True)
         given = [runner.give_back("the worker was stopped") for runner in runners if runner.entry.phase in _GIVEN_BACK]
         settled = [runner.remove_machine() for runner in runners if runner.entry.phase is Phase.SETTLED]
         await asyncio.gather(*given, *settled)

@@ -242,7 +242,9 @@ class Runner:
         return self.running and self.ran_s() >= _WORTH_SAVING_S and isinstance(self._driver(), Checkpointing)
 
     async def save(self) -> None:
-        """Write its machine to the disk and give its memory back. One for which that is not possible is ended: the owner comes first."""
+        """Write its machine to the disk and give its memory back. The owner comes first: where that is not possible, it is ended and goes on
+        from its last checkpoint; without one the job goes back.
+        """
         async with self._machine_lock:
             if not self.running:
                 return
@@ -251,10 +253,25 @@ class Runner:
             if not fault:
                 _log.info("machine_saved", **self._names(), ran_s=round(self._ran_s, 1))
                 await self._note(durably=True, phase=Phase.SAVED, kept_s=self._ran_s, restores=0)
-            elif not isinstance(await self._driver().recover(self._handle()), Running):
-                return  # it ended by itself meanwhile
+            elif await self._fall_back(fault) or not isinstance(await self._driver().recover(self._handle()), Running):
+                return  # or it ended by itself meanwhile
         if fault:
             await self.end(Verdict(AttemptState.REFUSED, f"the owner needed the memory, and {fault}", rests=False))
+
+    async def fall_back(self) -> None:
+        """End its machine, if it runs and has a checkpoint: it goes on from there, after a later start of the worker if need be."""
+        async with self._machine_lock:
+            if self.running:
+                await self._fall_back("there was no time")
+
+    async def _fall_back(self, fault: str) -> bool:
+        driver = self._driver()
+        if not isinstance(driver, Checkpointing) or not await driver.fall_back(self._handle()):
+            return False
+        _log.warning("machine_falls_back", **self._names(), kept_s=round(self.entry.kept_s, 1), error=fault)
+        self._stop_watch()
+        await self._note(durably=True, phase=Phase.SAVED)
+        return True
 
     async def end(self, verdict: Verdict, *, grace_s: float = 0.0) -> None:
         """End its machine, if it runs, for a reason of ours. What follows is up to `run`."""

@@ -420,6 +420,8 @@ class SavingDriver(PlayDriver):
         super().__init__(pc)
         self.clock = clock
         self.restored = 0
+        self.save_gate = asyncio.Event()
+        self.save_gate.set()
 
     async def checkpoint(self, handle: MachineHandle) -> None:
         self._raise("checkpoint")
@@ -430,8 +432,16 @@ class SavingDriver(PlayDriver):
 
     async def save(self, handle: MachineHandle) -> None:
         self._raise("save")
+        await self.save_gate.wait()
         await self.checkpoint(handle)
         await self.pc.machines[handle.workdir].turn_off()
+
+    async def fall_back(self, handle: MachineHandle) -> bool:
+        self._raise("fall_back")
+        machine = self.pc.machines[handle.workdir]
+        if machine.checkpoints and not machine.off:
+            await machine.turn_off()
+        return machine.saved
 
     async def restore(self, handle: MachineHandle) -> None:
         self._raise("restore")

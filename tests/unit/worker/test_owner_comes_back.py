@@ -247,6 +247,42 @@ async def test_stopped_worker_writes_long_machines_to_the_disk_and_the_next_one_
     assert saving.nothing_left()
 
 
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+async def test_machine_that_cannot_be_written_when_the_worker_stops_goes_on_from_its_last_checkpoint(saving: Rig, how: str) -> None:
+    async with saving.working(KEEPING):
+        attempt = await saving.running(limits=LONG)
+        await saving.until(lambda: saving.pc.machine.checkpoints, step_s=5.0)
+        await saving.clock.advance(100)
+        machine = saving.pc.machine
+        if how == "fails":
+            saving.driver.errors["save"] = MachineFailed("the machine is off")  # as when both were told to end
+        else:
+            saving.driver.save_gate.clear()
+    assert machine.saved
+    saving.driver.save_gate.set()
+    async with saving.working(KEEPING) as agent:
+        await saving.until(lambda: not machine.saved)
+        [status] = agent.status().attempts
+        assert 600 <= status.ran_s <= 660
+        await machine.tell(Booted())
+        await machine.finish(0)
+        assert (await saving.ended(attempt)).state is AttemptState.SUCCEEDED
+
+
+async def test_memory_that_cannot_be_written_is_given_back_by_falling_back_to_the_last_checkpoint(saving: Rig) -> None:
+    async with saving.working(msgspec.structs.replace(KEEPING, release_s=60.0)) as agent:
+        attempt = await saving.running(limits=LONG)
+        await saving.until(lambda: saving.pc.machine.checkpoints, step_s=5.0)
+        saving.free_bytes = 0
+        await agent.pause()
+        await saving.until(lambda: saving.pc.machine.saved, step_s=1.0)
+        saving.free_bytes = 1 << 40
+        await agent.resume()
+        await saving.until(lambda: saving.server.state(attempt) is AttemptState.RUNNING)
+        await saving.pc.machine.finish(0)
+        assert (await saving.ended(attempt)).state is AttemptState.SUCCEEDED
+
+
 async def test_power_cut_costs_what_was_done_since_the_last_checkpoint(saving: Rig) -> None:
     async with saving.working(KEEPING, keep=True):
         attempt = await saving.running(limits=LONG)
