@@ -3,13 +3,14 @@
 Layout of a delta, as it travels: one zstd frame of
 
     magic      8 bytes  "dgdelta1"
-    records    each: offset u64, length u64, little endian
+    records    each: offset u64, length u64, little endian, in whole blocks of 4 KiB but for the length of the last one
         offset < 2^64 - 1     `length` bytes of the old image from `offset` on
         offset = 2^64 - 1     `length` bytes, at most 1 MiB, that follow here
     end        offset and length 0
 
 A delta is hostile input: what it makes is bounded by the size that the new image is to have, and counts only if its sha256 is right
-(machines/images.py). Nothing but the old image is read.
+(machines/images.py). Nothing but the old image is read. Whole blocks bound what a small delta can cost in time, too, and what somebody who knows only
+a part of the old image could try to guess of the rest.
 
 Measured (docs/benchmarks.md): 0.3 % of a Debian disk for one package more; zstd's own --patch-from makes as small ones, but needs memory
 for the whole old image on the PC where it is applied.
@@ -170,13 +171,19 @@ def applied(base: BinaryIO, packed: BinaryIO) -> Iterator[bytes]:
     stream = _Stream(frame_pieces(packed))
     if stream.take(len(_MAGIC)) != _MAGIC:
         raise ProtocolError("this is not a delta")
+    whole = True
     while True:
         offset, length = _RECORD.unpack(stream.take(_RECORD.size))
+        if length and not whole:
+            raise ProtocolError("the delta has a piece that is no whole block")
+        whole = length % _BLOCK == 0 and (offset == _LITERAL or offset % _BLOCK == 0)
         if offset == _LITERAL:
             if not 0 < length <= CHUNK:
                 raise ProtocolError("the delta has a piece of a wrong length")
             yield stream.take(length)
         elif length:
+            if not whole:
+                raise ProtocolError("the delta copies what is no whole block")
             if offset + length > base_bytes:
                 raise ProtocolError("the delta is of another disk: it reaches past the end of this one")
             yield from _copied(base, offset, length)

@@ -60,6 +60,8 @@ class Delta(Struct, frozen=True, kw_only=True):
 
     base: Sha256
     """Of the unpacked image of the older disk."""
+    base_blob: Sha256 = Sha256("")
+    """The blob that this image must have come from, on the PC that has it; the server says it, whatever it was told."""
     blob: Blob
     """See machines/deltas.py."""
 

@@ -1,7 +1,8 @@
 """The cache of disks: verified, bounded, on disk, shared by all attempts of a worker.
 
     FOLDER/<sha256>-<blob>     an unpacked disk, complete and verified, mode 0444; its mtime is when it was last used
-    FOLDER/partial/<blob>      the transport file (by its own sha256) of a disk that is being downloaded, or was
+    FOLDER/partial/<blob>      the transport file (by its own sha256) of a disk that is being downloaded, or was; beside it <blob>.delta,
+                               while that is looked at
 
 Rules:
 
@@ -10,6 +11,7 @@ Rules:
 2. What is in use is never removed. Of the rest, partial downloads go first, then the disk used longest ago.
 3. One fetch per disk at a time; others that want it wait, and go on with it if the first gives up.
 4. A partial download survives a restart and is continued. Any other file in the folder is removed when the cache is opened.
+5. The disk that a delta is of is kept for it, unless there is no room for both.
 """
 
 from __future__ import annotations
@@ -89,10 +91,10 @@ class Cache:
         return sum(self._sizes.values()) + sum(_size(path) for path in partials)
 
     @contextlib.contextmanager
-    def borrow(self, sha256: Sha256) -> Iterator[Path | None]:
-        """Yield the path of a disk if it is here, whatever blob it came from, and keep it while the block runs; None if it is not."""
-        name = next((name for name in self._sizes if _disk_of(name) == sha256), None)
-        if name is None or not (self._folder / name).is_file():
+    def borrow(self, sha256: Sha256, blob: Sha256) -> Iterator[Path | None]:
+        """Yield the path of a disk that came from a blob, if it is here, and keep it while the block runs; None if it is not."""
+        name = f"{sha256}-{blob}"
+        if name not in self._sizes or not (self._folder / name).is_file():
             yield None
             return
         release = self.hold(sha256)
@@ -149,8 +151,13 @@ class Cache:
     async def _fetch(self, ref: DataRef, name: str, size_bytes: int, fetch: Fetch) -> None:
         partial, output = self._partials / ref.blob.sha256, self._folder / name
         self._fetching[name] = (partial.name, 0)
+        release = self.hold(ref.delta.base) if ref.delta is not None else _nothing
         try:
-            self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
+            try:
+                self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
+            except NoSpace:
+                release()
+                self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
             self._fetching[name] = (partial.name, ref.blob.size_bytes + size_bytes)
             await fetch(partial, output)
             came_bytes = _size(output)
@@ -166,6 +173,7 @@ class Cache:
             _remove(partial)
             raise
         finally:
+            release()
             del self._fetching[name]
         _remove(partial)
 
@@ -187,13 +195,13 @@ class Cache:
     def _promised_bytes(self) -> int:
         """Return what the files take or may come to take."""
         in_work = {name for name, _ in self._fetching.values()}
-        idle = sum(_size(path) for path in self._partials.iterdir() if path.name not in in_work)
+        idle = sum(_size(path) for path in self._partials.iterdir() if path.stem not in in_work)
         return sum(self._sizes.values()) + idle + sum(size for _, size in self._fetching.values())
 
     def _removable(self) -> Iterator[Path]:
         in_work = {name for name, _ in self._fetching.values()}
         yield from sorted(
-            (path for path in self._partials.iterdir() if path.name not in in_work), key=lambda path: path.stat().st_mtime
+            (path for path in self._partials.iterdir() if path.stem not in in_work), key=lambda path: path.stat().st_mtime
         )
         yield from (self._folder / name for name in list(self._sizes) if not self._holds[_disk_of(name)])
 
@@ -203,6 +211,10 @@ class Cache:
         _remove(path)
         self._sizes.pop(path.name, None)
         return max(size, 1)
+
+
+def _nothing() -> None:
+    """Release what was not held."""
 
 
 def _disk_of(name: str) -> Sha256:

@@ -113,10 +113,13 @@ class Supplies:
 
     async def _fetch_delta(self, delta: Delta, disk: Disk, partial: Path, output: Path) -> bool:
         """Make a disk from an older one in the cache; return False if there is none, or nothing comes of it: then the whole is fetched."""
-        with self._kit.cache.borrow(delta.base) as base:
-            if base is None:
+        ref = self._assignment.disk
+        with self._kit.cache.borrow(delta.base, delta.base_blob) as base:
+            if (
+                base is None or ref is None or delta.blob.size_bytes > ref.blob.size_bytes
+            ):  # it has no other room than that of the whole
                 return False
-            file = partial.with_name(delta.blob.sha256)
+            file = partial.with_name(f"{partial.name}.delta")
             try:
                 await self._download(delta.blob, file)
                 await self._unpack(file, output, disk, base=base)

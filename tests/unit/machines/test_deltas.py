@@ -100,6 +100,10 @@ def record(offset: int, length: int) -> bytes:
         (b"dgdelta1", record(LITERAL, 10), b"short"),
         (b"dgdelta1", record(2 * BLOCK, 1), record(0, 0)),
         (b"dgdelta1", record(LITERAL - 1, 2), record(0, 0)),
+        (b"dgdelta1", record(0, 1), record(0, 0)),
+        (b"dgdelta1", record(1, BLOCK), record(0, 0)),
+        (b"dgdelta1", record(LITERAL, 1), b"x", record(LITERAL, 1), b"x", record(0, 0)),
+        (b"dgdelta1", record(LITERAL, 1), b"x", record(0, BLOCK), record(0, 0)),
     ],
 )
 def test_what_is_no_delta_is_refused(tmp_path: Path, records: tuple[bytes, ...]):

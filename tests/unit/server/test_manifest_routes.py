@@ -342,7 +342,7 @@ async def publish_next(people: People, base: Data, *, content: bytes = b"delta",
     if sent:
         await people.ann.transport.upload(file, delta.blob)
     image = people.folder / "image"
-    image.write_text("newer")
+    image.write_text("newer" * 1000)
     sent_image = describe_file(image)
     await people.ann.transport.upload(image, sent_image)
     disk = msgspec.structs.replace(base.disk, sha256=sent_image.sha256)
@@ -371,6 +371,7 @@ async def test_delta_is_told_with_the_job_and_read_by_who_may_read_the_disk(peop
     [taken] = await people.ask()
     assert taken.disk is not None
     assert (taken.disk.delta, taken.disk.blob) == (newer.delta, newer.blob)
+    assert newer.delta.base_blob == older.blob.sha256
     assert await readable(people.worker, digest)
 
 
@@ -403,6 +404,8 @@ async def test_delta_is_one_of_a_disk_that_its_owner_may_use_and_its_bytes_are_t
         await publish_next(people, msgspec.structs.replace(older, disk=hidden.disk))
     with pytest.raises(Conflict, match="upload them first"):
         await publish_next(people, older, content=b"not sent", sent=False)
+    with pytest.raises(InvalidInput, match="larger than its disk"):
+        await publish_next(people, older, content=bytes(10_000))
     file = people.folder / "notes"
     file.write_text("notes")
     notes = await people.ann.put(file, "notes")

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from deskgrid.errors import BadImage, NoSpace, ProtocolError, Unreachable
-from deskgrid.model.data import Blob, DataRef, Disk
+from deskgrid.model.data import Blob, DataRef, Delta, Disk
 from deskgrid.model.ids import Sha256
 from deskgrid.model.machines import DiskFormat
 from deskgrid.swarm.cache import Cache
@@ -31,6 +31,11 @@ def file_of(name: str) -> str:
 
 def digest(text: str) -> Sha256:
     return Sha256(hashlib.sha256(text.encode()).hexdigest())
+
+
+def newer(name: str, base: str) -> DataRef:
+    delta = Delta(base=digest(base), base_blob=digest("sent " + base), blob=Blob(sha256=digest("delta"), size_bytes=1))
+    return msgspec.structs.replace(ref(name), delta=delta)
 
 
 class Source:
@@ -251,3 +256,38 @@ async def test_disk_that_can_never_fit_costs_no_disk_that_is_here(tmp_path: Path
         async with cache.use(ref("huge", 1 << 50), Source(1 << 50)):
             pass
     assert cache.entries() == (digest("small"),)
+
+
+@pytest.mark.parametrize(("bound", "kept"), [(2 * BOTH, True), (BOTH, False)])
+async def test_disk_that_a_delta_is_of_stays_for_it_if_there_is_room_for_both(tmp_path: Path, bound: int, kept: bool):
+    cache = make(tmp_path, bound=bound)
+    found = []
+
+    async def fetch(partial: Path, output: Path) -> None:
+        with cache.borrow(digest("old"), digest("sent old")) as base, cache.borrow(digest("old"), digest("sent other")) as other:
+            found.append((base is not None, other))
+        await Source()(partial, output)
+
+    async with cache.use(ref("old"), Source()):
+        pass
+    async with cache.use(ref("older") if bound > BOTH else ref("old"), Source()):
+        pass
+    async with cache.use(newer("new", "old"), fetch):
+        pass
+    assert found == [(kept, None)]
+
+
+async def test_delta_beside_a_download_is_nobody_elses_to_remove(tmp_path: Path):
+    cache = make(tmp_path, bound=3 * BOTH)
+
+    async def fetch(partial: Path, output: Path) -> None:
+        beside = partial.with_name(f"{partial.name}.delta")
+        beside.write_bytes(b"delta")
+        async with cache.use(ref("other", 2 * SIZE + 6), Source(2 * SIZE + 6)):  # all that is left, but for the delta's five bytes
+            pass
+        assert beside.exists()
+        await Source()(partial, output)
+        beside.unlink()
+
+    async with cache.use(ref("new"), fetch):
+        pass

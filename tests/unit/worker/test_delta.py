@@ -11,10 +11,13 @@ ADDED = b"what is new"
 NEW = DISK + ADDED
 
 
-def newer(added: bytes = ADDED, *, base: str = "") -> DataRef:
+def newer(added: bytes = ADDED, *, base: str = "", base_blob: str = "") -> DataRef:
     whole, old = disk_ref(NEW), disk_ref().disk
     assert old is not None
-    return DataRef(blob=whole.blob, disk=whole.disk, delta=Delta(base=Sha256(base) if base else old.sha256, blob=blob_of(added)))
+    delta = Delta(
+        base=Sha256(base) if base else old.sha256, base_blob=Sha256(base_blob) or disk_ref().blob.sha256, blob=blob_of(added)
+    )
+    return DataRef(blob=whole.blob, disk=whole.disk, delta=delta)
 
 
 async def downloads_of_the_second(rig: Rig, ref: DataRef, *, published: bytes | None = ADDED) -> list[str]:
@@ -43,6 +46,15 @@ async def test_only_the_delta_is_fetched_by_who_has_the_older_disk(rig: Rig):
 
 async def test_whole_disk_is_fetched_by_who_has_not_the_older_one(rig: Rig):
     assert await downloads_of_the_second(rig, newer(base="e" * 64)) == [blob_of(NEW).sha256]
+
+
+async def test_whole_disk_is_fetched_if_the_older_one_came_from_a_blob_that_the_delta_is_not_of(rig: Rig):
+    assert await downloads_of_the_second(rig, newer(base_blob="e" * 64)) == [blob_of(NEW).sha256]
+
+
+async def test_delta_that_is_larger_than_its_disk_is_not_fetched(rig: Rig):
+    added = ADDED * 1000
+    assert await downloads_of_the_second(rig, newer(added), published=added) == [blob_of(NEW).sha256]
 
 
 async def test_whole_disk_is_fetched_if_the_delta_is_wrong_or_gone(rig: Rig):

@@ -300,7 +300,7 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
         raise InvalidInput("a group goes with the visibility group, and that with a group", where="group")
     require_upload(tx, caller, request.blob)
     if request.delta is not None:
-        _check_delta(tx, caller, request, request.delta)
+        request = msgspec.structs.replace(request, delta=_checked_delta(tx, caller, request, request.delta))
     newest = tx.row(
         _with_owner().where(data.c.owner_id == caller.user_id, data.c.name == request.name).order_by(data.c.version.desc())
     )
@@ -330,11 +330,18 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
     return _data(tx.row(mine))
 
 
-def _check_delta(tx: Transaction, caller: Caller, request: RegisterData, delta: Delta) -> None:
-    """Check that a delta is one of a disk that the caller may use: what it makes must not tell him of others. Raise InvalidInput, NotFound, Conflict."""
-    if request.disk is None or find_data(tx, caller, check_sha256(delta.base)).disk is None:
+def _checked_delta(tx: Transaction, caller: Caller, request: RegisterData, delta: Delta) -> Delta:
+    """Return a delta with the blob that it is to be applied to: of a disk that the caller may use, for what it makes must not tell him of others.
+
+    Raise InvalidInput, NotFound or Conflict.
+    """
+    base = find_data(tx, caller, check_sha256(delta.base))
+    if request.disk is None or base.disk is None:
         raise InvalidInput("only disks have deltas, to other disks", where="delta")
+    if delta.blob.size_bytes > request.blob.size_bytes:
+        raise InvalidInput("a delta that is larger than its disk is of no use", where="delta")
     require_upload(tx, caller, delta.blob)
+    return msgspec.structs.replace(delta, base_blob=base.blob.sha256)
 
 
 def _check_words(disk: Disk) -> None:
