@@ -190,6 +190,33 @@ async def test_vmdk_whose_description_names_another_file_opens_none(gallery: Pat
     assert list(out.iterdir()) == []
 
 
+def test_vmdk_is_refused_that_names_a_parent_wherever_qemu_looks_for_one(gallery: Path):
+    image = bytearray((gallery / "vmdk").read_bytes())
+    end = image.index(b"\0", 512)
+    hint = b'parentFileNameHint="/etc/hostname"'
+
+    def read(changed: bytes) -> foreign_images.Foreign:
+        return foreign_images.read_vmdk(lambda offset, size: changed[offset : offset + size], len(changed))
+
+    assert read(bytes(image)).driver == "vmdk"
+    within_a_line = b"#" + hint
+    beyond_the_header_s_length = bytes(image[:end]) + hint + bytes(image[end + len(hint) :])
+    short = bytearray(beyond_the_header_s_length)
+    struct.pack_into("<Q", short, 36, 1)
+    for changed in (
+        bytes(image[:end]) + within_a_line + bytes(image[end + len(within_a_line) :]),
+        bytes(short),
+        bytes(image[: 21 * 512 - len(hint)]) + hint + bytes(image[21 * 512 :]),
+    ):
+        with pytest.raises(BadImage, match="changes to another disk"):
+            read(changed)
+    # The header points to a harmless copy.
+    copied = bytearray(beyond_the_header_s_length) + image[512 : 21 * 512]
+    struct.pack_into("<Q", copied, 28, len(image) // 512)
+    with pytest.raises(BadImage, match="where nobody writes it"):
+        read(bytes(copied))
+
+
 @pytest.mark.parametrize("name", ["vmdk", "vdi", "vpc", "vhdx"])
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
