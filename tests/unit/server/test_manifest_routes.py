@@ -394,7 +394,7 @@ async def test_grid_that_trusts_nobody_and_one_that_describes_the_disk_otherwise
         blob = describe_file(file)
         disk = Disk(sha256=blob.sha256, size_bytes=9, virtual_bytes=10, format=DiskFormat.ISO)
         await here.ann.put(file, "d", kind=DataKind.DISK, disk=disk)
-        with pytest.raises(Conflict, match="declared differently"):
+        with pytest.raises(NotFound, match="declared differently"):
             await here.ann.take_bundle(bundle)
         assert (await here.ann.disk("d")).manifests == ()
         right = await here.publish(here.ann, "right", content="d")

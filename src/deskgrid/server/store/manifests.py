@@ -269,7 +269,7 @@ def take_in(
 ) -> list[DiskDetail]:
     """Keep what a trusted grid, known here as `origin`, says of disks that are here, unless it has said something newer; return them.
 
-    Raise NotFound (a disk that the caller does not have here), Conflict (it is not the same), Forbidden (a revocation, see revoke).
+    Raise NotFound (the caller has no such disk here), Conflict (it is revoked), Forbidden (a revocation, see revoke).
     """
     found = []
     for statement in said:
@@ -296,7 +296,7 @@ def _take_manifest(tx: Transaction, caller: Caller, origin: str, statement: Mani
     here = next((one for one in all_here if _facts(_content(one)) == _facts(statement.disk)), None)
     if here is None:
         name = _disk(tx, caller, statement.disk.sha256).name
-        raise Conflict(f"{name} is declared differently here", hint="import the disk anew, as its manifest says")
+        raise NotFound(f"{name} is declared differently here", hint="import the disk anew, as its manifest says")
     check_not_revoked(tx, here)
     endorser = elsewhere(statement.endorser, origin)
     mine = (manifest.c.disk_sha256 == statement.disk.sha256, manifest.c.endorser == endorser)
