@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.resources
 import os
@@ -19,7 +20,7 @@ from msgspec import Struct
 from deskgrid.cli.connection import connected
 from deskgrid.cli.data import label_of, reference_of, require_file
 from deskgrid.cli.output import NO_NEGATIVES, Json, Reporter, make_reporter, print_json, print_lines
-from deskgrid.errors import BadImage, InvalidInput
+from deskgrid.errors import BadImage, DeskgridError, InvalidInput, NotFound
 from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.machines import ContextLabel
 from deskgrid.model.manifests import Bundle, Manifest, Revocation
@@ -230,6 +231,8 @@ async def import_(
     label = label_of(agent=agent, cernvm=cernvm)
     words = DiskWords(label=label, os=os, arch=arch, about=about, said=_disk_in(bundle) if bundle is not None else None)
     async with connected() as grid:
+        if bundle is not None:
+            await _check_believed(grid, bundle)
         with make_reporter(json) as reporter:
             file, stem = await _file_of(source, sha256, reporter)
             data = await import_disk(grid, file, name or stem, reporter, words, public=public, shrink=shrink, whole=whole)
@@ -266,6 +269,15 @@ def _read_bundle(file: Path) -> Bundle:
         return msgspec.json.decode(file.read_bytes(), type=Bundle)
     except (ValueError, msgspec.DecodeError) as error:
         raise InvalidInput(f"is not what `deskgrid disk export` writes: {error}", where=str(file)) from error
+
+
+async def _check_believed(grid: Grid, bundle: Bundle) -> None:
+    """Let the server look at a bundle before a disk is described as it says. Raise Forbidden, Conflict (a revoked disk), InvalidInput."""
+    with contextlib.suppress(NotFound):  # believed; the disk is what is imported now
+        if not await grid.take_bundle(bundle):
+            raise InvalidInput(
+                "what it says was for a time, which is over", where="--manifest", hint="export it anew on the other grid"
+            )
 
 
 def _disk_in(bundle: Bundle) -> Disk:
@@ -336,12 +348,13 @@ async def import_disk(
 ) -> Data:
     """Check, convert, pack and upload a disk image; besides, unless `whole`, a delta to its version before, if that is a small one."""
     from deskgrid.machines.disk_import import prepare_disk
+    from deskgrid.machines.work_folders import work_folder
 
     packed = cache_folder() / "import"  # not the temporary folder, which may be in memory: disks are large
     packed.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=packed) as folder:
-        made = await prepare_disk(file, Path(folder), lambda title: reporter.begin(title).done, shrink=shrink)
-        delta = None if whole else await _delta(grid, name, made, Path(folder), reporter)
+    with work_folder(packed, "tmp") as folder:
+        made = await prepare_disk(file, folder, lambda title: reporter.begin(title).done, shrink=shrink)
+        delta = None if whole else await _delta_if_possible(grid, name, made, folder, reporter)
         uploading = reporter.begin(f"upload {name}", made.transport_bytes)
         return await grid.put(
             made.path,
@@ -357,6 +370,18 @@ async def import_disk(
 
 _WORTH_A_DELTA = 0.5
 """Of the whole: a larger delta spares too little to be kept."""
+
+
+async def _delta_if_possible(
+    grid: Grid, name: str, made: PreparedDisk, folder: Path, reporter: Reporter
+) -> tuple[Path, Delta] | None:
+    """Return what `_delta` does, or None with a note: a delta spares something, and whatever is wrong with the old version, the new one is right."""
+    try:
+        return await _delta(grid, name, made, folder, reporter)
+    except DeskgridError as error:
+        reporter.end("failed")
+        reporter.say(f"no delta to the version before: {error.message}")
+        return None
 
 
 async def _delta(grid: Grid, name: str, made: PreparedDisk, folder: Path, reporter: Reporter) -> tuple[Path, Delta] | None:

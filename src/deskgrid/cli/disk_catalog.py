@@ -166,7 +166,8 @@ async def endorse(
 async def revoke(reference: Reference, /, *, reason: str, json: Json = False) -> None:
     """Let a disk not be started any more, for good. Jobs that wait for it fail and say why; those that run go on.
 
-    Its owner may, if nobody else has the same disk, and an admin.
+    Its owner may, and an admin. Meant are the disks of that owner with this content; everybody's, if an admin says so of a disk of his own, or
+    gives a sha256: of an image, or of a package and so of all that is packed in it.
 
     For example:
 
@@ -182,7 +183,7 @@ async def revoke(reference: Reference, /, *, reason: str, json: Json = False) ->
     if json:
         print_json(said)
     else:
-        print_lines(f"revoked {said.disk_sha256}")
+        print_lines(f"revoked {said.disk_sha256} of {said.owner or 'everybody'}")
 
 
 @app.command

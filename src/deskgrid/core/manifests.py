@@ -3,9 +3,11 @@
 1. A manifest says what a disk is and who vouches for it (its endorser) until when. Anybody may vouch for himself (`user:NAME`) and for the
    groups that he is in (`group:NAME`), an admin for the grid (`grid`). One that has expired, or was withdrawn, says nothing.
 2. A revocation ends it all: a revoked disk is not started any more, whoever vouches for it. It is final; what is mended is another disk.
+   An owner's counts for his own disks, an admin's for everybody's (server/store/manifests.py).
 3. The owner of a PC may name endorsers (`endorsers` in his worker's settings): then a machine boots a disk of the grid only if one of them
    vouches for it. His own installed disks are not asked about.
 4. A grid believes the statements of another whose authority its admin trusts; there an endorser NAME is known as NAME@GRID here.
+   What it said later goes before what it said earlier, in whatever order it is carried here.
 
 A statement is signed by the manifest key of its grid (core/signed.py) and carries that key's certificate (X.509, DER) as its third part,
 signed by the grid's authority: `BODY.SIGNATURE.CERTIFICATE`. So whoever knows the authority can check it without asking anybody. That

@@ -56,6 +56,8 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     disk_bytes: int
     disk: Sha256 = Sha256("")
     """The unpacked disk; empty for a process."""
+    disk_owner: int = 0
+    """Whose disk it is: he may revoke his, not those of others that say they are the same."""
     platforms: tuple[str, ...] = ()
     """OS-ARCH; empty: any."""
     packages: tuple[str, ...] = ()
@@ -141,7 +143,9 @@ def need_of(spec: JobSpec) -> Capacity:
     )
 
 
-def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...] = (), trust: tuple[str, ...] = ()) -> Requirement:
+def requirement_of(
+    spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...] = (), trust: tuple[str, ...] = (), *, disk_owner: int = 0
+) -> Requirement:
     """Return the class key of a job; `platforms`: those that its app has files for, if it has an app; `trust`: the spec's, with users by
     number: a class is shared between users, and a name may be somebody else's one day."""
     need = need_of(spec)
@@ -153,6 +157,7 @@ def requirement_of(spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...
         memory_bytes=need.memory_bytes,
         disk_bytes=need.disk_bytes,
         disk=disk or Sha256(""),
+        disk_owner=disk_owner,
         platforms=tuple(sorted(platforms or machine.platforms)),
         packages=tuple(sorted({*machine.need, *((machine.disk,) if machine.installed_disk else ())})),
         on=machine.on,

@@ -56,6 +56,8 @@ def _in_pieces() -> BadImage:
 _SECTOR = 512
 _VMDK = struct.Struct("<4sIIQQQQIQQQB")
 _MOST_DESCRIPTOR_BYTES = 1 << 20
+_QEMU_READS = slice(_SECTOR, 21 * _SECTOR)
+"""Where QEMU looks for a parent, whatever the header says; it opens one that is named anywhere in it, whatever parentCID is."""
 _EXTENT = re.compile(rb"^[ \t]*(?:RW|RDONLY|NOACCESS)[ \t]+\d+[ \t]+(\w+)", re.MULTILINE)
 
 
@@ -70,12 +72,15 @@ def read_vmdk(read_at: ReadAt, size: int) -> Foreign:
         raise BadImage("has a header that makes no sense")
     if not at or not sectors:
         raise _in_pieces()
+    if at * _SECTOR != _QEMU_READS.start:
+        raise BadImage("has its description where nobody writes it")
     length = sectors * _SECTOR
     if length > _MOST_DESCRIPTOR_BYTES or at * _SECTOR + length > size:
         raise BadImage("is cut short or damaged: its description is outside the file")
     description = read_at(at * _SECTOR, length).rstrip(b"\0")
     parent = _word(description, rb"parentCID")
-    if parent not in (b"", b"ffffffff") or _word(description, rb"parentFileNameHint"):
+    both = description + read_at(_QEMU_READS.start, _QEMU_READS.stop - _QEMU_READS.start)
+    if parent not in (b"", b"ffffffff") or b"parentfilenamehint" in both.lower():
         raise _only_changes()
     if _EXTENT.findall(description) != [b"SPARSE"]:
         raise _in_pieces()

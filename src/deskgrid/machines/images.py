@@ -239,6 +239,7 @@ _HEADER_BYTES = 1 << 16
 _MAX_L1_BYTES = 32 << 20  # QEMU's own bound
 _MAX_REFCOUNT_BYTES = 8 << 20
 _MAX_TABLES = 1 << 16
+_L1_PIECE_BYTES = 1 << 20
 _OFFSET_BITS = 0x00FFFFFFFFFFFE00
 _COMPRESSED_ENTRY = re.compile(rb"[\x40-\x7f\xc0-\xff]")
 """Top bytes of table entries with bit 62 set."""
@@ -341,15 +342,25 @@ def _check_tables(header: _Qcow2, refcounts: int, refcount_clusters: int, file_b
 
 def _has_compressed(header: _Qcow2, read_at: ReadAt, file_bytes: int, where: str) -> bool:
     """Look for a compressed cluster in the tables of the disk, each read once; check on the way that they are in the file."""
-    needed = -(-header.size // header.table_covers)
-    entries = struct.unpack(f">{needed}Q", read_at(header.l1_offset, needed * 8))
-    tables = dict.fromkeys(entry & _OFFSET_BITS for entry in entries if entry & _OFFSET_BITS)
-    for count, offset in enumerate(tables):
+    looked_at = {0}  # no table
+    for offset in _tables(header, read_at):
+        if offset in looked_at:
+            continue
         if offset % header.cluster or offset + header.cluster > file_bytes:
             raise BadImage("is cut short or damaged: a table is outside the file", where=where)
-        if count < _MAX_TABLES and _COMPRESSED_ENTRY.search(read_at(offset, header.cluster)[:: header.entry_bytes]):
-            return True
+        if len(looked_at) <= _MAX_TABLES:
+            looked_at.add(offset)
+            if _COMPRESSED_ENTRY.search(read_at(offset, header.cluster)[:: header.entry_bytes]):
+                return True
     return False
+
+
+def _tables(header: _Qcow2, read_at: ReadAt) -> Iterator[int]:
+    """Yield where the tables of the disk are; 0: nowhere. Read piece by piece: the list of them may have 4 million entries."""
+    end = header.l1_offset + -(-header.size // header.table_covers) * 8
+    for at in range(header.l1_offset, end, _L1_PIECE_BYTES):
+        piece = read_at(at, min(_L1_PIECE_BYTES, end - at))
+        yield from (entry & _OFFSET_BITS for (entry,) in struct.iter_unpack(">Q", piece))
 
 
 _CHECKS: dict[ImageKind, Callable[[ReadAt, int, str], ImageInfo]] = {

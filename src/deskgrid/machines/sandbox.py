@@ -9,7 +9,7 @@ Two kinds of children, both started as a fresh Python that confines itself and o
 
 What each protection does, and where it exists:
 
-    rlimits        memory, CPU seconds, file size, no core files, for readers no new descriptors and processes  (POSIX)
+    rlimits        memory, CPU seconds, file size, descriptors, no core files, for readers no new descriptors and processes  (POSIX)
     no_new_privs   no setuid program gives rights back (Linux, prctl(2))
     landlock       files: readers none, converters what is listed; no TCP; no signals to others (Linux >= 5.13, landlock(7))
     seccomp        readers: an allow-list without open, socket, exec, fork; converters: a deny-list with sockets, mount,
@@ -70,6 +70,8 @@ _OF_FILES = _EXECUTE | 1 << 1 | _READ_FILE | 1 << 14 | 1 << 15
 _CLONE_THREAD = 0x10000
 _PROT_EXEC = 4
 _MAX_OUTPUT_BYTES = 8 << 20
+_MOST_OPEN = 64
+"""Descriptors of a converter: an image that refers to itself, as by /proc/self/fd, would be opened without end."""
 
 _COMPUTING = (
     *(
@@ -223,6 +225,8 @@ def launch() -> None:
     confinement = msgspec.json.decode(sys.argv[1], type=Confinement)
     command = sys.argv[2:]
     limit_resources(confinement)
+    if resource is not None:
+        _lower(resource.RLIMIT_NOFILE, _MOST_OPEN)
     load_seccomp()  # loaded while its files can still be read
     _no_new_privs()
     programs = [command[0], *_loaders()]

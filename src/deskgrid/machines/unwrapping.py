@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import re
@@ -34,6 +35,10 @@ SPARE_BYTES = 1 << 30
 """Left free on the disk."""
 _MOST_LAYERS = 4
 _MOST_MEMBERS = 10_000
+_MOST_DIRECTORY_BYTES = 4 << 20
+"""Of a zip; more than is read at once of a member."""
+_ZIP_PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What ever is in a zip of a disk. For the memory that LZMA may ask for zipfile knows no bound."""
 _XZ_MEMORY_BYTES = 512 << 20
 _DISKS = (ImageKind.QCOW2, ImageKind.RAW, ImageKind.VMDK, ImageKind.VDI, ImageKind.VHD, ImageKind.VHDX)
 _MOST_MANIFEST_BYTES = 1 << 16
@@ -159,7 +164,15 @@ def _xz_pieces(source: BinaryIO) -> Iterator[bytes]:
             data, rest = stream.decompress(rest, CHUNK), b""
             if data:
                 yield data
-        rest = (stream.unused_data or source.read(CHUNK)).lstrip(b"\0")
+        rest = _after_padding(source, stream.unused_data)
+
+
+def _after_padding(source: BinaryIO, rest: bytes) -> bytes:
+    """Return what comes after zeros, which may be between streams; nothing at the end."""
+    while not (rest := rest.lstrip(b"\0")):
+        if not (rest := source.read(CHUNK)):
+            break
+    return rest
 
 
 # ---- archives
@@ -206,19 +219,34 @@ def _checked(pieces: Iterator[bytes], name: str, promised: dict[str, tuple[str, 
         raise BadImage(f"is damaged: {printable(name)} is not what its manifest says", hint="fetch it again")
 
 
+class _ZipFile(io.BufferedReader):
+    """A file of a bounded directory: zipfile reads all of it at once before it tells how many members there are."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MOST_DIRECTORY_BYTES:
+            raise BadImage(f"has a directory of more than {_MOST_DIRECTORY_BYTES} bytes")
+        return super().read(size)
+
+
 def _unpack_zip(file: Path, target: _Target) -> None:
-    with zipfile.ZipFile(file) as archive:
-        members = [member for member in archive.infolist() if not member.is_dir()]
-        if len(members) > _MOST_MEMBERS:
-            raise BadImage(f"has more than {_MOST_MEMBERS} members")
-        found = {}
-        for member in members:
-            with archive.open(member) as source:
-                head = source.read(1 << 16)
-            found[member] = (member.filename, detect(lambda offset, size, head=head: head[offset : offset + size], len(head)))  # type: ignore[misc]
-        chosen = _choose(found)
-        with archive.open(chosen) as source:
-            target.fill(_pieces(source), chosen.file_size)
+    with _ZipFile(io.FileIO(file)) as source, zipfile.ZipFile(source) as archive:
+        _unpack_member(archive, target)
+
+
+def _unpack_member(archive: zipfile.ZipFile, target: _Target) -> None:
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    if len(members) > _MOST_MEMBERS:
+        raise BadImage(f"has more than {_MOST_MEMBERS} members")
+    if any(member.compress_type not in _ZIP_PACKINGS for member in members):
+        raise BadImage("is packed in a way that is not taken", hint="make the zip without LZMA and bzip2, or unpack it first")
+    found = {}
+    for member in members:
+        with archive.open(member) as source:
+            head = source.read(1 << 16)
+        found[member] = (member.filename, detect(lambda offset, size, head=head: head[offset : offset + size], len(head)))  # type: ignore[misc]
+    chosen = _choose(found)
+    with archive.open(chosen) as source:
+        target.fill(_pieces(source), chosen.file_size)
 
 
 def _choose(found: dict[M, tuple[str, ImageKind]]) -> M:

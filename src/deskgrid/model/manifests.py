@@ -32,10 +32,12 @@ class Revocation(Struct, frozen=True, kw_only=True, tag="revocation"):
 
     grid: str
     disk_sha256: Sha256
-    """Of the unpacked image."""
+    """Of the unpacked image, or of a package."""
     reason: str
     by: str
     at: float
+    owner: str = ""
+    """Whose disks with that content; empty: everybody's."""
 
 
 class DiskDetail(Struct, frozen=True, kw_only=True):

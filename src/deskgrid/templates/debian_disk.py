@@ -31,6 +31,7 @@ from msgspec import Struct
 
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
 from deskgrid.machines.processes import find_program
+from deskgrid.machines.work_folders import work_folder
 from deskgrid.templates.ext4_times import set_times
 from deskgrid.templates.program import program_files
 from deskgrid.units import MIB
@@ -122,8 +123,7 @@ def build_disk(disk: Path, cache: Path, recipe: DebianRecipe, progress: Progress
     _check_tools()
     disk.parent.mkdir(parents=True, exist_ok=True)
     # Not in the folder of the disk, where mmdebstrap's other user may not come, and not in memory, as /tmp may be.
-    with tempfile.TemporaryDirectory(prefix="deskgrid-debian-", dir=_large_folder()) as folder:
-        work = Path(folder)
+    with work_folder(_large_folder(), "deskgrid-debian-") as work:
         work.chmod(0o755)
         progress("package lists", 0.0)
         raw = _make_disk(work / "disk.raw", _make_boot_loader(work), recipe.size_bytes)
@@ -150,9 +150,9 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _large_folder() -> Path | None:
+def _large_folder() -> Path:
     folder = Path("/var/tmp")  # noqa: S108 - only the folder that a new one of ours is made in
-    return folder if os.access(folder, os.W_OK) else None
+    return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _check_tools() -> None:

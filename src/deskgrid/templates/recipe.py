@@ -6,7 +6,7 @@
     packages = ["gnuplot-nox", "python3-numpy"]
     commands = ["useradd --create-home physicist"]    as root, in the system, after all else; one that fails ends the build
 
-    [files]                                  path in the system -> a file beside the recipe, which keeps its right to be executed,
+    [files]                                  path in the system -> a file in the recipe's folder or below, which keeps its right to be executed,
     "/usr/local/bin/analyse" = "analyse.py"  or text
     "/etc/motd" = { text = "hello\\n" }
 
@@ -85,4 +85,9 @@ def _content(content: str | _Text, file: Path) -> str | Path:
     source = file.parent / content
     if not source.is_file():
         raise InvalidInput(f"there is no file {content[:200]!r} beside it", where=f"{file}: files", hint='or { text = "..." }')
-    return source
+    # Recipes are passed on: one of somebody else must not put a key of the user's into a disk that is published.
+    resolved = source.resolve()
+    if not resolved.is_relative_to(file.parent.resolve()):
+        hint = "copy it into the recipe's folder, if it is meant"
+        raise InvalidInput(f"{content[:200]!r} is outside of the recipe's folder", where=f"{file}: files", hint=hint)
+    return resolved

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from deskgrid.cli.disk import _check_believed
+from deskgrid.errors import InvalidInput, ProtocolError
+from deskgrid.machines import images
+from deskgrid.model.manifests import Bundle
 from deskgrid.testing.images import iso_bytes
 from tests.unit.cli.conftest import Deskgrid, Server
 
@@ -66,11 +71,16 @@ def test_disk_travels_to_another_grid_with_what_is_said_of_it(user: Deskgrid, im
     assert (file, len(fingerprint)) == ("cern.manifest", 64)
     refused = user("disk", "import", image, "--name", "again", "--manifest", file, "--json")
     assert (refused.code, fingerprint in refused.error["hint"]) == (1, True)
+    assert "again" not in user("disk", "list").out
     other = Server(tmp_path / "other", trusted_grids=(f"cern={fingerprint}",))
     try:
         assert user("login", other.login_link()).code == 0
         assert user("disk", "import", file, "--json").error["error"] == "NotFound"
         assert user("disk", "import", carried, "--name", "theirs", "--manifest", file, "--os", "ignored").out == "theirs@1\n"
+        (tmp_path / "another.iso").write_bytes(iso_bytes() + bytes(2048))
+        ran = user("disk", "import", tmp_path / "another.iso", "--manifest", file, "--json")
+        assert (ran.code, ran.error["error"]) == (2, "BadImage")
+        assert "another" not in user("disk", "list").out
         shown = user("disk", "show", "theirs").out
         assert "by grid@cern (admin@cern)" in shown
         assert "analysis" in shown
@@ -80,7 +90,7 @@ def test_disk_travels_to_another_grid_with_what_is_said_of_it(user: Deskgrid, im
         other.stop()
 
 
-def test_manifest_of_another_disk_and_files_that_are_none_are_refused_before_anything_is_sent(
+def test_manifest_that_is_not_believed_and_files_that_are_none_are_refused_before_anything_is_sent(
     user: Deskgrid, image: Path, tmp_path: Path
 ):
     user("disk", "import", image)
@@ -89,7 +99,7 @@ def test_manifest_of_another_disk_and_files_that_are_none_are_refused_before_any
     another = tmp_path / "another.iso"
     another.write_bytes(iso_bytes() + bytes(2048))
     ran = user("disk", "import", another, "--manifest", tmp_path / "cern.manifest", "--json")
-    assert (ran.code, ran.error["error"]) == (2, "BadImage")
+    assert (ran.code, ran.error["error"]) == (1, "Forbidden")
     assert "another" not in user("disk", "list").out
     for content in (b"", b"{}", b"[1]", b'{"grid": "x", "authority": "", "statements": ["???"]}'):
         (tmp_path / "wrong.manifest").write_bytes(content)
@@ -110,3 +120,27 @@ def test_next_version_that_differs_little_has_a_delta(user: Deskgrid, tmp_path: 
     assert (carried[0], carried[2], carried[3]) == (None, None, None)
     assert carried[1] < 2000
     assert "delta" in user("disk", "show", "d@2").out
+
+
+def test_new_version_is_imported_whole_if_the_old_one_cannot_be_used(
+    user: Deskgrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def unpack_disk(*_: object, **__: object) -> None:
+        raise ProtocolError("the disk is not the one that was promised")
+
+    monkeypatch.setattr(images, "unpack_disk", unpack_disk)
+    for version in (1, 2):
+        (tmp_path / "d.iso").write_bytes(iso_bytes() + bytes([version]))
+        ran = user("disk", "import", tmp_path / "d.iso")
+        assert ran.out == f"d@{version}\n"
+    assert "no delta to the version before: the disk is not the one" in ran.err
+    assert user("disk", "show", "d", "--json").document["data"]["delta"] is None
+
+
+async def test_manifest_whose_time_is_over_describes_no_disk():
+    class Grid:
+        async def take_bundle(self, bundle: Bundle) -> tuple[()]:
+            return ()
+
+    with pytest.raises(InvalidInput, match="which is over"):
+        await _check_believed(cast("Any", Grid()), Bundle(grid="x", authority="", statements=()))

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from deskgrid.archive import zstd
 from deskgrid.errors import BadImage, DeskgridError, DriverUnusable, NoSpace
 from deskgrid.machines import disk_import, foreign_images, unwrapping
+from deskgrid.machines.blocking import CHUNK
 from deskgrid.machines.disk_import import PreparedDisk, prepare_disk
 from deskgrid.machines.images import check_image
+from deskgrid.machines.unwrapping import unwrap
 from deskgrid.model.machines import DiskFormat
 from deskgrid.testing.images import IMAGE_BYTES, boot_sector, iso_bytes, qemu_img
 
@@ -190,6 +192,33 @@ async def test_vmdk_whose_description_names_another_file_opens_none(gallery: Pat
     assert list(out.iterdir()) == []
 
 
+def test_vmdk_is_refused_that_names_a_parent_wherever_qemu_looks_for_one(gallery: Path):
+    image = bytearray((gallery / "vmdk").read_bytes())
+    end = image.index(b"\0", 512)
+    hint = b'parentFileNameHint="/etc/hostname"'
+
+    def read(changed: bytes) -> foreign_images.Foreign:
+        return foreign_images.read_vmdk(lambda offset, size: changed[offset : offset + size], len(changed))
+
+    assert read(bytes(image)).driver == "vmdk"
+    within_a_line = b"#" + hint
+    beyond_the_header_s_length = bytes(image[:end]) + hint + bytes(image[end + len(hint) :])
+    short = bytearray(beyond_the_header_s_length)
+    struct.pack_into("<Q", short, 36, 1)
+    for changed in (
+        bytes(image[:end]) + within_a_line + bytes(image[end + len(within_a_line) :]),
+        bytes(short),
+        bytes(image[: 21 * 512 - len(hint)]) + hint + bytes(image[21 * 512 :]),
+    ):
+        with pytest.raises(BadImage, match="changes to another disk"):
+            read(changed)
+    # The header points to a harmless copy.
+    copied = bytearray(beyond_the_header_s_length) + image[512 : 21 * 512]
+    struct.pack_into("<Q", copied, 28, len(image) // 512)
+    with pytest.raises(BadImage, match="where nobody writes it"):
+        read(bytes(copied))
+
+
 @pytest.mark.parametrize("name", ["vmdk", "vdi", "vpc", "vhdx"])
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
@@ -234,6 +263,34 @@ async def test_zip_that_lies_of_its_size_is_refused(tmp_path: Path, out: Path) -
     with pytest.raises(BadImage, match="more than"):
         await prepare_disk(tmp_path / "bomb", out, max_virtual_bytes=32 << 20)
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+async def test_zip_with_a_packing_whose_memory_has_no_bound_is_refused(tmp_path: Path, out: Path, packing: int) -> None:
+    with zipfile.ZipFile(tmp_path / "zip", "w", packing) as archive:
+        archive.writestr("disk", boot_sector())
+    with pytest.raises(BadImage, match="not taken"):
+        await prepare_disk(tmp_path / "zip", out)
+
+
+async def test_zip_with_a_large_directory_is_refused_before_it_is_read(tmp_path: Path, out: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        archive.writestr("disk", boot_sector())
+    data = bytearray((tmp_path / "zip").read_bytes()) + bytes(6 << 20)
+    end = data.rindex(b"PK\5\6")
+    data += data[end : end + 22]
+    struct.pack_into("<II", data, len(data) - 10, 5 << 20, 0)
+    (tmp_path / "zip").write_bytes(data)
+    with pytest.raises(BadImage, match="directory of more than"):
+        await prepare_disk(tmp_path / "zip", out)
+
+
+async def test_xz_of_two_streams_with_much_padding_between_is_read_to_its_end(tmp_path: Path, out: Path) -> None:
+    first, second = boot_sector() + bytes(1 << 20), b"end" + bytes(509)
+    padding = bytes(3 * CHUNK)
+    (tmp_path / "disk.xz").write_bytes(lzma.compress(first) + padding + lzma.compress(second) + padding)
+    plain = await unwrap(tmp_path / "disk.xz", out, max_bytes=1 << 30)
+    assert plain.read_bytes() == first + second
 
 
 async def test_image_packed_too_often_is_refused(tmp_path: Path, out: Path) -> None:

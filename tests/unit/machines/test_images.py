@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,3 +278,21 @@ async def test_cancelled_fetch_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_long_list_of_tables_takes_little_memory():
+    entries = 1 << 18
+    header = images._Qcow2(512, entries * 64 * 512, entries, 512, 0, 8)
+    listed = struct.pack(f">{entries}Q", *((number + 1) * 512 for number in range(entries)))
+
+    def read_at(offset: int, size: int) -> bytes:
+        return bytes(512) if size == 512 else listed[offset - 512 : offset - 512 + size]
+
+    tracemalloc.start()
+    try:
+        assert not images._has_compressed(header, read_at, 1 << 40, "")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        with pytest.raises(BadImage, match="outside the file"):
+            images._has_compressed(header, read_at, entries * 512, "")
+    finally:
+        tracemalloc.stop()

@@ -203,3 +203,7 @@ async def test_cancelled_child_is_gone_with_its_descriptors() -> None:
 async def test_processor_time_is_bounded() -> None:
     finished = await run("/bin/bash", "-c", "while :; do :; done", confinement=Confinement(memory_bytes=1 << 30, cpu_s=1))
     assert finished.code < 0
+
+
+async def test_converter_has_few_descriptors() -> None:
+    assert (await run("/bin/sh", "-c", "ulimit -n")).output == b"64\n"

@@ -14,18 +14,20 @@ from cryptography import x509
 from deskgrid.client.grid import Grid, describe_file
 from deskgrid.client.transport import Transport
 from deskgrid.clock import FakeClock
-from deskgrid.core.manifests import endorsers_of
+from deskgrid.core.manifests import endorsers_of, read_own
 from deskgrid.errors import Conflict, DeskgridError, Forbidden, InvalidInput, NotFound
 from deskgrid.model import wire
 from deskgrid.model.data import Data, DataKind, Delta, Disk, Visibility
+from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import AttemptState, JobSpec, JobState, Machine
 from deskgrid.model.machines import DiskFormat
+from deskgrid.model.manifests import Bundle, Manifest
 from deskgrid.model.workers import Assignment, AttemptReport
 from deskgrid.server.authority import authority_fingerprint
 from deskgrid.server.chores import do_chores
 from deskgrid.server.store import data as repository
-from deskgrid.server.store import manifests, storage
-from deskgrid.server.store.schema import blob
+from deskgrid.server.store import manifests, queues, storage
+from deskgrid.server.store.schema import attempt, blob, manifest
 from deskgrid.settings import ServerSettings
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 
@@ -51,11 +53,14 @@ class People:
     async def open(self, name: str) -> Grid:
         return await self._running.enter_async_context(Grid(await self.grid.user(name)))
 
-    async def publish(self, who: Grid, name: str = "d", *, content: str = "", private: bool = False, **words: str) -> Data:
+    async def publish(
+        self, who: Grid, name: str = "d", *, content: str = "", says: str = "", private: bool = False, **words: str
+    ) -> Data:
+        """Publish a disk; `says`: the sha256 that its owner says it has."""
         file = self.folder / "image"
         file.write_text(content or name)
         blob = describe_file(file)
-        disk = Disk(sha256=blob.sha256, size_bytes=9, virtual_bytes=9, format=DiskFormat.ISO, **words)
+        disk = Disk(sha256=Sha256(says or blob.sha256), size_bytes=9, virtual_bytes=9, format=DiskFormat.ISO, **words)
         visibility = Visibility.PRIVATE if private else Visibility.PUBLIC
         return await who.put(file, name, kind=DataKind.DISK, disk=disk, visibility=visibility)
 
@@ -125,9 +130,9 @@ async def test_what_was_said_is_said_anew_withdrawn_and_ends_by_itself(people: P
         await people.bob.withdraw_disk("d", "group:hep")
     await clock.advance(DAY_S + 1)
     assert (await people.ann.disk("d")).manifests == ()
-    await clock.advance(100 * DAY_S)
+    await clock.advance(800 * DAY_S)
     await people.grid.services.store.write(manifests.forget_expired)
-    assert await people.grid.services.store.read(lambda tx: manifests._manifests(tx, [])) == {}
+    assert await people.grid.services.store.read(lambda tx: tx.rows(sa.select(manifest))) == []
 
 
 async def test_disks_are_found_by_words_system_and_endorser(people: People):
@@ -235,19 +240,92 @@ async def test_revoked_disk_is_refused_waiting_jobs_fail_and_running_ones_go_on(
     assert (await people.ann.job(running.id)).job.state is JobState.FAILED
 
 
-async def test_revocation_is_for_its_owner_alone_if_nobody_else_has_the_disk(people: People):
+async def test_revocation_is_its_owners_and_an_admins_to_say_in_a_line(people: People):
     await people.publish(people.ann)
-    await people.publish(people.eve, "mine", content="d", private=True)
     with pytest.raises(Forbidden, match=r"may not"):
         await people.bob.revoke_disk("d", "because")
-    for who, name in ((people.ann, "d"), (people.eve, "mine")):
-        with pytest.raises(Forbidden, match="others have this disk"):
-            await who.revoke_disk(name, "because")
     for reason in ("", "two\nlines", "x" * 600):
         with pytest.raises(InvalidInput, match="why"):
             await people.admin.revoke_disk("d", reason)
     first = await people.admin.revoke_disk("d", "because")
-    assert await people.admin.revoke_disk("mine", "another reason") == first
+    assert await people.ann.revoke_disk("d", "another reason") == first
+
+
+async def test_who_says_that_his_disk_is_the_same_revokes_nothing_of_others(people: People):
+    coming = await people.publish(people.bob, "coming", content="d", private=True)
+    junk = await people.publish(people.eve, "junk", says=coming.blob.sha256)
+    of_eve = await people.eve.submit(job("junk"))
+    said = await people.eve.revoke_disk("junk", "because")
+    assert (said.disk_sha256, said.owner) == (coming.blob.sha256, "eve")
+    real = await people.publish(people.ann)
+    assert real.disk is not None
+    assert junk.disk is not None
+    assert real.disk.sha256 == junk.disk.sha256
+    await people.ann.endorse_disk("d", lifetime_s=DAY_S)
+    of_ann = await people.ann.submit(job())
+    await do_chores(people.grid.services)
+    assert (await people.eve.job(of_eve.id)).job.state is JobState.FAILED
+    assert [taken.job_id for taken in await people.ask()] == [of_ann.id]
+    await do_chores(people.grid.services)
+    assert (await people.ann.job(of_ann.id)).job.state is JobState.ACTIVE
+    with pytest.raises(Conflict, match="revoked by eve"):
+        await people.eve.submit(job("junk"))
+    assert {one.data.name: one.revocation for one in await people.ann.disks()} == {"d": None, "junk": said}
+    assert len((await people.ann.disk_bundle("d")).statements) == 1
+    with pytest.raises(Conflict, match="eve revoked"):
+        await people.eve.disk_bundle("junk")
+
+
+async def test_admin_revokes_a_disk_of_another_by_name_and_everybodys_by_its_sha256(people: People):
+    disk = await people.publish(people.ann)
+    await people.publish(people.eve, "junk", says=disk.blob.sha256)
+    assert (await people.admin.revoke_disk("junk", "malware")).owner == "eve"
+    await people.ann.submit(job())
+    assert (await people.admin.revoke_disk(disk.blob.sha256, "a hole")).owner == ""
+    assert [one.revocation is not None for one in await people.ann.disks()] == [True, True]
+    with pytest.raises(Conflict, match="a hole"):
+        await people.ann.submit(job())
+
+
+async def test_admin_revokes_his_own_disk_for_everybody(people: People):
+    await people.publish(people.admin)
+    await people.publish(people.eve, "same", content="d")
+    await people.admin.revoke_disk("d", "a hole")
+    with pytest.raises(Conflict, match="a hole"):
+        await people.eve.submit(job("same"))
+
+
+async def test_sha256_of_a_package_revokes_all_that_is_packed_so_and_only_that(people: People):
+    real = await people.publish(people.ann, says="a" * 64)
+    await people.publish(people.eve, "first", content="d", says="b" * 64)
+    await people.publish(people.bob, "other", says="b" * 64)
+    waiting = await people.ann.submit(job())
+    await people.admin.revoke_disk(real.blob.sha256, "malware")
+    await do_chores(people.grid.services)
+    assert (await people.ann.job(waiting.id)).job.state is JobState.FAILED
+    await people.publish(people.bob, "later", content="d", says="c" * 64)
+    for who, name in ((people.ann, "d"), (people.eve, "first"), (people.bob, "later")):
+        with pytest.raises(Conflict, match="malware"):
+            await who.submit(job(name))
+    assert {one.data.name for one in await people.bob.disks() if one.revocation is None} == {"other"}
+    await people.bob.submit(job("other"))
+
+
+async def test_job_leased_by_a_process_that_had_not_seen_the_revocation_fails_also_later(people: People, clock: FakeClock):
+    store = people.grid.services.store
+    await people.publish(people.ann)
+    late = await people.ann.submit(job())
+    seen = await store.write(queues.board)
+    await people.ann.revoke_disk("d", "a hole")
+    await clock.advance(0.5)
+    await store.write(lambda tx: tx.memo.update(board=seen))
+    [taken] = await people.ask()
+    assert taken.job_id == late.id
+    await people.ask(reports=(AttemptReport(attempt_id=taken.attempt_id, state=AttemptState.RUNNING),))
+    await store.write(lambda tx: tx.run(sa.update(attempt).values(lease_expires_at=tx.now + 2000)))
+    await clock.advance(700)
+    await do_chores(people.grid.services)
+    assert (await people.ann.job(late.id)).job.message == "its disk was revoked by ann: a hole"
 
 
 async def test_admin_revokes_by_digest_what_is_not_here(people: People):
@@ -284,21 +362,18 @@ async def test_grid_believes_another_that_its_admin_trusts(people: People, tmp_p
         with pytest.raises(Forbidden):
             await here.ann.withdraw_disk("from-lab", "group:hep@lab")
         # Its news: the disk is revoked.
-        await people.ann.revoke_disk("d", "a hole")
+        await people.admin.revoke_disk(data.blob.sha256, "a hole")
         news = await people.ann.disk_bundle("d")
         with pytest.raises(Forbidden):
             await here.bob.take_bundle(news)
         [found] = await here.ann.take_bundle(news)
         assert found.revocation is not None
-        assert found.revocation.reason == "a hole (ann of lab)"
+        assert found.revocation.reason == "a hole (admin of lab)"
+        assert found.revocation.owner == "ann"
     assert data.disk is not None
 
 
-def bundle_end(bundle: object) -> float:
-    from deskgrid.core.manifests import read_own
-    from deskgrid.model.manifests import Bundle, Manifest
-
-    assert isinstance(bundle, Bundle)
+def bundle_end(bundle: Bundle) -> float:
     said = read_own(bundle.statements[0])
     assert isinstance(said, Manifest)
     return said.expires_at
@@ -319,9 +394,44 @@ async def test_grid_that_trusts_nobody_and_one_that_describes_the_disk_otherwise
         blob = describe_file(file)
         disk = Disk(sha256=blob.sha256, size_bytes=9, virtual_bytes=10, format=DiskFormat.ISO)
         await here.ann.put(file, "d", kind=DataKind.DISK, disk=disk)
-        with pytest.raises(Conflict, match="declared differently"):
+        with pytest.raises(NotFound, match="declared differently"):
             await here.ann.take_bundle(bundle)
         assert (await here.ann.disk("d")).manifests == ()
+        right = await here.publish(here.ann, "right", content="d")
+        assert [(one.data, len(one.manifests)) for one in await here.ann.take_bundle(bundle)] == [(right, 1)]
+
+
+async def test_what_another_grid_said_earlier_does_not_take_the_place_of_what_it_said_later(
+    people: People, tmp_path: Path, clock: FakeClock
+):
+    await people.publish(people.ann)
+
+    async def said(lifetime_s: float) -> Bundle:
+        await clock.advance(1)
+        await people.bob.endorse_disk("d", "group:hep", lifetime_s=lifetime_s)
+        return await people.ann.disk_bundle("d")
+
+    first, second = await said(DAY_S), await said(700 * DAY_S)
+    fingerprint = authority_fingerprint(people.grid.home / "authority")
+    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, trusted_grids=(f"lab={fingerprint}",))
+    async with running_grid(tmp_path / "other", settings, clock) as grid, AsyncExitStack() as running:
+        here = await People(grid, tmp_path, running).enter()
+        await here.publish(here.ann)
+        for bundle in (first, second, first):
+            [found] = await here.ann.take_bundle(bundle)
+        assert found.manifests[0].expires_at == bundle_end(second)
+        # Withdrawn here, it does not come back, however late.
+        assert (await here.admin.withdraw_disk("d", "group:hep@lab")).manifests == ()
+        with pytest.raises(NotFound, match="does not vouch"):
+            await here.admin.withdraw_disk("d", "group:hep@lab")
+        await clock.advance(600 * DAY_S)
+        await grid.services.store.write(manifests.forget_expired)
+        here.ann = await here.open("ann")
+        [found] = await here.ann.take_bundle(second)
+        assert found.manifests == ()
+        people.bob, people.ann = await people.open("bob"), await people.open("ann")
+        [found] = await here.ann.take_bundle(await said(DAY_S))
+        assert len(found.manifests) == 1
 
 
 async def test_words_of_a_disk_are_lines(people: People):

@@ -50,6 +50,25 @@ def test_recipe_that_says_nothing_is_the_template_under_its_own_name(tmp_path: P
     assert (recipe.name, recipe.size_bytes, recipe.files) == ("my-recipe", DEFAULT_SIZE_BYTES, debian_recipe().files)
 
 
+@pytest.mark.parametrize("name", ["{outside}", "../secret", "sub/../../secret", "link"])
+def test_recipe_takes_no_files_from_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("key")
+    folder = tmp_path / "recipe"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path / "secret")
+    content = name.format(outside=tmp_path / "secret")
+    with pytest.raises(InvalidInput, match="outside of the recipe's folder"):
+        read_recipe(written(folder, f'[files]\n"/etc/x" = "{content}"'))
+
+
+def test_recipe_takes_files_from_below_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_text("x")
+    written(tmp_path, '[files]\n"/etc/x" = "sub/file"')
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("My Recipe.toml")).files["/etc/x"] == (tmp_path / "sub" / "file").resolve()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -13,6 +13,7 @@ from deskgrid.core.rights import check_job_token
 from deskgrid.core.submission import check_array, check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model import wire
+from deskgrid.model.data import DataRef
 from deskgrid.model.ids import ArrayId, JobId, UserId
 from deskgrid.model.jobs import Array, Job, JobSpec, JobState
 from deskgrid.model.overlay import API_SERVICE
@@ -68,14 +69,21 @@ def resolved(tx: Transaction, call: Call[Any], wanted: Submitted, *, in_set: boo
     accounts.check_shares(tx, spec.machine.share, "machine.share")
     accounts.check_group(tx, caller, spec.group)
     of_grid = spec.machine.disk and not spec.machine.installed_disk
-    disk = data.find_disk(tx, caller, spec.machine.disk) if of_grid else None
-    if disk is not None:
-        manifests.check_not_revoked(tx, disk.disk)
+    found = data.find_disk(tx, caller, spec.machine.disk) if of_grid else None
+    if found is not None:
+        manifests.check_not_revoked(tx, found)
     if context is not None:
         data.require_upload(tx, caller, context)
     _check_secrets(call, spec, wanted.secrets)
     trust = accounts.trusted(tx, caller, spec.trust)
-    new = NewSubmission(spec=spec, disk=disk, context=context, secrets=wanted.secrets, trust=trust)
+    new = NewSubmission(
+        spec=spec,
+        disk=DataRef(blob=found.blob, disk=found.disk, delta=found.delta) if found is not None else None,
+        disk_owner=found.owner_id if found is not None else 0,
+        context=context,
+        secrets=wanted.secrets,
+        trust=trust,
+    )
     if not spec.app:
         return new
     app = apps.find_app(tx, caller, spec.app)

@@ -19,9 +19,8 @@ from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, JobSpec, JobState
 from deskgrid.model.workers import Assignment
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.manifests import revocations
-from deskgrid.server.store.queues import board, come_back, count, note_use
-from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, attempt, job, queue, revocation, submission, worker
+from deskgrid.server.store.queues import come_back, count, note_use, revoked_queues
+from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, attempt, job, queue, submission, worker
 from deskgrid.server.store.statement import Statement, constant
 from deskgrid.server.store.submissions import WORK, array_topic, forget_secrets, held_until_started, job_topic, tell_dependants
 
@@ -504,30 +503,32 @@ def cancel_attempts(tx: Transaction, job_id: JobId, reason: str) -> None:
     tx.run(over.values(state=AttemptState.CANCELLED.value, ended_at=tx.now, reason=reason))
 
 
-_BEING_PREPARED_S = 600.0
-"""After a revocation, in which attempts are looked for that were leased a moment before, perhaps by another process."""
-
-
 def fail_revoked(tx: Transaction, limit: int) -> int:
-    """Let jobs fail that wait for a disk which was revoked, or are being prepared with one; those that run go on. Return how many."""
-    columns = (job.c.id, job.c.state, job.c.queue_id, job.c.submission_id, job.c.owner_id, job.c.position, submission.c.disk_sha256)
-    those = sa.select(*columns).select_from(job.join(submission, submission.c.id == job.c.submission_id))
-    waiting = those.where(job.c.queue_id.in_(board(tx).revoked), job.c.state == JobState.WAITING.value)
-    found = tx.rows(waiting.limit(limit).with_for_update(of=job, skip_locked=True))
-    recent = [
-        row.disk_sha256 for row in tx.rows(sa.select(revocation.c.disk_sha256).where(revocation.c.at > tx.now - _BEING_PREPARED_S))
-    ]
-    if recent:
-        of_job = (attempt.c.job_id == job.c.id, IS_LIVE, attempt.c.state == constant(AttemptState.LEASED.value))
-        leased = those.where(sa.exists().where(*of_job), job.c.state == JobState.ACTIVE.value, submission.c.disk_sha256.in_(recent))
-        found += tx.rows(leased.limit(limit).with_for_update(of=job, skip_locked=True))
-    why = revocations(tx, {row.disk_sha256 for row in found})
-    for *of_job, disk in found:
-        one = Job(of_job[0], JobState(of_job[1]), *of_job[2:])
-        message = f"its disk was revoked by {why[disk].by}: {why[disk].reason}"
-        if move_job(tx, one, JobState.FAILED, message=message):
-            cancel_attempts(tx, one.id, message)
-    return len(found)
+    """Let jobs fail that wait for a revoked disk, are being prepared with one, or were leased after it was: by a process that had not seen it.
+
+    Those that ran before go on. Return how many failed.
+    """
+    failed = 0
+    for said, queue_ids in revoked_queues(tx).items():
+        for row in _not_begun(tx, queue_ids, said.at, limit - failed):
+            message = f"its disk was revoked by {said.by}: {said.reason}"
+            one = Job(row.id, JobState(row.state), *row[2:])
+            if move_job(tx, one, JobState.FAILED, message=message):
+                cancel_attempts(tx, one.id, message)
+                failed += 1
+        if failed >= limit:
+            break
+    return failed
+
+
+def _not_begun(tx: Transaction, queue_ids: list[int], since: float, limit: int) -> list[Any]:
+    """Return jobs of these queues, as `Job` has them, that wait, are being prepared, or were leased since."""
+    those = sa.select(job.c.id, job.c.state, job.c.queue_id, job.c.submission_id, job.c.owner_id, job.c.position)
+    those = those.where(job.c.queue_id.in_(queue_ids)).limit(limit).with_for_update(of=job, skip_locked=True)
+    waiting = those.join(queue, queue.c.id == job.c.queue_id).where(queue.c.open.is_(True), job.c.state == JobState.WAITING.value)
+    begun_since = sa.or_(attempt.c.state == constant(AttemptState.LEASED.value), attempt.c.leased_at > since)
+    leased = those.join(attempt, attempt.c.job_id == job.c.id).where(IS_LIVE, begun_since, job.c.state == JobState.ACTIVE.value)
+    return tx.rows(waiting) + tx.rows(leased)
 
 
 def expire_leases(tx: Transaction, limit: int = 500) -> int:

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from deskgrid.core.rights import Right, Thing, covers, holds
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, NotFound
-from deskgrid.model.data import Blob, Data, DataKind, DataRef, Delta, Disk, Visibility
+from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.ids import DataId, Sha256, UserId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
@@ -37,6 +37,7 @@ __all__ = [
     "begin_upload",
     "check_room",
     "claim_unused",
+    "find_all",
     "find_data",
     "find_disk",
     "finish_upload",
@@ -354,7 +355,15 @@ _LONGEST_WORDS = 200
 
 
 def find_data(tx: Transaction, caller: Caller, reference: str) -> Data:
-    """Find visible data by name (the newest version), name@version or sha256. Raise NotFound.
+    """Find visible data by name (the newest version), name@version or sha256: the first of `find_all`. Raise NotFound."""
+    found = find_all(tx, caller, reference, limit=1)
+    if not found:
+        raise NotFound(f"there is no data {reference!r}", hint="deskgrid data list")
+    return found[0]
+
+
+def find_all(tx: Transaction, caller: Caller, reference: str, *, limit: int | None = None) -> list[Data]:
+    """Find all visible data with a name, name@version or sha256.
 
     Where several users have such data: one's own first, then an admin's, then of who had the name first, so that nobody can put
     his data in the place of what others use.
@@ -362,13 +371,10 @@ def find_data(tx: Transaction, caller: Caller, reference: str) -> Data:
     older = data.alias("older")
     since = sa.select(sa.func.min(older.c.id)).where(older.c.owner_id == data.c.owner_id, older.c.name == data.c.name)
     order = ((data.c.owner_id == caller.user_id).desc(), account.c.admin.desc(), since.scalar_subquery(), data.c.version.desc())
-    row = tx.row(_matching(reference).where(_visible(tx, caller)).order_by(*order))
-    if row is None:
-        raise NotFound(f"there is no data {reference!r}", hint="deskgrid data list")
-    return _data(row)
+    return [_data(row) for row in tx.rows(_matching(reference).where(_visible(tx, caller)).order_by(*order).limit(limit))]
 
 
-def find_disk(tx: Transaction, caller: Caller, reference: str) -> DataRef:
+def find_disk(tx: Transaction, caller: Caller, reference: str) -> Data:
     """Find a disk by reference. Raise NotFound, or InvalidInput if the data is no disk."""
     try:
         found = find_data(tx, caller, reference)
@@ -376,7 +382,7 @@ def find_disk(tx: Transaction, caller: Caller, reference: str) -> DataRef:
         raise NotFound(f"there is no disk {reference!r}", hint="deskgrid disk list shows those you may use") from error
     if found.disk is None:
         raise InvalidInput(f"{reference} is a {found.kind}, not a disk", hint="deskgrid disk import FILE --name NAME")
-    return DataRef(blob=found.blob, disk=found.disk, delta=found.delta)
+    return found
 
 
 def list_data(tx: Transaction, caller: Caller, kind: str | None) -> tuple[Data, ...]:

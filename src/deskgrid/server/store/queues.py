@@ -15,8 +15,9 @@ import sqlalchemy as sa
 
 from deskgrid.core.matching import Ask, Person, Queue, Requirement, suiting
 from deskgrid.core.shares import Standings, Use, faded
-from deskgrid.model.ids import UserId
+from deskgrid.model.ids import Sha256, UserId
 from deskgrid.model.jobs import JobState
+from deskgrid.model.manifests import Revocation
 from deskgrid.model.workers import Assignment
 from deskgrid.server.store import manifests
 from deskgrid.server.store.engine import BEFORE_COMMIT, Transaction
@@ -37,6 +38,7 @@ __all__ = [
     "nothing_waits",
     "open_queue",
     "queue_counts",
+    "revoked_queues",
     "waiting_of",
 ]
 
@@ -143,8 +145,6 @@ class Board:
         standings: Standings,
         people: dict[UserId, Person],
         until: float,
-        *,
-        revoked: Iterable[int] = (),
     ) -> None:
         self._queues = {one.id: one for one in queues}
         self._changed: dict[int, int] = {}
@@ -152,8 +152,6 @@ class Board:
         self.standings = standings
         self.people = people
         self.until = until
-        self.revoked = tuple(revoked)
-        """Queues whose disk must not be started any more; their jobs are not offered."""
         self.names_workers = any(one.requirement.on.startswith("worker:") for one in self._queues.values())
 
     def queues(self) -> list[Queue]:
@@ -232,8 +230,8 @@ def _read_board(tx: Transaction) -> Board:
     if not rows:
         return Board((), Standings((), {}, now=tx.now, half_life_s=HALF_LIFE_S), {}, tx.now + _BOARD_S)
     wanted = [_requirement(tx, row.key) for row in rows]
-    disks = {one.disk for one in wanted if one.disk}
-    vouching, revoked = manifests.endorsers(tx, disks), manifests.revocations(tx, disks)
+    vouching = manifests.endorsers(tx, {one.disk for one in wanted if one.disk})
+    revoked = manifests.revocations(tx, {_disk_of(one) for one in wanted})
     queues = [
         Queue(
             id=row.id,
@@ -247,11 +245,28 @@ def _read_board(tx: Transaction) -> Board:
             endorsers=vouching.get(of_class.disk, frozenset()),
         )
         for row, of_class in zip(rows, wanted, strict=True)
-        if of_class.disk not in revoked
+        if _disk_of(of_class) not in revoked
     ]
-    stopped = [row.id for row, of_class in zip(rows, wanted, strict=True) if of_class.disk in revoked]
     people = _people(tx, {one.owner_id for one in queues})
-    return Board(queues, _standings(tx), people, tx.now + _BOARD_S, revoked=stopped)
+    return Board(queues, _standings(tx), people, tx.now + _BOARD_S)
+
+
+def revoked_queues(tx: Transaction) -> dict[Revocation, list[int]]:
+    """Return the queues with jobs that wait or are active with a disk which must not be started any more, by what was said of it."""
+    tx.settle()
+    busy = sa.or_(queue.c.waiting > 0, queue.c.active > 0)
+    rows = tx.rows(sa.select(queue.c.id, requirement.c.key).join(requirement).where(busy))
+    disks = {row.id: _disk_of(_requirement(tx, row.key)) for row in rows}
+    revoked = manifests.revocations(tx, disks.values())
+    found: dict[Revocation, list[int]] = {}
+    for queue_id, disk in disks.items():
+        if disk in revoked:
+            found.setdefault(revoked[disk], []).append(queue_id)
+    return found
+
+
+def _disk_of(wanted: Requirement) -> tuple[Sha256, int]:
+    return wanted.disk, wanted.disk_owner
 
 
 def _requirement(tx: Transaction, key: str) -> Requirement:

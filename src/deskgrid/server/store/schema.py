@@ -198,12 +198,13 @@ revocation = Table(
     "revocation",
     metadata,
     Column("disk_sha256", String(64), primary_key=True),
+    Column("owner_id", BigInteger, primary_key=True, autoincrement=False),
     Column("by", String(128), nullable=False),
     Column("at", Float, nullable=False),
     Column("reason", Text, nullable=False),
     Column("signed", Text, nullable=False),
 )
-"""Disks that are not started any more."""
+"""Disks that are not started any more. `owner_id`: those of this user; 0: everybody's."""
 
 app = _numbered(
     "app",

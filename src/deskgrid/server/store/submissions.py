@@ -80,6 +80,7 @@ class NewSubmission(Struct, frozen=True, kw_only=True):
 
     spec: JobSpec
     disk: DataRef | None = None
+    disk_owner: int = 0
     context: Blob | None = None
     app_id: int | None = None
     programs: dict[str, Blob] = {}
@@ -192,7 +193,7 @@ def _owner(caller: Caller) -> UserId:
 def _add_queue(tx: Transaction, owner_id: UserId, new: NewSubmission, array_id: int, *, is_open: bool) -> int:
     disk = new.disk.disk.sha256 if new.disk is not None and new.disk.disk is not None else None
     platforms = () if ANY_PLATFORM in new.programs else tuple(new.programs)
-    wanted = requirement_of(new.spec, disk, platforms, new.trust)
+    wanted = requirement_of(new.spec, disk, platforms, new.trust, disk_owner=new.disk_owner)
     return find_queue(tx, wanted, owner_id, new.spec.group, new.spec.priority, array_id=array_id, is_open=is_open)
 
 

@@ -26,11 +26,12 @@ def upgrade() -> None:
     op.create_table(
         "revocation",
         sa.Column("disk_sha256", sa.String(length=64), nullable=False),
+        sa.Column("owner_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("by", sa.String(length=128), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("signed", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("disk_sha256", name=op.f("pk_revocation")),
+        sa.PrimaryKeyConstraint("disk_sha256", "owner_id", name=op.f("pk_revocation")),
     )
     with op.batch_alter_table("data", recreate="never") as batch_op:
         batch_op.add_column(sa.Column("delta", sa.Text(), nullable=True))
