@@ -59,7 +59,7 @@ class _Target(Struct, frozen=True):
     console: AttemptId | None = None
 
 
-def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float, nonce: str) -> Way | Waiting:
+def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float, max_peers: int, nonce: str) -> Way | Waiting:
     """Decide a wish. Raise NotFound, Forbidden, Conflict or InvalidInput if waiting is of no use."""
     service = parse_service(wish.service, "service")
     if service.peer == API_SERVICE.peer:
@@ -70,7 +70,7 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
     source = _source(tx, own)
     check_named(source, service)
     job_id = service.job_id
-    target = _program(tx, source, service) if job_id is None else _attempt(tx, source, service, job_id)
+    target = _program(tx, source, service) if job_id is None else _attempt(tx, source, service, job_id, max_peers)
     if target.row is None:
         return Waiting(target.absent, target.topics, target.console)
     if target.row.id == own.id:
@@ -102,7 +102,7 @@ def _source(tx: Transaction, own: Any) -> Source:
     return Source(user_id=user_id, user=own.owner, groups=groups, job_id=JobId(own.job_id), reach=reach)
 
 
-def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId) -> _Target:
+def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId, max_peers: int) -> _Target:
     """Return the peer of the newest live attempt of a job. Raise NotFound, or Conflict if the job is over."""
     row = tx.row(sa.select(job.c.owner_id, submission.c.spec, job.c.state).join(submission).where(job.c.id == job_id))
     check_job(source, service, _target_job(row))
@@ -120,10 +120,12 @@ def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId
         return _Target(None, f"job {job_id} to start", topics)
     attempt_id = AttemptId(newest.id)
     found = peers.peer_of_attempt(tx, attempt_id)
+    full = found is None and peers.how_many(tx, row.owner_id) >= max_peers  # type: ignore[union-attr]
+    why = f"; {max_peers} programs and jobs of its user take part already, and no more may" if full else ""
     if msgspec.json.decode(row.spec, type=JobSpec).machine.network is Network.NONE:  # type: ignore[union-attr]
         asks = (newest.console_until or 0.0) <= tx.now + RENEW_S
-        return _Target(found, _why_no_screen(tx, newest, job_id), topics, attempt_id if asks else None)
-    return _Target(found, f"attempt {newest.number} of job {job_id} to take part in the overlay", topics)
+        return _Target(found, _why_no_screen(tx, newest, job_id) + why, topics, attempt_id if asks else None)
+    return _Target(found, f"attempt {newest.number} of job {job_id} to take part in the overlay{why}", topics)
 
 
 def _why_no_screen(tx: Transaction, newest: Any, job_id: JobId) -> str:

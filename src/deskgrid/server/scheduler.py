@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from deskgrid.core.lifecycle import AttemptEvent, event_of_report
+from deskgrid.core.lifecycle import FINAL_JOB_STATES, AttemptEvent, event_of_report
 from deskgrid.core.matching import Ask, match, need_of, without
 from deskgrid.core.pacing import Pace, Terms, pace
 from deskgrid.core.sealing import is_sealing_key
@@ -132,6 +132,7 @@ def _take_report(
     if (
         report.state is AttemptState.SUSPENDED
         and held.state is AttemptState.LOST
+        and held.job.state not in FINAL_JOB_STATES
         and _lease_end(tx, held, report.state, verdict.lease_s) <= tx.now
     ):
         return  # it was lost because it was suspended for too long: it stays so, but may come back running or with its result

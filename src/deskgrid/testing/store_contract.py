@@ -154,7 +154,7 @@ async def _hub(store: Store) -> int:
 
 async def _way(store: Store, caller: Caller, peer_id: int, service: str) -> Way | Waiting:
     wish = AskGrant(peer_id=peer_id, service=service)
-    return await store.read(lambda tx: find_way(tx, caller, wish, grant_s=60.0, nonce="n"))
+    return await store.read(lambda tx: find_way(tx, caller, wish, grant_s=60.0, max_peers=1000, nonce="n"))
 
 
 class StoreContract:

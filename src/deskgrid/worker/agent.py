@@ -79,7 +79,7 @@ _MEASURE_S = 3.0
 """Between looks at what attempts have written."""
 _GOODBYE_S = 5.0
 _SAVE_S = 60.0
-"""In which machines are written to the disk when the worker is stopped; systemd gives a service 90 s."""
+"""In which machines are written to the disk when the worker is stopped; the unit in docs/how-to.md gives it 100 s in all."""
 _LOCK_S = 2.0
 _LOCK_RETRY_S = 0.1
 

@@ -16,7 +16,7 @@ from typing import Any
 from dbus_fast import BusType, DBusError, Message, MessageFlag, MessageType
 from dbus_fast.aio import MessageBus
 
-from deskgrid.worker.desktop_x11 import XServer
+from deskgrid.worker.desktop_x11 import Screen, XServer
 from deskgrid.worker.presence import Presented
 
 __all__ = ["LinuxDesktop"]
@@ -43,7 +43,7 @@ class LinuxDesktop:
         self._system = _Bus(BusType.SYSTEM, environment.get("DBUS_SYSTEM_BUS_ADDRESS", ""))
         display = environment.get("DISPLAY", "")
         # Under Wayland an X server sees only what its own windows are told: its word would be a guess.
-        self._x = XServer(display) if display and not environment.get("WAYLAND_DISPLAY") else None
+        self._x = Screen(XServer(display)) if display and not environment.get("WAYLAND_DISPLAY") else None
 
     async def look(self, *, idle: bool = True) -> Presented | None:
         """See Desktop."""
@@ -56,7 +56,8 @@ class LinuxDesktop:
         )
         full = (shown is not None and shown.full_screen) or inhibited
         own_s = idle_s if idle_s is not None else shown.idle_s if shown is not None else None
-        if sessions is None and own_s is None and _has_screen():
+        hangs = self._x is not None and self._x.hangs
+        if own_s is None and (hangs or (sessions is None and _has_screen())):
             return None  # there may be a desktop of which nobody tells
         # What ours tells is more exact than its hint.
         others = [idle for user, idle in sessions or () if own_s is None or user != os.getuid()]
@@ -67,10 +68,10 @@ class LinuxDesktop:
         self._session.close()
         self._system.close()
         if self._x is not None:
-            await asyncio.to_thread(self._x.close)
+            self._x.close()
 
     async def _look_at_screen(self) -> Presented | None:
-        return await asyncio.to_thread(self._x.look) if self._x is not None else None
+        return await self._x.look() if self._x is not None else None
 
     async def _session_idle_s(self) -> float | None:
         for name, path, interface, member in _IDLE_MONITORS:

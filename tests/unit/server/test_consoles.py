@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -22,7 +23,8 @@ from deskgrid.model.overlay import Offer, Reach, parse_service
 from deskgrid.model.workers import AttemptReport
 from deskgrid.server.store.attempts import worker_topic
 from deskgrid.server.store.schema import attempt
-from deskgrid.testing.grids import PlayedJob, TestGrid, play_job, played_sync
+from deskgrid.settings import ServerSettings
+from deskgrid.testing.grids import PlayedJob, TestGrid, play_job, played_sync, running_grid
 
 __all__ = ["grid"]
 
@@ -65,6 +67,23 @@ async def test_wish_to_see_a_job_without_a_network_reaches_its_worker_and_is_gra
         assert job.assignment.spec.machine.network is Network.NONE
         async with Grid(ann) as owner:
             assert [one.services for one in await owner.peers() if one.job_id == job.id] == [("console",)]
+
+
+@pytest.mark.parametrize("network", [Network.NONE, Network.OVERLAY])
+async def test_who_waits_for_a_job_that_may_not_take_part_is_told_what_is_in_the_way(tmp_path: Path, network: Network):
+    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, max_peers_per_user=2)
+    async with running_grid(tmp_path / "server", settings) as grid:
+        [ann] = await people(grid, "ann")
+        async with Transport(await grid.worker()) as worker, program(ann) as user, program(ann) as other:
+            job = await play_job(ann, worker, network=network)
+            await user.register()
+            console = f"console.job-{job.id}"
+            assert ";" not in (await user.ask(console)).waiting_for
+            await other.register()
+            with pytest.raises(Conflict, match="2 programs and jobs"):
+                await attempt_peer(job)
+            told = (await user.ask(console)).waiting_for
+            assert told.endswith("; 2 programs and jobs of its user take part already, and no more may")
 
 
 async def test_worker_that_waits_for_news_is_woken_by_the_first_wish_only(grid: TestGrid):

@@ -168,6 +168,20 @@ async def test_attempt_suspended_for_too_long_stays_lost_while_it_is_suspended(g
         assert (await user.job(job.id)).job.state is JobState.ACTIVE
 
 
+async def test_attempt_suspended_for_too_long_is_cancelled_when_its_job_is_over(grid: TestGrid, tmp_path: Path):
+    limits = msgspec.structs.replace(SPEC.limits, max_suspend_s=1.0)
+    async with Grid(await grid.admin()) as user, Transport(await grid.worker()) as worker:
+        await publish(user, tmp_path)
+        job = await user.submit(msgspec.structs.replace(SPEC, limits=limits))
+        [one] = (await worker.call(wire.SYNC, ask(free=ONE))).assignments
+        suspended = AttemptReport(attempt_id=one.attempt_id, state=AttemptState.SUSPENDED)
+        await worker.call(wire.SYNC, ask(suspended, free=NOTHING))
+        await age_suspension(grid, one.attempt_id)
+        await grid.services.store.write(attempts.expire_leases)
+        await user.cancel(job.id)
+        assert (await worker.call(wire.SYNC, ask(suspended, free=NOTHING))).cancelled == (one.attempt_id,)
+
+
 async def age_suspension(grid: TestGrid, attempt_id: int) -> None:
     def age(tx):
         mine = attempt.update().where(attempt.c.id == attempt_id)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
+import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -18,8 +22,9 @@ from dbus_fast.aio import MessageBus
 
 from deskgrid.clock import FakeClock
 from deskgrid.core.owner import Rules
-from deskgrid.worker import desktop
+from deskgrid.worker import desktop, desktop_x11
 from deskgrid.worker.desktop import LinuxDesktop
+from deskgrid.worker.desktop_x11 import Screen, XServer
 from deskgrid.worker.presence import Presented, Sight, busy_seconds, combine, terminals_idle_s
 
 ME = os.getuid()
@@ -148,6 +153,91 @@ async def test_bus_that_does_not_answer_costs_a_second_at_most(bus: str, tmp_pat
             for _ in range(20):
                 await seen.look()
     stuck.close()
+
+
+# ---- an X server that hangs
+
+
+@pytest.fixture
+def stuck() -> Iterator[tuple[str, socket.socket]]:
+    """An X server that accepts and never answers; its name and where it listens."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        number = next(number for number in range(1000, 2000) if bound(listener, f"\0/tmp/.X11-unix/X{number}"))
+        listener.listen()
+        listener.setblocking(False)
+        yield f":{number}", listener
+
+
+def bound(listener: socket.socket, address: str) -> bool:
+    with contextlib.suppress(OSError):
+        listener.bind(address)
+        return True
+    return False
+
+
+async def test_x_server_that_hangs_cannot_tell_who_is_there_and_is_asked_once(
+    stuck: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, listener = stuck
+    monkeypatch.setattr(desktop_x11, "_LOOK_S", 0.1)
+    monkeypatch.setattr(desktop, "_has_screen", lambda: False)
+    async with asyncio.timeout(10):
+        async with looking(DISPLAY=name) as seen:
+            for _ in range(20):
+                assert await seen.look() is None
+            assert await seen.look(idle=False) == Presented()
+        listener.accept()[0].close()
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+
+
+async def test_x_server_that_hung_is_asked_again_when_it_has_answered(
+    stuck: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, listener = stuck
+    monkeypatch.setattr(desktop_x11, "_LOOK_S", 0.1)
+    screen = Screen(XServer(name))
+    async with asyncio.timeout(10):
+        await screen.look()
+        listener.accept()[0].close()
+        while screen.hangs:
+            await asyncio.sleep(0.01)
+        await screen.look()
+        listener.accept()[0].close()
+
+
+async def test_what_filled_the_screen_still_does_while_the_x_server_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy(XServer):
+        def __init__(self) -> None:
+            self.free = threading.Event()
+
+        def look(self) -> Presented | None:
+            self.free.wait()
+            return Presented(5.0, full_screen=True)
+
+    monkeypatch.setattr(desktop_x11, "_LOOK_S", 0.1)
+    server = Busy()
+    screen = Screen(server)
+    server.free.set()
+    assert await screen.look() == Presented(5.0, full_screen=True)
+    server.free.clear()
+    assert await screen.look() == Presented(None, full_screen=True)
+    server.free.set()
+
+
+def test_process_that_asked_an_x_server_that_hangs_ends(stuck: tuple[str, socket.socket]) -> None:
+    program = """
+import asyncio, sys
+from deskgrid.worker.desktop import LinuxDesktop
+
+async def look():
+    desktop = LinuxDesktop({"DISPLAY": sys.argv[1]})
+    await desktop.look(idle=False)
+    await desktop.close()
+
+asyncio.run(look())
+"""
+    subprocess.run([sys.executable, "-c", program, stuck[0]], check=True, timeout=30)
 
 
 # ---- all together

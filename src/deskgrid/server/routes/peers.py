@@ -131,12 +131,12 @@ def remove_peer(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
 async def ask_grant(services: Services, call: Call[wire.AskGrant], _http: HttpRequest) -> wire.GrantAnswer:
     """A read and a signature; for a console, sometimes a note for its worker. While there is nothing to grant yet, the topics of what is missing are waited for."""
     deadline = services.clock.monotonic() + min(call.query.get("wait_s", 0.0), _LONGEST_HOLD_S)
-    grant_s = services.settings.grant_s
+    grant_s, max_peers = services.settings.grant_s, services.settings.max_peers_per_user
     watched: tuple[str, ...] = ()
     while True:
         marks = {topic: services.live.mark(topic) for topic in watched}
         found = await services.store.read(
-            lambda tx: find_way(tx, call.caller, call.body, grant_s=grant_s, nonce=secrets.token_hex(16))
+            lambda tx: find_way(tx, call.caller, call.body, grant_s=grant_s, max_peers=max_peers, nonce=secrets.token_hex(16))
         )
         if found.console is not None:
             await services.store.write(partial(_want_console, found.console))

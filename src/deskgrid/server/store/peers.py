@@ -26,6 +26,7 @@ from deskgrid.server.store.schema import IS_LIVE, account, attempt, hub, job, pe
 __all__ = [
     "NewPeer",
     "find_own",
+    "how_many",
     "job_peers_topic",
     "list_peers",
     "peer_of_attempt",
@@ -100,9 +101,13 @@ def _make_room(tx: Transaction, wanted: NewPeer, max_per_user: int) -> None:
     tx.run(sa.delete(peer).where(same))
     if wanted.user_id is None:
         return
-    there = sa.select(sa.func.count()).select_from(_joined()).where(peer.c.account_id == wanted.user_id, _is_there(tx))
-    if int(tx.value(there)) >= max_per_user:
+    if how_many(tx, wanted.user_id) >= max_per_user:
         raise Conflict(f"{max_per_user} programs and jobs of this user take part already", hint="end some of them")
+
+
+def how_many(tx: Transaction, user_id: UserId) -> int:
+    """Return how many programs and jobs of a user are peers now."""
+    return int(tx.value(sa.select(sa.func.count()).select_from(_joined()).where(peer.c.account_id == user_id, _is_there(tx))))
 
 
 def _insert(tx: Transaction, wanted: NewPeer, values: dict[str, Any]) -> int:
