@@ -493,12 +493,14 @@ class TestQemuDriver(ConsoleContract):
     ) -> None:
         handle = await prepare(NO_JOB, disk=boot_disk(tmp_path / "disk.qcow2", ECHO))
         await driver.start(handle)
-        with await attach_viewer(driver, handle, "password") as viewer:
-            assert await asyncio.to_thread(viewer.log_in, "password")
-            assert len(await asyncio.to_thread(viewer.look)) == viewer.width * viewer.height * 4
-            events = driver.events(handle)
-            async with asyncio.timeout(60):
-                assert await anext(events) == Output(Stream.CONSOLE, b"A")  # it hears
+        events = driver.events(handle)
+        async with asyncio.timeout(60):
+            assert await anext(events) == Output(
+                Stream.CONSOLE, b"A"
+            )  # it hears, and its firmware changes the screen's size no more
+            with await attach_viewer(driver, handle, "password") as viewer:
+                assert await asyncio.to_thread(viewer.log_in, "password")
+                assert len(await asyncio.to_thread(viewer.look)) == viewer.width * viewer.height * 4
                 viewer.type("q")
                 assert await anext(events) == Output(Stream.CONSOLE, b"q")
         assert b"password" not in (Path(handle.workdir) / qmp.JOURNAL_OUTPUT).read_bytes()
