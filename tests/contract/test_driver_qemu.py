@@ -495,9 +495,8 @@ class TestQemuDriver(ConsoleContract):
         await driver.start(handle)
         events = driver.events(handle)
         async with asyncio.timeout(60):
-            assert await anext(events) == Output(
-                Stream.CONSOLE, b"A"
-            )  # it hears, and its firmware changes the screen's size no more
+            # It hears, and its firmware changes the screen's size no more.
+            assert await anext(events) == Output(Stream.CONSOLE, b"A")
             with await attach_viewer(driver, handle, "password") as viewer:
                 assert await asyncio.to_thread(viewer.log_in, "password")
                 assert len(await asyncio.to_thread(viewer.look)) == viewer.width * viewer.height * 4
