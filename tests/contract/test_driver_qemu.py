@@ -495,10 +495,10 @@ class TestQemuDriver(ConsoleContract):
         await driver.start(handle)
         with await attach_viewer(driver, handle, "password") as viewer:
             assert await asyncio.to_thread(viewer.log_in, "password")
-            assert len(await asyncio.to_thread(viewer.look)) == viewer.width * viewer.height * 4
             events = driver.events(handle)
             async with asyncio.timeout(60):
                 assert await anext(events) == Output(Stream.CONSOLE, b"A")  # it hears
+                assert await asyncio.to_thread(viewer.look)  # not more: the firmware may change the screen's size meanwhile
                 viewer.type("q")
                 assert await anext(events) == Output(Stream.CONSOLE, b"q")
         assert b"password" not in (Path(handle.workdir) / qmp.JOURNAL_OUTPUT).read_bytes()
