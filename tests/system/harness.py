@@ -49,6 +49,11 @@ def wait(awaitable: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, awaitable).result()
 
 
+def states_of(detail: Any) -> tuple[str, list[str]]:
+    """Return the state of a job and those of its attempts."""
+    return detail["job"]["state"], [attempt["state"] for attempt in detail["attempts"]]
+
+
 class Program:
     """One `deskgrid ...` process that runs until it is ended. What it says goes to a file."""
 
@@ -243,19 +248,24 @@ class System:
         return msgspec.to_builtins(wait(ask()))
 
     def states(self, number: int) -> tuple[str, list[str]]:
-        detail = self.job(number)
-        return detail["job"]["state"], [attempt["state"] for attempt in detail["attempts"]]
+        return states_of(self.job(number))
 
     def wait_for(self, number: int, state: str, attempts: list[str] | None = None, limit_s: float = LIMIT_S) -> Any:
-        def there() -> bool:
-            found, of = self.states(number)
-            return found == state and (attempts is None or of == attempts)
+        async def come() -> Any:
+            # One connection for all looks: a new one costs both ends more than all else here.
+            async with self.grid() as grid, asyncio.timeout(limit_s):
+                while True:
+                    detail = msgspec.to_builtins(await grid.job(JobId(number)))
+                    found, of = states_of(detail)
+                    if found == state and (attempts is None or of == attempts):
+                        return detail
+                    await asyncio.sleep(0.05)
 
         try:
-            until(there, what=f"job {number} is {state} with {attempts}", limit_s=limit_s)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{json.dumps(self.job(number), indent=1)}\n{self.logs()}") from None
-        return self.job(number)
+            return wait(come())
+        except TimeoutError:
+            what = f"not within {limit_s:.0f} s: job {number} is {state} with {attempts}"
+            raise AssertionError(f"{what}\n{json.dumps(self.job(number), indent=1)}\n{self.logs()}") from None
 
     def logs(self) -> str:
         return "\n".join(f"--- {program.log.name}\n{program.said()[-6000:]}" for program in self.programs)
