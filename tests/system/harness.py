@@ -250,22 +250,45 @@ class System:
     def states(self, number: int) -> tuple[str, list[str]]:
         return states_of(self.job(number))
 
-    def wait_for(self, number: int, state: str, attempts: list[str] | None = None, limit_s: float = LIMIT_S) -> Any:
-        async def come() -> Any:
-            # One connection for all looks: a new one costs both ends more than all else here.
+    def until(self, look: Callable[[Grid], Coroutine[Any, Any, T]], *, what: str, limit_s: float = LIMIT_S) -> T:
+        """Poll until `look` finds something true at the server, and return that; fail after `limit_s`.
+
+        One connection serves all looks: a new one, let alone a command, costs more than all that is waited for.
+        """
+
+        async def come() -> T:
             async with self.grid() as grid, asyncio.timeout(limit_s):
-                while True:
-                    detail = msgspec.to_builtins(await grid.job(JobId(number)))
-                    found, of = states_of(detail)
-                    if found == state and (attempts is None or of == attempts):
-                        return detail
+                while not (found := await look(grid)):
                     await asyncio.sleep(0.05)
+                return found
 
         try:
             return wait(come())
         except TimeoutError:
-            what = f"not within {limit_s:.0f} s: job {number} is {state} with {attempts}"
-            raise AssertionError(f"{what}\n{json.dumps(self.job(number), indent=1)}\n{self.logs()}") from None
+            raise AssertionError(f"not within {limit_s:.0f} s: {what}\n{self.logs()}") from None
+
+    def wait_for(self, number: int, state: str, attempts: list[str] | None = None, limit_s: float = LIMIT_S) -> Any:
+        detail: Any = None
+
+        async def there(grid: Grid) -> bool:
+            nonlocal detail
+            detail = msgspec.to_builtins(await grid.job(JobId(number)))
+            found, of = states_of(detail)
+            return found == state and (attempts is None or of == attempts)
+
+        try:
+            self.until(there, what=f"job {number} is {state} with {attempts}", limit_s=limit_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{json.dumps(detail, indent=1)}") from None
+        return detail
+
+    def wait_to_print(self, number: int, text: str, limit_s: float = LIMIT_S) -> None:
+        """Wait until a job has printed some text."""
+
+        async def has(grid: Grid) -> bool:
+            return text.encode() in (await grid.read_log(JobId(number))).data
+
+        self.until(has, what=f"job {number} prints {text!r}", limit_s=limit_s)
 
     def logs(self) -> str:
         return "\n".join(f"--- {program.log.name}\n{program.said()[-6000:]}" for program in self.programs)
