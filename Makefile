@@ -6,6 +6,8 @@ SHELL := bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist worksteal
 export DESKGRID_CACHE ?= $(CURDIR)/.cache
+# The tests start hundreds of programs: without the bytecode that the first has written, each compiles every module that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-full check lint format docs lock bench clean clean-all
 

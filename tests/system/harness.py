@@ -49,6 +49,11 @@ def wait(awaitable: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, awaitable).result()
 
 
+def states_of(detail: Any) -> tuple[str, list[str]]:
+    """Return the state of a job and those of its attempts."""
+    return detail["job"]["state"], [attempt["state"] for attempt in detail["attempts"]]
+
+
 class Program:
     """One `deskgrid ...` process that runs until it is ended. What it says goes to a file."""
 
@@ -243,19 +248,47 @@ class System:
         return msgspec.to_builtins(wait(ask()))
 
     def states(self, number: int) -> tuple[str, list[str]]:
-        detail = self.job(number)
-        return detail["job"]["state"], [attempt["state"] for attempt in detail["attempts"]]
+        return states_of(self.job(number))
+
+    def until(self, look: Callable[[Grid], Coroutine[Any, Any, T]], *, what: str, limit_s: float = LIMIT_S) -> T:
+        """Poll until `look` finds something true at the server, and return that; fail after `limit_s`.
+
+        One connection serves all looks: a new one, let alone a command, costs more than all that is waited for.
+        """
+
+        async def come() -> T:
+            async with self.grid() as grid, asyncio.timeout(limit_s):
+                while not (found := await look(grid)):
+                    await asyncio.sleep(0.05)
+                return found
+
+        try:
+            return wait(come())
+        except TimeoutError:
+            raise AssertionError(f"not within {limit_s:.0f} s: {what}\n{self.logs()}") from None
 
     def wait_for(self, number: int, state: str, attempts: list[str] | None = None, limit_s: float = LIMIT_S) -> Any:
-        def there() -> bool:
-            found, of = self.states(number)
+        detail: Any = None
+
+        async def there(grid: Grid) -> bool:
+            nonlocal detail
+            detail = msgspec.to_builtins(await grid.job(JobId(number)))
+            found, of = states_of(detail)
             return found == state and (attempts is None or of == attempts)
 
         try:
-            until(there, what=f"job {number} is {state} with {attempts}", limit_s=limit_s)
+            self.until(there, what=f"job {number} is {state} with {attempts}", limit_s=limit_s)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{json.dumps(self.job(number), indent=1)}\n{self.logs()}") from None
-        return self.job(number)
+            raise AssertionError(f"{error}\n{json.dumps(detail, indent=1)}") from None
+        return detail
+
+    def wait_to_print(self, number: int, text: str, limit_s: float = LIMIT_S) -> None:
+        """Wait until a job has printed some text."""
+
+        async def has(grid: Grid) -> bool:
+            return text.encode() in (await grid.read_log(JobId(number))).data
+
+        self.until(has, what=f"job {number} prints {text!r}", limit_s=limit_s)
 
     def logs(self) -> str:
         return "\n".join(f"--- {program.log.name}\n{program.said()[-6000:]}" for program in self.programs)

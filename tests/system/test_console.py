@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from deskgrid.client.grid import Grid
 from deskgrid.testing.rfb import Viewer
-from tests.system.harness import LIMIT_S, Program, System, until
+from tests.system.harness import LIMIT_S, Program, System
 from tests.system.talk import dial, started
 
 STUCK = "console = true\nnever_boots = true\n"
@@ -34,6 +35,10 @@ def logged_in(ready: dict[str, Any]) -> Viewer:
     return viewer
 
 
+async def no_connection(grid: Grid) -> bool:
+    return all(not peer.connections for peer in await grid.peers())
+
+
 def exit_code(program: Program) -> int:
     assert program.process is not None
     return program.process.wait(LIMIT_S)
@@ -52,7 +57,7 @@ def test_owner_sees_a_machine_without_a_network_that_never_boots_and_types_on_it
     with logged_in(ready) as viewer:
         assert (viewer.width, viewer.height, viewer.look()) == (1, 1, bytes(4))
         viewer.type("q")
-        until(lambda: "q" in grid.cli("job", "logs", str(job)).stdout.splitlines(), what="the key arrived")
+        grid.wait_to_print(job, "q")
         with pytest.raises(ConnectionRefusedError):
             dial(ready["address"])
         assert files_that_tell(grid, ready["password"]) == []
@@ -66,7 +71,7 @@ def test_owner_sees_a_machine_without_a_network_that_never_boots_and_types_on_it
     assert program.process is not None
     program.process.send_signal(signal.SIGINT)
     assert exit_code(program) == 130
-    until(lambda: all(not peer["connections"] for peer in grid.json("peers")), what="no connection is left")
+    grid.until(no_connection, what="no connection is left")
     assert grid.states(job) == ("active", ["running"])
 
 
@@ -105,6 +110,7 @@ def test_job_in_the_overlay_shows_its_screen_and_other_users_do_not_see_it(grid:
 
 VIEWER = """#!{python}
 import os, socket, sys
+from deskgrid.client.grid import Grid
 from deskgrid.testing.rfb import Viewer
 told = dict(line.split("=", 1) for line in sys.stdin.read().splitlines() if "=" in line)
 password = told.get("password") or os.environ["VNC_PASSWORD"]

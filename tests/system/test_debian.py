@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deskgrid.testing.tiny_template import template_cache
-from tests.system.harness import System, until
+from tests.system.harness import System
 
 # The disk is built by the command, then each job boots a whole distribution, in software emulation.
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
@@ -184,7 +184,7 @@ def test_ssh_scp_and_rsync_reach_the_machine_through_the_overlay(vm_system: Syst
     subprocess.run(rsync, cwd=vm_system.folder, env=vm_system.environment, timeout=120, check=True)
     vm_system.cli("ssh", "job-1", "touch", "/scratch/stop")
     vm_system.wait_for(1, "completed", limit_s=LIMIT_S)
-    until(lambda: "synced by rsync" in vm_system.cli("job", "logs", "1").stdout, what="the copy was seen in the machine")
+    vm_system.wait_to_print(1, "synced by rsync")
 
 
 def test_job_runs_in_a_system_that_is_contextualised_as_cernvm_is(vm_system: System, built: Path) -> None:

@@ -165,7 +165,7 @@ def test_machine_that_is_killed_is_the_fault_of_its_pc(system: System):
 def test_pause_stops_the_machine_at_once_and_resume_lets_it_finish(system: System):
     system.publish()
     system.add_worker()
-    job = system.submit("duration_s = 2\n")
+    job = system.submit("duration_s = 5\n")
     [machine] = until(lambda: system.machines(), what="the machine runs")
     until(lambda: system.states(job)[1] == ["running"], what="the server knows that it runs")
     home = ("--home", str(system.folder / "pc"))

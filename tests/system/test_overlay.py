@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from deskgrid.client.grid import Grid
 from deskgrid.client.transport import load_credentials
 from tests.system.cage import inside
 from tests.system.harness import Program, System, until
@@ -29,6 +30,10 @@ def serving(grid: System, name: str = "server", **machine: str) -> int:
     """Submit a job with an echo server that it offers as `echo`."""
     fields = {"network": '"overlay"', "offer": '["echo:7000"]', **machine}
     return grid.submit("serve = [7000]\nhangs = true\n", name=name, **fields)
+
+
+async def reported(grid: Grid) -> bool:
+    return any(peer.connections for peer in await grid.peers())
 
 
 def test_user_reaches_the_service_of_a_job(grid: System):
@@ -115,7 +120,8 @@ def test_peers_and_connections_are_listed(grid: System):
     with dial(ready["address"]) as connection:
         connection.sendall(b"x" * 1000)
         assert connection.recv(1000)
-        found = until(lambda: grid.json("connection", "list"), what="a connection is reported", limit_s=40)
+        grid.until(reported, what="a connection is reported", limit_s=40)
+        found = until(lambda: grid.json("connection", "list"), what="it is listed")
         assert {one["connection"]["service"] for one in found} <= {
             f"echo.job-{job}",
             "echo",
@@ -198,13 +204,16 @@ def test_peers_of_a_killed_hub_register_with_another(system: System):
     _, ready = started(system, "connect", f"echo.job-{job}", "--wait", "1m")
     assert answered(ready["address"], b"before") == b"before", system.logs()
 
-    def hub_of_the_job() -> str:
-        found = [peer["hub"] for peer in system.json("peers") if peer["name"].startswith("attempt")]
+    async def hub_of_the_job(grid: Grid) -> str:
+        found = [peer.hub for peer in await grid.peers() if peer.name.startswith("attempt")]
         return found[0].split(".")[0] if found else ""
 
-    first = until(hub_of_the_job, what="the job's peer is at a hub")
+    async def is_elsewhere(grid: Grid) -> bool:
+        return await hub_of_the_job(grid) not in ("", first)
+
+    first = system.until(hub_of_the_job, what="the job's peer is at a hub")
     hubs[first].kill()
-    until(lambda: hub_of_the_job() not in ("", first), what="the job's peer is at the other hub")
+    system.until(is_elsewhere, what="the job's peer is at the other hub")
     assert answered(ready["address"], b"after") == b"after", system.logs()
 
 

@@ -36,7 +36,6 @@ def vm_system(system: System, vm_worker: dict[str, str]) -> System:
     """A grid with one worker for virtual machines and the published tiny template."""
     template = tiny_template()
     system.publish_template(template.qcow2, "tiny")
-    system.publish_template(template.iso, "tiny-iso")
     system.add_worker(**vm_worker)
     return system
 
@@ -52,6 +51,8 @@ def vm_job(system: System, script: str, *, name: str = "job", limits: str = "", 
 
 @pytest.mark.parametrize("disk", ["tiny", "tiny-iso"])
 def test_main_job_in_a_real_virtual_machine(vm_system: System, disk: str):
+    if disk == "tiny-iso":
+        vm_system.publish_template(tiny_template().iso, disk)
     job = vm_job(vm_system, SCRIPT, disk=f'"{disk}"')
     out = vm_system.folder / "out"
     vm_system.cli("run", job, "-o", out)
@@ -89,7 +90,7 @@ def test_disk_that_is_on_the_pc_already_is_booted_where_it_lies(system: System, 
 
 def test_killed_worker_finds_its_running_virtual_machine_again(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "echo began; sleep 8; echo ended > done"))["id"]
-    until(lambda: "began" in vm_system.cli("job", "logs", str(job)).stdout, what="context.sh runs", limit_s=LIMIT_S)
+    vm_system.wait_to_print(job, "began", LIMIT_S)
     [machine] = vm_system.machines()
     worker = vm_system.workers["pc"]
     worker.kill()
@@ -102,7 +103,7 @@ def test_killed_worker_finds_its_running_virtual_machine_again(vm_system: System
 
 def test_cancelled_and_paused_virtual_machines_obey(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "while :; do echo tick; sleep 1; done"))["id"]
-    until(lambda: "tick" in vm_system.cli("job", "logs", str(job)).stdout, what="context.sh runs", limit_s=LIMIT_S)
+    vm_system.wait_to_print(job, "tick", LIMIT_S)
     [machine] = vm_system.machines()
     home = ("--home", str(vm_system.folder / "pc"))
     vm_system.cli("worker", "pause", *home)
@@ -143,7 +144,7 @@ def test_disk_that_never_boots_ends_at_the_boot_time(vm_system: System):
 
 def test_killed_server_while_a_virtual_machine_runs(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "echo began; sleep 5; echo ended > done"))["id"]
-    until(lambda: "began" in vm_system.cli("job", "logs", str(job)).stdout, what="context.sh runs", limit_s=LIMIT_S)
+    vm_system.wait_to_print(job, "began", LIMIT_S)
     assert vm_system.server is not None
     vm_system.server.kill()
     vm_system.restart_server()

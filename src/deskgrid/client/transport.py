@@ -92,7 +92,7 @@ async def fetch_authority(link: Link) -> Credentials:
 
 
 async def _fetch_authority(link: Link, address: str) -> Credentials:
-    unchecked = ssl.create_default_context()
+    unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE  # what comes is checked by its sha256 below
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ANSWER_LIMIT_S)) as session:
         try:

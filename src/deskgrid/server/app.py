@@ -33,7 +33,7 @@ from deskgrid.model import wire
 from deskgrid.model.users import Role
 from deskgrid.server import routes
 from deskgrid.server.health import health_routes
-from deskgrid.server.openapi import openapi_document, openapi_page
+from deskgrid.server.openapi import openapi_json, openapi_page
 from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, caller_of, once
 from deskgrid.server.store import attempts, audit, manifests, peers
 from deskgrid.server.store.accounts import Caller
@@ -61,14 +61,12 @@ def make_app(services: Services) -> Router:
     for route in sorted(wire.ROUTES.values(), key=lambda route: route not in (wire.SYNC, wire.WAKE)):
         endpoint = _Endpoint(services, HANDLERS[route.name])
         endpoints.append(HttpRoute(route.path, endpoint, methods=[route.method.value], name=route.name))
-    document = msgspec.json.format(msgspec.json.encode(openapi_document()))
-    page = openapi_page()
 
     async def openapi(_http: HttpRequest) -> Response:
-        return Response(document, media_type=_JSON)
+        return Response(openapi_json(), media_type=_JSON)
 
     async def docs(_http: HttpRequest) -> Response:
-        return HTMLResponse(page)
+        return HTMLResponse(openapi_page())
 
     endpoints += [HttpRoute("/openapi.json", openapi), HttpRoute("/docs", docs), *health_routes(services)]
     return Router(routes=endpoints)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator
-from functools import cache
 
 import structlog
 import uvicorn
@@ -37,8 +36,8 @@ async def why_not_ready(services: Services) -> str:
     try:
         async with asyncio.timeout(_READY_WITHIN_S):
             found = await services.store.read(_revision)
-            if found != _newest():
-                return f"the tables are of revision {found}, not {_newest()}"
+            if found != newest_revision():
+                return f"the tables are of revision {found}, not {newest_revision()}"
             services.repository.free_bytes()
             await services.repository.holds(_NO_BLOB)  # at an S3 store: a call
     except TimeoutError:
@@ -51,11 +50,6 @@ async def why_not_ready(services: Services) -> str:
 
 def _revision(tx: Transaction) -> str | None:
     return revision_of(tx.connection)
-
-
-@cache
-def _newest() -> str:
-    return newest_revision()
 
 
 def health_routes(services: Services) -> list[HttpRoute]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import deskgrid
 from deskgrid.core.rights import ROLES
 from deskgrid.model import wire
 
-__all__ = ["openapi_document", "openapi_page"]
+__all__ = ["openapi_document", "openapi_json", "openapi_page"]
 
 _REF = "#/components/schemas/{name}"
 
@@ -66,8 +67,15 @@ def _content(kind: Any, schema_of: dict[Any, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema_of[kind]}}
 
 
+@cache
+def openapi_json() -> bytes:
+    """Return the document as text. Made when it is first asked for: that takes longer than all else that a server does before it answers."""
+    return msgspec.json.format(msgspec.json.encode(openapi_document()))
+
+
+@cache
 def openapi_page() -> str:
-    """Return the API as one HTML page that needs nothing from elsewhere."""
+    """Return the API as one HTML page that needs nothing from elsewhere. Made when it is first asked for."""
     document = openapi_document()
     rows = []
     for path, operations in document["paths"].items():

@@ -6,22 +6,26 @@ that it does (Signature Version 4 in a query, BadDigest), so that tests see what
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
 import hmac
+import os
 import re
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from typing import IO
 from urllib.parse import unquote
 
 import aiohttp
 from aiohttp import web
 from yarl import URL
 
-__all__ = ["ACCESS_KEY", "BUCKET", "SECRET_KEY", "S3Server", "running_s3"]
+__all__ = ["ACCESS_KEY", "BUCKET", "SECRET_KEY", "S3Server", "running_moto", "running_s3"]
 
 ACCESS_KEY, SECRET_KEY, BUCKET = "GRIDKEY", "the-secret-of-the-grid", "blobs"
 _SHA256 = "x-amz-checksum-sha256"
@@ -123,39 +127,34 @@ class S3Server:
 
 
 @contextlib.asynccontextmanager
-async def running_s3(*, checks_sums: bool = True, bucket: str = BUCKET) -> AsyncIterator[S3Server]:
-    """Run an S3 server with an empty bucket until the block ends."""
-    arguments = ["-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    moto = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        address = await asyncio.wait_for(_address_of(moto), 60)
-        drained = asyncio.create_task(_drain(moto))
+async def running_s3(moto: str, *, checks_sums: bool = True) -> AsyncIterator[S3Server]:
+    """Run an S3 server with an empty bucket in front of moto until the block ends; what moto had is gone."""
+    async with S3Server(moto, checks_sums=checks_sums).running() as gate, aiohttp.ClientSession() as session:
+        for method, path in (("POST", "/moto-api/reset"), ("PUT", f"/{BUCKET}")):
+            async with session.request(method, moto + path) as answer:
+                answer.raise_for_status()
+        yield gate
+
+
+@contextlib.contextmanager
+def running_moto() -> Iterator[str]:
+    """Run moto until the block ends; yield its address. It starts longer than most tests last, so one serves many."""
+    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    environment = {**os.environ, "S3_UPLOAD_PART_MIN_SIZE": "1"}  # S3 needs 5 MiB, which tests need not send
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as moto:
         try:
-            async with S3Server(address, checks_sums=checks_sums).running() as gate, aiohttp.ClientSession() as session:
-                async with session.put(f"{address}/{bucket}") as answer:
-                    answer.raise_for_status()
-                yield gate
+            assert moto.stderr is not None
+            yield _address_of(moto.stderr)
         finally:
-            drained.cancel()
-    finally:
-        moto.kill()
-        await moto.wait()
+            moto.kill()
 
 
-async def _address_of(moto: asyncio.subprocess.Process) -> str:
-    assert moto.stderr is not None
-    said = b""
-    while line := await moto.stderr.readline():
-        said += line
-        found = re.search(rb"Running on (http://127\.0\.0\.1:[0-9]+)", line)
-        if found:
+def _address_of(said: IO[bytes]) -> str:
+    """Return where moto listens; what it says afterwards is thrown away."""
+    lines = []
+    for line in said:
+        lines.append(line)
+        if found := re.search(rb"Running on (http://127\.0\.0\.1:[0-9]+)", line):
+            threading.Thread(target=lambda: deque(said, maxlen=0), daemon=True).start()
             return found[1].decode()
-    raise RuntimeError(f"moto did not start: {said.decode(errors='replace')}")
-
-
-async def _drain(moto: asyncio.subprocess.Process) -> None:
-    assert moto.stderr is not None
-    while await moto.stderr.read(1 << 16):
-        pass
+    raise RuntimeError(f"moto did not start: {b''.join(lines).decode(errors='replace')}")

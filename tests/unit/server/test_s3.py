@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import aiohttp
+import botocore.session
 import pytest
 from tests.unit.server.test_hostile import steal
 
@@ -25,15 +27,14 @@ from deskgrid.server.retention import clean, remove_unused
 from deskgrid.server.setup import init_server, make_login_link
 from deskgrid.settings import ServerSettings
 from deskgrid.testing.grids import TestGrid, running_grid
-from deskgrid.testing.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, running_s3
+from deskgrid.testing.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, running_moto, running_s3
 
 LARGE, PART = 3_000_000, 1 << 20
 
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """moto takes parts of any size only if it is told so; S3 needs 5 MiB, which tests need not send."""
-    monkeypatch.setenv("S3_UPLOAD_PART_MIN_SIZE", "1")
+    """Files of a few MB, not of many, come in several parts."""
     monkeypatch.setattr(repository_s3, "_SINGLE_BYTES", PART)
     monkeypatch.setattr(s3, "_PART_BYTES", PART)
     monkeypatch.setattr(repository_s3, "part_bytes", lambda _size: PART)
@@ -45,9 +46,23 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def descriptions_read_once() -> Iterator[None]:
+    """A session of botocore reads its descriptions of AWS anew, which takes longer than what most tests do with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))
+        yield
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    with running_moto() as address:
+        yield address
+
+
 @pytest.fixture(params=[True, False], ids=["store checks sums", "server reads"])
-async def store(request: pytest.FixtureRequest, small_parts: None) -> AsyncIterator[S3Server]:
-    async with running_s3(checks_sums=request.param) as running:
+async def store(request: pytest.FixtureRequest, small_parts: None, moto: str) -> AsyncIterator[S3Server]:
+    async with running_s3(moto, checks_sums=request.param) as running:
         yield running
 
 

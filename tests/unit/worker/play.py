@@ -569,8 +569,10 @@ class Rig:
         )
 
     @asynccontextmanager
-    async def working(self, settings: WorkerSettings = SETTINGS, *, keep: bool = False) -> AsyncIterator[Agent]:
-        """Run a worker during the block; `keep` leaves its machines, as a kill would."""
+    async def working(
+        self, settings: WorkerSettings = SETTINGS, *, keep: bool = False, step_s: float = 0.01
+    ) -> AsyncIterator[Agent]:
+        """Run a worker during the block; `keep` leaves its machines, as a kill would. Time goes in these steps while it ends."""
         agent = self.agent(settings)
         task = asyncio.create_task(agent.run())
         try:
@@ -578,11 +580,11 @@ class Rig:
         finally:
             agent.stop(keep=keep)
             with contextlib.suppress(Unauthenticated):
-                await self.through(task)
+                await self.through(task, step_s=step_s)
 
-    async def through(self, task: asyncio.Task[Any]) -> Any:
+    async def through(self, task: asyncio.Task[Any], *, step_s: float = 0.01) -> Any:
         """Let time pass until a task is done."""
-        await self.until(task.done)
+        await self.until(task.done, step_s=step_s)
         return task.result()
 
     async def until(self, condition: Callable[[], object], *, limit_s: float = 10.0, step_s: float = 0.01) -> None:

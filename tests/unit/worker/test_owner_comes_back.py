@@ -249,7 +249,7 @@ async def test_stopped_worker_writes_long_machines_to_the_disk_and_the_next_one_
 
 @pytest.mark.parametrize("how", ["fails", "hangs"])
 async def test_machine_that_cannot_be_written_when_the_worker_stops_goes_on_from_its_last_checkpoint(saving: Rig, how: str) -> None:
-    async with saving.working(KEEPING):
+    async with saving.working(KEEPING, step_s=1.0):  # a minute passes at the end
         attempt = await saving.running(limits=LONG)
         await saving.until(lambda: saving.pc.machine.checkpoints, step_s=5.0)
         await saving.clock.advance(100)

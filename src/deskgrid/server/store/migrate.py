@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 
 import sqlalchemy as sa
@@ -48,7 +49,7 @@ def migrate(url: str, *, to: str = "head") -> tuple[str | None, str]:
 
 def newest_revision() -> str:
     """Return the revision of this version's tables."""
-    return str(ScriptDirectory.from_config(_config()).get_current_head())
+    return str(_scripts().get_current_head())
 
 
 def revision_of(connection: Connection) -> str | None:
@@ -58,9 +59,15 @@ def revision_of(connection: Connection) -> str | None:
 
 def check_revision(found: str | None) -> None:
     """Raise OperatorError if a revision is not one of ours: it was made by a newer deskgrid."""
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    known = {script.revision for script in _scripts().walk_revisions()}
     if found is not None and found not in known:
         raise OperatorError(f"the database is of a newer deskgrid (revision {found})", hint="update this server")
+
+
+@cache
+def _scripts() -> ScriptDirectory:
+    """Return the migrations; finding them loads every one as a module."""
+    return ScriptDirectory.from_config(_config())
 
 
 def _config() -> Config:
