@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deskgrid.client.grid import Grid
 from deskgrid.testing.natlab import Host, NatLab
-from tests.system.harness import Program, System, until
+from tests.system.harness import LIMIT_S, Program, System, until
 
 ASK = """
 import socket, sys
@@ -67,6 +68,19 @@ class LabGrid(System):
 
     def job(self, number: int) -> Any:
         return self.json("job", "show", str(number))
+
+    def grid(self) -> Grid:
+        raise AssertionError("the laboratory's addresses are others' out here: use commands")
+
+    def wait_for(self, number: int, state: str, attempts: list[str] | None = None, limit_s: float = LIMIT_S) -> Any:
+        """Poll by commands."""
+        wanted = f"job {number} is {state} with {attempts}"
+        until(lambda: self._is_so(number, state, attempts), what=wanted, limit_s=limit_s)
+        return self.job(number)
+
+    def _is_so(self, number: int, state: str, attempts: list[str] | None) -> bool:
+        found, of = self.states(number)
+        return found == state and attempts in (None, of)
 
     def ask(self, address: str, said: str) -> str:
         """Say something to a port of the user's PC and return what comes back."""
