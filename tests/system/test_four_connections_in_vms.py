@@ -10,7 +10,7 @@ from deskgrid.testing.natlab import Nat, NatLab
 from tests.system.lab import LabGrid
 from tests.system.newcomer import Newcomer, commands
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]  # disks are built, and three machines boot, in software emulation
 
 
 def test_the_four_connections_work_as_their_readme_says(tmp_path: Path):

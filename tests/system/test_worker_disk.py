@@ -36,13 +36,13 @@ def test_machine_of_the_worker_disk_is_a_worker_that_runs_jobs(system: System, d
     system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
     system.cli("disk", "import", disk, "--name", "lab", "--agent")
     pilot = system.job_file(
-        disk='"lab"', scratch='"1GiB"', memory='"1GiB"', network='"overlay"', reach='{ grid = "api.server" }', limits="attempts = 1"
+        disk='"lab"', scratch='"4GiB"', memory='"1GiB"', network='"overlay"', reach='{ grid = "api.server" }', limits="attempts = 1"
     )
     (pilot.parent / "context" / "context.sh").write_text(SCRIPT)
     (pilot.parent / "context" / "link").write_text(str(msgspec.structs.replace(wait(_link(system)), address="grid:8470")))
     system.cli("job", "submit", pilot)
     inner = system.folder / "inner.toml"
-    inner.write_text('command = ["sh", "-c", "echo \'6 * 7\' | bc >answer"]\n[machine]\nkind = "process"\n')
+    inner.write_text('command = ["sh", "-c", "echo \'6 * 7\' | bc >answer"]\n[machine]\nkind = "process"\nscratch = "64MiB"\n')
     system.cli("job", "submit", inner)
     system.wait_for(2, "completed", limit_s=LONG_S)
     system.cli("job", "results", "2", "-o", system.folder / "out")
