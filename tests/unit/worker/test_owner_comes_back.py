@@ -9,6 +9,7 @@ import pytest
 
 from deskgrid.errors import InvalidInput, MachineFailed
 from deskgrid.machines.driver import Booted, Output, Stream
+from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState, Limits
 from deskgrid.units import GIB
 from deskgrid.worker.owner import rules_of
@@ -247,6 +248,18 @@ async def test_stopped_worker_writes_long_machines_to_the_disk_and_the_next_one_
     assert saving.nothing_left()
 
 
+async def goes_on_from_its_checkpoint(saving: Rig, attempt: AttemptId) -> None:
+    """See that the next worker lets the machine go on from the checkpoint that it had after ten minutes, to its end."""
+    machine = saving.pc.machine
+    async with saving.working(KEEPING) as agent:
+        await saving.until(lambda: not machine.saved)
+        [status] = agent.status().attempts
+        assert 600 <= status.ran_s <= 660
+        await machine.tell(Booted())
+        await machine.finish(0)
+        assert (await saving.ended(attempt)).state is AttemptState.SUCCEEDED
+
+
 @pytest.mark.parametrize("how", ["fails", "hangs"])
 async def test_machine_that_cannot_be_written_when_the_worker_stops_goes_on_from_its_last_checkpoint(saving: Rig, how: str) -> None:
     async with saving.working(KEEPING, step_s=1.0):  # a minute passes at the end
@@ -260,13 +273,7 @@ async def test_machine_that_cannot_be_written_when_the_worker_stops_goes_on_from
             saving.driver.save_gate.clear()
     assert machine.saved
     saving.driver.save_gate.set()
-    async with saving.working(KEEPING) as agent:
-        await saving.until(lambda: not machine.saved)
-        [status] = agent.status().attempts
-        assert 600 <= status.ran_s <= 660
-        await machine.tell(Booted())
-        await machine.finish(0)
-        assert (await saving.ended(attempt)).state is AttemptState.SUCCEEDED
+    await goes_on_from_its_checkpoint(saving, attempt)
 
 
 async def test_memory_that_cannot_be_written_is_given_back_by_falling_back_to_the_last_checkpoint(saving: Rig) -> None:
@@ -288,15 +295,8 @@ async def test_power_cut_costs_what_was_done_since_the_last_checkpoint(saving: R
         attempt = await saving.running(limits=LONG)
         await saving.until(lambda: saving.pc.machine.checkpoints, step_s=5.0)
         await saving.clock.advance(100)
-    machine = saving.pc.machine
-    await machine.turn_off()
-    async with saving.working(KEEPING) as agent:
-        await saving.until(lambda: not machine.saved)
-        [status] = agent.status().attempts
-        assert 600 <= status.ran_s <= 660
-        await machine.tell(Booted())
-        await machine.finish(0)
-        assert (await saving.ended(attempt)).state is AttemptState.SUCCEEDED
+    await saving.pc.machine.turn_off()
+    await goes_on_from_its_checkpoint(saving, attempt)
 
 
 async def test_paused_worker_leaves_what_is_on_the_disk_there_when_it_starts(saving: Rig, tmp_path: Path) -> None:
