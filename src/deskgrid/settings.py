@@ -145,6 +145,13 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Whether it works on battery."""
     full_screen: bool = False
     """Whether it works while a program fills the screen, as a game or a talk does."""
+    share: bool = False
+    """Whether disks are fetched from other workers, too, and given to them: then other PCs of the grid connect to this one, on `share_port`. Needs
+    libtorrent (deskgrid[swarm])."""
+    share_port: int = 0
+    """Port for that; 0: any that is free."""
+    share_bytes_per_s: int = 0
+    """Bytes that are given to other workers in a second. 0: no bound but network_bytes_per_s."""
     overlay: bool = True
     """Whether machines may have a network with the services of their jobs."""
     internet: bool = False

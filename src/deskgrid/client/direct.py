@@ -72,11 +72,13 @@ class BlobStore:
             return
 
     @asynccontextmanager
-    async def get(self, url: str, offset: int) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Read an object from a byte on. Raise NotFound, Unreachable (also when the URL has expired: ask for a new one)."""
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
+    async def get(self, url: str, offset: int, size_bytes: int | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Read an object from a byte on, `size_bytes` or to its end. Raise NotFound, Unreachable (also when the URL has expired: ask for a new one)."""
+        ranged = offset or size_bytes is not None
+        last = "" if size_bytes is None else offset + size_bytes - 1
+        headers = {"Range": f"bytes={offset}-{last}"} if ranged else {}
         async with self._request("GET", url, headers) as answer:
-            if offset and answer.status != 206:
+            if ranged and answer.status != 206:
                 raise ProtocolError("the blob store does not serve ranges")
             yield answer
 

@@ -165,6 +165,7 @@ RULES: dict[str, Rule] = {
     "begin_upload": _rule(Kind.UPLOAD, "user job worker", "data jobs"),
     "upload_bytes": _rule(Kind.UPLOAD, "owner job worker", "data jobs"),
     "get_blob": _rule(Kind.BLOB, "owner member public admin job lease", "data:read jobs:read"),
+    "take_turn": _rule(Kind.BLOB, "lease"),
     "register_data": _rule(Kind.DATA, "user job", "data", tells="name kind visibility group"),
     "list_data": _rule(Kind.DATA, _SHARED, "data:read jobs"),
     "get_data": _rule(Kind.DATA, _SHARED, "data:read jobs"),

@@ -6,14 +6,15 @@ Two kinds of children, both started as a fresh Python that confines itself and o
                  `forbid_files` (before it starts threads, for Landlock holds for one thread and those it starts) and
                  `allow_computing_only`
     a converter  qemu-img: the launcher in this module confines itself and then becomes qemu-img (`run_confined`)
+    a sharer     swarm/engine_child.py: the same launcher, but sockets are allowed (`Confinement.network`)
 
 What each protection does, and where it exists:
 
     rlimits        memory, CPU seconds, file size, descriptors, no core files, for readers no new descriptors and processes  (POSIX)
     no_new_privs   no setuid program gives rights back (Linux, prctl(2))
-    landlock       files: readers none, converters what is listed; no TCP; no signals to others (Linux >= 5.13, landlock(7))
-    seccomp        readers: an allow-list without open, socket, exec, fork; converters: a deny-list with sockets, mount,
-                   ptrace, fork (Linux with libseccomp.so.2, on which QEMU depends)
+    landlock       files: readers none, the others what is listed; no TCP but for sharers; no signals to others (Linux >= 5.13, landlock(7))
+    seccomp        readers: an allow-list without open, socket, exec, fork; the others: a deny-list with mount, ptrace, fork and, of
+                   converters, sockets (Linux with libseccomp.so.2, on which QEMU depends)
 
 A protection that the system lacks is left out, and the reader itself is memory-safe Python; `sandbox_status` tries them and
 names those that hold. On Windows and macOS there are at most the rlimits. There is no preexec_fn: code between fork and
@@ -51,10 +52,12 @@ __all__ = [
     "Finished",
     "add_rule",
     "allow_computing_only",
+    "confined_command",
     "forbid_files",
     "limit_resources",
     "load_seccomp",
     "python_command",
+    "python_folders",
     "run_child",
     "run_confined",
     "sandbox_status",
@@ -70,8 +73,6 @@ _OF_FILES = _EXECUTE | 1 << 1 | _READ_FILE | 1 << 14 | 1 << 15
 _CLONE_THREAD = 0x10000
 _PROT_EXEC = 4
 _MAX_OUTPUT_BYTES = 8 << 20
-_MOST_OPEN = 64
-"""Descriptors of a converter: an image that refers to itself, as by /proc/self/fd, would be opened without end."""
 
 _COMPUTING = (
     *(
@@ -96,16 +97,16 @@ _COMPUTING = (
 )
 """System calls of a reader; mmap and mprotect are added without PROT_EXEC. newfstatat is for fstat in newer glibc: it
 tells about files but opens none, and Landlock does not cover it."""
+_NETWORK = ("socket", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "recvfrom")
 _FORBIDDEN = (
-    *("socket", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "recvfrom", "fork", "vfork"),
-    *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kill", "tkill", "kcmp"),
+    *("fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "kill", "tkill", "kcmp"),
     *("mount", "umount2", "move_mount", "open_tree", "fsopen", "fsmount", "mount_setattr", "pivot_root", "chroot"),
     *("unshare", "setns", "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "capset"),
     *("keyctl", "add_key", "request_key", "bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "open_by_handle_at"),
     *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "swapon", "swapoff"),
     *("personality", "quotactl", "acct", "syslog", "settimeofday", "clock_settime", "iopl", "ioperm", "mknod", "mknodat"),
 )
-"""System calls that a converter has no use for."""
+"""System calls that a converter or sharer has no use for; a converter has none for `_NETWORK` either."""
 
 
 _READING = ("getdents", "getdents64", "readlinkat", "statx", "fstatat64", "fcntl", "fcntl64", "dup")
@@ -125,7 +126,11 @@ class Confinement(Struct, frozen=True, kw_only=True):
     """Of each file it writes; 0: no bound."""
     readable: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
-    """Folders in which it may make, change and remove files."""
+    """Folders in which it may make, change, rename and remove files."""
+    network: bool = False
+    """Whether it may have sockets."""
+    most_open: int = 64
+    """Descriptors: an image that refers to itself, as by /proc/self/fd, would be opened without end."""
 
 
 class Finished(Struct, frozen=True):
@@ -150,11 +155,19 @@ def python_command(module: str, function: str, *arguments: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-X", "utf8", "-c", boot, "\n".join(_import_path()), *arguments]
 
 
+def python_folders() -> tuple[str, ...]:
+    """Return what a confined Python reads: itself and what it imports."""
+    import sysconfig
+
+    own = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("LIBDIR"), *_import_path())
+    return tuple(dict.fromkeys(folder for folder in own if folder and Path(folder).is_dir()))
+
+
 @lru_cache
 def _import_path() -> tuple[str, ...]:
     """Return the folders from which a child's imports come."""
     folders: dict[str, None] = {}
-    for name in ("deskgrid", "msgspec", "backports.zstd", "pyseccomp"):
+    for name in ("deskgrid", "msgspec", "backports.zstd", "pyseccomp", "libtorrent"):
         with contextlib.suppress(ModuleNotFoundError):
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.origin is not None:
@@ -168,8 +181,12 @@ async def run_confined(command: Sequence[str], confinement: Confinement, *, wall
 
     Raises TimeoutError after `wall_s`. However this ends, also by cancellation, the program is gone afterwards.
     """
-    launcher = python_command(__name__, "launch", msgspec.json.encode(confinement).decode(), *command)
-    return await run_child(launcher, wall_s=wall_s)
+    return await run_child(confined_command(command, confinement), wall_s=wall_s)
+
+
+def confined_command(command: Sequence[str], confinement: Confinement) -> list[str]:
+    """Return a command that confines itself and then becomes `command`, of which [0] is an absolute path."""
+    return python_command(__name__, "launch", msgspec.json.encode(confinement).decode(), *command)
 
 
 async def run_child(
@@ -226,7 +243,7 @@ def launch() -> None:
     command = sys.argv[2:]
     limit_resources(confinement)
     if resource is not None:
-        _lower(resource.RLIMIT_NOFILE, _MOST_OPEN)
+        _lower(resource.RLIMIT_NOFILE, confinement.most_open)
     load_seccomp()  # loaded while its files can still be read
     _no_new_privs()
     programs = [command[0], *_loaders()]
@@ -234,8 +251,8 @@ def launch() -> None:
     rules = [(path, _EXECUTE | _READ_FILE) for path in programs]
     rules += [(path, _READ_FILE | _READ_FOLDER) for path in (*system, *confinement.readable)]
     rules += [(path, _WRITE) for path in (*confinement.writable, "/dev/null")]
-    _restrict_files(rules)
-    _forbid_calls()
+    _restrict_files(rules, network=confinement.network)
+    _forbid_calls(network=confinement.network)
     os.execv(command[0], command)  # noqa: S606 no shell is the point
 
 
@@ -312,13 +329,13 @@ def allow_computing_only(*, reading: bool = False) -> tuple[str, ...]:
     return _load(seccomp, rules)
 
 
-def _forbid_calls() -> tuple[str, ...]:
-    """Forbid what a converter has no use for; threads may be made, processes not."""
+def _forbid_calls(*, network: bool) -> tuple[str, ...]:
+    """Forbid what a converter or sharer has no use for; threads may be made, processes not."""
     seccomp = load_seccomp()
     if seccomp is None:
         return ()
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
-    for name in _FORBIDDEN:
+    for name in _FORBIDDEN if network else (*_NETWORK, *_FORBIDDEN):
         add_rule(rules, seccomp.ERRNO(errno.EPERM), name)
     add_rule(rules, seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, 0))
     # clone3 hides its flags in memory; with ENOSYS the C library goes back to clone.
@@ -367,8 +384,11 @@ def _no_new_privs() -> bool:
     return bool(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
 
 
-def _restrict_files(rules: Sequence[tuple[str, int]]) -> bool:
-    """Leave this thread, and those it starts, just the given rights below the given paths. False if there is no Landlock."""
+def _restrict_files(rules: Sequence[tuple[str, int]], *, network: bool = False) -> bool:
+    """Leave this thread, and those it starts, just the given rights below the given paths, and TCP only with `network`.
+
+    False if there is no Landlock.
+    """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -377,7 +397,7 @@ def _restrict_files(rules: Sequence[tuple[str, int]]) -> bool:
         return False
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     # struct landlock_ruleset_attr: rights on files, on TCP (bind, connect), scopes (abstract sockets, signals)
-    handled = (known, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    handled = (known, 3 if version >= 4 and not network else 0, 3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = libc.syscall(_CREATE_RULESET, (ctypes.c_uint64 * 3)(*handled), ctypes.c_size_t(size), 0)
     if ruleset < 0:

@@ -29,6 +29,7 @@ from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
 from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
 from deskgrid.model.overlay import Connection, Hub, Peer
+from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.model.users import AuditEntry, Group, Role, Token, User
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
 
@@ -693,6 +694,14 @@ GET_BLOB = Route(
     "Bytes of a blob; ranges are served. With `direct` the answer may be a redirect to the blob store",
     query={"direct": bool},
     raw=True,
+)
+TAKE_TURN = Route(
+    "take_turn",
+    _POST,
+    "/v1/blobs/{sha256}/swarm",
+    Turn,
+    TurnAnswer,
+    "Take part in fetching a blob together: which pieces from whom",
 )
 REGISTER_DATA = Route("register_data", _POST, "/v1/data", RegisterData, Data, "Name an uploaded blob")
 LIST_DATA = Route("list_data", _GET, "/v1/data", Nothing, DataList, "List data", query={"kind": str})

@@ -50,6 +50,7 @@ _PEER_SLACK = datetime.timedelta(hours=1)
 """For which a certificate is good after its registration has ended, so that a server that is away does not end the overlay."""
 _LONGEST_KEY_PEM = 1000
 _PEER_NAME = re.compile(r"(?:attempt-[0-9]+\.job|user|worker)-[0-9]+\.deskgrid")
+_BLOB_NAME = re.compile(r"[0-9a-f]{40}\.blob\.deskgrid")
 
 
 class PeerKey(NamedTuple):
@@ -114,6 +115,12 @@ class Authority:
         """Return a certificate (PEM) for a peer. `name` must be of model.overlay's attempt_peer, user_peer or worker_peer."""
         if not _PEER_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a peer's name")
+        return self._sign(name, key, now, lifetime_s)
+
+    def sign_sharer(self, name: str, key: PeerKey, *, now: float, lifetime_s: float) -> str:
+        """Return a certificate (PEM) for a worker that may share a blob. `name` must be of core.torrents' torrent_name."""
+        if not _BLOB_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a blob's name")
         return self._sign(name, key, now, lifetime_s)
 
     def sign_hub(self, hub_id: int, key: PeerKey, *, now: float, lifetime_s: float) -> str:

@@ -14,7 +14,7 @@ import structlog
 from deskgrid.errors import DeskgridError
 from deskgrid.model.ids import Sha256
 from deskgrid.server.routes.handler import Services
-from deskgrid.server.store import accounts, data, retention
+from deskgrid.server.store import accounts, data, retention, swarm
 from deskgrid.server.store.engine import Transaction
 
 __all__ = ["clean", "clean_forever", "remove_unused"]
@@ -56,6 +56,7 @@ async def clean(services: Services, *, strays: bool = True) -> None:
         await _adopt_strays(services)
     await _forget_upload_bytes(services)
     await remove_unused(services)
+    await services.store.write(swarm.forget_members)
 
 
 async def remove_unused(services: Services, *, wait_s: float = data.REMOVAL_WAIT_S) -> int:

@@ -47,6 +47,7 @@ from deskgrid.server.store import accounts, audit
 from deskgrid.server.store.engine import SqlStore, Transaction, is_shared, sqlite_url
 from deskgrid.server.store.migrate import migrate
 from deskgrid.server.store.submissions import WORK
+from deskgrid.server.torrents import make_torrents_forever
 from deskgrid.settings import ServerSettings
 
 __all__ = [
@@ -241,7 +242,8 @@ async def _run_server(home: Path, settings: ServerSettings, place: int, ready: C
             config.ssl.num_tickets = 0  # to take up a session again, which none of our clients does
         server = _Server(config, lambda: ready and ready(shown, hub))
         chores = do_chores_forever(services, Random())  # noqa: S311 - pauses
-        await _serve(server, listener, sweep_forever(services), chores, clean_forever(services))
+        torrents = make_torrents_forever(services)
+        await _serve(server, listener, sweep_forever(services), chores, torrents, clean_forever(services))
 
 
 @contextlib.contextmanager

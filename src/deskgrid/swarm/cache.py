@@ -3,12 +3,14 @@
     FOLDER/<sha256>-<blob>     an unpacked disk, complete and verified, mode 0444; its mtime is when it was last used
     FOLDER/partial/<blob>      the transport file (by its own sha256) of a disk that is being downloaded, or was; beside it <blob>.delta,
                                while that is looked at
+    FOLDER/shared/<blob>       a transport file, complete and verified, mode 0444, kept to be given to others
+    FOLDER/shared/<blob>.part  one that is being fetched from others, or was: with holes
 
 Rules:
 
 1. A file under its name is complete: it appears by one rename, after it was verified and written to disk. It is given only to who may fetch
    the blob that it came from, which the server has checked: that a disk has some sha256 is only what a user says.
-2. What is in use is never removed. Of the rest, partial downloads go first, then the disk used longest ago.
+2. What is in use is never removed. Of the rest, partial downloads go first, then what is there only for others, then the disk used longest ago.
 3. One fetch per disk at a time; others that want it wait, and go on with it if the first gives up.
 4. A partial download survives a restart and is continued. Any other file in the folder is removed when the cache is opened.
 5. The disk that a delta is of is kept for it, unless there is no room for both.
@@ -38,8 +40,9 @@ Fetch = Callable[[Path, Path], Awaitable[object]]
 """Called with (partial, output): goes on with the download in `partial`, then makes `output` appear complete and verified."""
 
 _NAME = re.compile(r"[0-9a-f]{64}-[0-9a-f]{64}")
-_PARTIAL_NAME = re.compile(r"[0-9a-f]{64}")
-_PARTIAL = "partial"
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+_PART_NAME = re.compile(r"[0-9a-f]{64}\.part")
+_PARTIAL, _SHARED = "partial", "shared"
 
 
 class Cache:
@@ -53,6 +56,10 @@ class Cache:
     ) -> None:
         self._folder = folder
         self._partials = folder / _PARTIAL
+        self.shared_folder = folder / _SHARED
+        """Where files are that are fetched from others or given to them."""
+        self._shared: dict[Sha256, int] = {}
+        """Blobs that are given to others, with their sizes, the one kept first first."""
         self._bound_bytes = bound_bytes
         self._reserve_bytes = reserve_bytes
         self._free_bytes = free_bytes or _free_bytes
@@ -63,21 +70,30 @@ class Cache:
         """Disks being fetched: the name of the partial file, and the bytes promised to both files."""
         self._locks: dict[Sha256, asyncio.Lock] = {}
         """By blob: a partial download is one's at a time."""
+        self.dropped: Callable[[Sha256], None] = lambda _: None
+        """Told of a blob that is not kept for others any more."""
 
     def open(self) -> None:
         """Look at what is there and remove what is no disk and no partial download. Blocks."""
-        self._partials.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self._partials, self.shared_folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = []
         for path in self._folder.iterdir():
-            if path == self._partials:
+            if path in (self._partials, self.shared_folder):
                 continue
             status = path.lstat()
-            if _is_entry(path, status):
+            if _is_entry(path, status, _NAME):
                 found.append((status.st_mtime, path.name, status.st_size))
             else:
                 _remove(path)
         for path in self._partials.iterdir():
-            if not (_PARTIAL_NAME.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode)):
+            if not (_BLOB_NAME.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode)):
+                _remove(path)
+        for path in self.shared_folder.iterdir():
+            status = path.lstat()
+            if _is_entry(path, status, _BLOB_NAME):
+                self._shared[Sha256(path.name)] = status.st_size
+            elif not (_PART_NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode)):
                 _remove(path)
         self._sizes = {name: size for _, name, size in sorted(found)}
 
@@ -85,10 +101,44 @@ class Cache:
         """Return the disks that are complete, the one used longest ago first."""
         return tuple(dict.fromkeys(_disk_of(name) for name in self._sizes))
 
+    def shared(self) -> tuple[Sha256, ...]:
+        """Return the blobs that are kept for others."""
+        return tuple(self._shared)
+
+    def shared_file(self, blob: Sha256) -> Path | None:
+        """Return the file of a blob that is kept for others; None if it is not here."""
+        return self.shared_folder / blob if blob in self._shared else None
+
+    def part_file(self, blob: Sha256) -> Path:
+        """Return where a blob is fetched from others. What is there from before is gone on with."""
+        return self.shared_folder / f"{blob}.part"
+
+    def keep_for_others(self, blob: Sha256) -> None:
+        """Note that a blob's part is complete, verified and has its final name."""
+        path = self.shared_folder / blob
+        path.chmod(0o444)
+        self._shared[blob] = _size(path)
+
+    def room_for_others(self) -> bool:
+        """Say whether a part that has become complete may stay: it must not cost a disk, and it goes as soon as its room is needed."""
+        return self._promised_bytes() <= self._bound_bytes and self._free_bytes(self._folder) >= self._reserve_bytes
+
+    def forget_shared(self, blob: Sha256) -> None:
+        """Remove what is there of a blob for others, complete or not. Idempotent."""
+        self._shared.pop(blob, None)
+        _remove(self.shared_folder / blob)
+        _remove(self.part_file(blob))
+
     def size_bytes(self) -> int:
         """Return what all files take, partial downloads included."""
-        partials = self._partials.iterdir() if self._partials.is_dir() else ()
-        return sum(self._sizes.values()) + sum(_size(path) for path in partials)
+        return sum(self._sizes.values()) + sum(self._shared.values()) + sum(_allocated(path) for path in self._parts())
+
+    def _parts(self) -> Iterator[Path]:
+        """Yield the files that are not complete."""
+        if self._partials.is_dir():
+            yield from self._partials.iterdir()
+        if self.shared_folder.is_dir():
+            yield from (path for path in self.shared_folder.iterdir() if path.suffix)
 
     @contextlib.contextmanager
     def borrow(self, sha256: Sha256, blob: Sha256) -> Iterator[Path | None]:
@@ -154,10 +204,10 @@ class Cache:
         release = self.hold(ref.delta.base) if ref.delta is not None else _nothing
         try:
             try:
-                self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
+                self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=self._there_bytes(ref.blob.sha256))
             except NoSpace:
                 release()
-                self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=_size(partial))
+                self._make_room(ref.blob.size_bytes + size_bytes, there_bytes=self._there_bytes(ref.blob.sha256))
             self._fetching[name] = (partial.name, ref.blob.size_bytes + size_bytes)
             await fetch(partial, output)
             came_bytes = _size(output)
@@ -177,6 +227,10 @@ class Cache:
             del self._fetching[name]
         _remove(partial)
 
+    def _there_bytes(self, blob: Sha256) -> int:
+        """Return what is there already of a blob that is to be fetched."""
+        return max(_allocated(self._partials / blob), _allocated(self.part_file(blob)))
+
     def _touch(self, name: str) -> None:
         os.utime(self._folder / name)
         self._sizes[name] = self._sizes.pop(name)
@@ -195,21 +249,22 @@ class Cache:
     def _promised_bytes(self) -> int:
         """Return what the files take or may come to take."""
         in_work = {name for name, _ in self._fetching.values()}
-        idle = sum(_size(path) for path in self._partials.iterdir() if path.stem not in in_work)
-        return sum(self._sizes.values()) + idle + sum(size for _, size in self._fetching.values())
+        idle = sum(_allocated(path) for path in self._parts() if path.stem not in in_work)
+        return sum(self._sizes.values()) + sum(self._shared.values()) + idle + sum(size for _, size in self._fetching.values())
 
     def _removable(self) -> Iterator[Path]:
         in_work = {name for name, _ in self._fetching.values()}
-        yield from sorted(
-            (path for path in self._partials.iterdir() if path.stem not in in_work), key=lambda path: path.stat().st_mtime
-        )
+        yield from sorted((path for path in self._parts() if path.stem not in in_work), key=lambda path: path.stat().st_mtime)
+        yield from (self.shared_folder / blob for blob in list(self._shared) if not self._holds[blob])
         yield from (self._folder / name for name in list(self._sizes) if not self._holds[_disk_of(name)])
 
     def _forget(self, path: Path) -> int:
         """Remove a file and return its size, at least 1 so that it counts as progress."""
-        size = _size(path)
+        size = _allocated(path)
         _remove(path)
         self._sizes.pop(path.name, None)
+        if self._shared.pop(Sha256(path.name), None) is not None:
+            self.dropped(Sha256(path.name))
         return max(size, 1)
 
 
@@ -221,9 +276,9 @@ def _disk_of(name: str) -> Sha256:
     return Sha256(name.partition("-")[0])
 
 
-def _is_entry(path: Path, status: os.stat_result) -> bool:
-    """Tell a complete disk: nobody can have written to it, for it never was writable under this name."""
-    plain = bool(_NAME.fullmatch(path.name)) and stat.S_ISREG(status.st_mode) and status.st_size > 0
+def _is_entry(path: Path, status: os.stat_result, names: re.Pattern[str]) -> bool:
+    """Tell a complete file: nobody can have written to it, for it never was writable under this name."""
+    plain = bool(names.fullmatch(path.name)) and stat.S_ISREG(status.st_mode) and status.st_size > 0
     return plain and (os.name == "nt" or not status.st_mode & 0o222)
 
 
@@ -243,6 +298,16 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _allocated(path: Path) -> int:
+    """Return what a file takes on the disk, its holes not counted."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0
+    blocks: int | None = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else min(status.st_size, blocks * 512)
 
 
 def _remove(path: Path) -> None:

@@ -57,6 +57,7 @@ from deskgrid.worker.presence import Sight, Watcher
 from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile_of
 from deskgrid.worker.runner import Runner
 from deskgrid.worker.secrets import SecretsKey
+from deskgrid.worker.sharing import Sharing
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
 from deskgrid.worker.throttles import Throttled, Throttles
@@ -132,6 +133,7 @@ class Agent:
         self._cache = Cache(
             home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=free_bytes
         )
+        self._sharing = Sharing(settings, self._cache, connection, clock, paused=lambda: self._owner.paused)
         self._kit = Kit(
             home=home,
             settings=settings,
@@ -139,6 +141,7 @@ class Agent:
             installed=self._installed,
             secrets=self._secrets,
             cache=self._cache,
+            sharing=self._sharing,
             connection=connection,
             drivers=self._drivers,
             owner=self._owner,
@@ -215,6 +218,7 @@ class Agent:
             await asyncio.gather(*(runner.resume() for runner in runners), self._warm.resume())
             self._waiting.give_places()
         self._obeyed = self._owner.paused
+        self._sharing.obey()
         _log.info("paused" if self._obeyed else "resumed", why=self._owner.why)
         self._note_change()
 
@@ -338,7 +342,7 @@ class Agent:
                 self._begin(runner)
             loops = (
                 *(self._keep_synced, self._keep_awake, self._keep_bounds, self._keep_rules),
-                *(self._throttles.run, self._warm.run),
+                *(self._throttles.run, self._warm.run, self._sharing.run),
             )
             tasks = [group.create_task(loop()) for loop in loops]
             await self._ending.wait()

@@ -1,8 +1,8 @@
-"""What a worker needs of the way to the server: three calls, so that a test can be a server in twenty lines."""
+"""What a worker needs of the way to the server: four calls, so that a test can be a server in twenty lines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -38,6 +38,10 @@ class Connection(Protocol):
 
     async def download(self, blob: Blob, file: Path, progress: Callable[[int], None] | None = None) -> None:
         """Fetch into a file, going on after the bytes that it has, and check it. Raise DeskgridError."""
+        ...
+
+    def read(self, blob: Blob, first: int, size_bytes: int) -> AsyncIterator[bytes]:
+        """Yield `size_bytes` from byte `first` on; nobody has checked them. Raise DeskgridError."""
         ...
 
 

@@ -25,6 +25,7 @@ from deskgrid.worker.installed import InstalledDisks
 from deskgrid.worker.journal import Journal
 from deskgrid.worker.owner import Owner
 from deskgrid.worker.secrets import SecretsKey
+from deskgrid.worker.sharing import Sharing
 
 __all__ = ["Extract", "Kit", "Overlay"]
 
@@ -53,6 +54,7 @@ class Kit(Struct, frozen=True, kw_only=True):
     installed: InstalledDisks
     secrets: SecretsKey
     cache: Cache
+    sharing: Sharing
     connection: Connection
     drivers: Drivers
     owner: Owner

@@ -104,9 +104,12 @@ class Supplies:
             raise BadImage("this data is not a disk")
         if ref.delta is not None and await self._fetch_delta(ref.delta, ref.disk, partial, output):
             return
-        await self._download(ref.blob, partial)
+        packed = await self._kit.sharing.fetch(ref.blob, self._note_progress)
+        if packed is None:
+            packed = partial
+            await self._download(ref.blob, partial)
         try:
-            await self._unpack(partial, output, ref.disk)
+            await self._unpack(packed, output, ref.disk)
         except ProtocolError as error:
             # What came is what was published (its sha256 is right), so nobody else's copy is better.
             raise BadImage(error.message, hint=error.hint) from error

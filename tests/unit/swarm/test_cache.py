@@ -234,9 +234,43 @@ async def test_what_is_no_disk_is_removed_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "partial" / "x").write_bytes(b"x")
     (tmp_path / "partial" / digest("e")).write_bytes(b"x")
-    assert make(tmp_path).entries() == (digest("a"),)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file_of("a"), "partial"])
+    (tmp_path / "shared" / "x.part").write_bytes(b"x")
+    (tmp_path / "shared" / f"{digest('f')}.part").write_bytes(b"x")
+    (tmp_path / "shared" / digest("g")).write_bytes(b"written to after it was complete, or never complete")
+    kept_for_others(tmp_path, "h")
+    cache = make(tmp_path)
+    assert cache.entries() == (digest("a"),) and cache.shared() == (digest("h"),)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file_of("a"), "partial", "shared"])
     assert [path.name for path in (tmp_path / "partial").iterdir()] == [digest("e")]
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {f"{digest('f')}.part", digest("h")}
+
+
+def kept_for_others(folder: Path, name: str) -> None:
+    file = folder / "shared" / digest(name)
+    file.write_bytes(b"x" * SIZE)
+    file.chmod(0o444)
+
+
+async def test_what_is_there_only_for_others_goes_before_disks_and_is_told(tmp_path: Path) -> None:
+    await fill(make(tmp_path), "a")
+    kept_for_others(tmp_path, "b")
+    cache = make(tmp_path)
+    told: list[str] = []
+    cache.dropped = told.append
+    assert cache.size_bytes() == 2 * SIZE
+    assert cache.shrink(1) == SIZE
+    assert told == [digest("b")] and cache.shared() == () and cache.entries() == (digest("a"),)
+
+
+async def test_a_part_with_holes_counts_as_what_it_takes(tmp_path: Path) -> None:
+    cache = make(tmp_path)
+    part = cache.part_file(digest("p"))
+    with part.open("wb") as file:
+        file.truncate(1 << 30)
+    assert cache.size_bytes() < 1 << 20
+    assert cache.room_for_others()
+    cache.forget_shared(digest("p"))
+    assert not part.exists()
 
 
 async def test_idle_partial_downloads_go_before_disks(tmp_path: Path) -> None:

@@ -1,5 +1,33 @@
 """Handlers, one file per noun. Importing this package fills handler.HANDLERS."""
 
-from deskgrid.server.routes import accounts, apps, data, grid, hubs, jobs, manifests, operation, peers, removal, sets, workers
+from deskgrid.server.routes import (
+    accounts,
+    apps,
+    data,
+    grid,
+    hubs,
+    jobs,
+    manifests,
+    operation,
+    peers,
+    removal,
+    sets,
+    swarm,
+    workers,
+)
 
-__all__ = ["accounts", "apps", "data", "grid", "hubs", "jobs", "manifests", "operation", "peers", "removal", "sets", "workers"]
+__all__ = [
+    "accounts",
+    "apps",
+    "data",
+    "grid",
+    "hubs",
+    "jobs",
+    "manifests",
+    "operation",
+    "peers",
+    "removal",
+    "sets",
+    "swarm",
+    "workers",
+]

@@ -31,6 +31,7 @@ from deskgrid.units import format_size
 
 __all__ = [
     "CLAIM_S",
+    "REGISTERED",
     "REMOVAL_WAIT_S",
     "TAKE_OVER_S",
     "adopt",
@@ -56,6 +57,8 @@ __all__ = [
     "upload_of",
 ]
 
+REGISTERED = "data"
+"""The topic of new named data."""
 REMOVAL_WAIT_S = 600.0
 """Seconds for which nothing must have referred to a blob before it is removed: longer than any transaction."""
 CLAIM_S = 30.0
@@ -310,6 +313,7 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
     if newest is not None and _same(_data(newest), request):
         return _data(newest)
     version = newest.version + 1 if newest is not None else 1
+    tx.topics.append(REGISTERED)
     tx.run(
         sa.insert(data).values(
             name=request.name,

@@ -49,8 +49,10 @@ __all__ = [
     "revocation",
     "secret",
     "submission",
+    "swarm_member",
     "team",
     "token",
+    "torrent",
     "upload",
     "use",
     "worker",
@@ -150,6 +152,31 @@ blob = Table(
 )
 """`unused_since`: nothing referred to it then; once that has been so for long enough a process claims it (`removing`, since then) and
 removes its bytes (server/retention.py)."""
+
+torrent = Table(
+    "torrent",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("layer", LargeBinary, nullable=False),
+)
+"""The hashes of a blob's pieces (core/torrents.py)."""
+
+swarm_member = Table(
+    "swarm_member",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True, index=True),
+    Column("seen_at", Float, nullable=False),
+    Column("have", LargeBinary, nullable=False),
+    Column("complete", Boolean, nullable=False),
+    Column("taken", LargeBinary, nullable=False),
+    Column("public", String(64), nullable=False),
+    Column("private", Text, nullable=False),
+    Column("reachable", Boolean, nullable=False),
+    Column("port", Integer, nullable=False),
+)
+"""Workers that have or fetch a blob together: what core.transfer.Member says of them. `have` is empty if it is `complete`."""
+Index("ix_swarm_member_seen", swarm_member.c.sha256, swarm_member.c.seen_at)
 
 upload = _numbered(
     "upload",

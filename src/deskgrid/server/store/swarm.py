@@ -1,0 +1,163 @@
+"""Who fetches which blob together, and the hashes of its pieces. What is decided: core/transfer.py.
+
+One turn at a time for each blob: its torrent's row is locked, so two workers are never sent for the same piece.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import msgspec
+import sqlalchemy as sa
+from msgspec import Struct
+
+from deskgrid.core.torrents import piece_count
+from deskgrid.core.transfer import (
+    LONGEST_LIFETIME_S,
+    Member,
+    all_pieces,
+    hand_out,
+    interval_s,
+    lifetime_s,
+    neighbours,
+    private_addresses,
+    set_from,
+    set_to,
+)
+from deskgrid.errors import NotFound
+from deskgrid.model.data import Blob
+from deskgrid.model.ids import Sha256, WorkerId
+from deskgrid.model.swarm import Turn, TurnAnswer
+from deskgrid.server.store.accounts import Caller
+from deskgrid.server.store.data import may_read_blob
+from deskgrid.server.store.engine import Transaction
+from deskgrid.server.store.schema import blob, data, swarm_member, torrent
+
+__all__ = ["LEAST_BYTES", "Taken", "forget_members", "keep_layer", "take_turn", "without_torrent"]
+
+LEAST_BYTES = 4 << 20
+"""Smaller blobs are fetched from the server: by the time that others are found, they are there."""
+_FORGET_S = 7 * 86400.0
+"""A worker that has a blob may come back to its swarm for so long, without a job that needs it."""
+
+
+class Taken(Struct, frozen=True):
+    """What a turn came to."""
+
+    answer: TurnAnswer
+    blob: Blob
+    layer: bytes
+    """Of the torrent, if it is wanted."""
+
+
+def without_torrent(tx: Transaction) -> Blob | None:
+    """Return a blob that is worth a torrent and has none: one of named data that is large enough."""
+    known = sa.exists().where(torrent.c.sha256 == data.c.sha256)
+    wanted = (
+        sa.select(blob.c.sha256, blob.c.size_bytes)
+        .join(data, data.c.sha256 == blob.c.sha256)
+        .where(blob.c.size_bytes >= LEAST_BYTES, blob.c.removing.is_(False), ~known)
+        .order_by(data.c.id)
+        .limit(1)
+    )
+    row = tx.row(wanted)
+    return None if row is None else Blob(sha256=Sha256(row.sha256), size_bytes=row.size_bytes)
+
+
+def keep_layer(tx: Transaction, of: Blob, layer: bytes) -> None:
+    """Keep the hashes of a blob's pieces. Idempotent."""
+    tx.insert_if_new(torrent, ["sha256"], sha256=of.sha256, layer=layer)
+
+
+def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, public: str, rng: Random) -> Taken:
+    """Note what a worker says of a blob, and tell it what to do. `public` is where it calls from. Raise NotFound if the blob is not for it."""
+    worker_id = caller.worker_id or WorkerId(0)
+    mine = (swarm_member.c.sha256 == sha256, swarm_member.c.worker_id == worker_id)
+    own = tx.row(sa.select(swarm_member).where(*mine))
+    size = tx.value(sa.select(blob.c.size_bytes).where(blob.c.sha256 == sha256, blob.c.removing.is_(False)))
+    # Who took part once has seen its bytes, and may give them to others when its job has ended.
+    if size is None or not (own is not None or may_read_blob(tx, caller, sha256)):
+        raise NotFound(f"there is no blob {sha256[:12]} for you")
+    of = Blob(sha256=sha256, size_bytes=size)
+    count = piece_count(size)
+    layer = tx.value(sa.select(torrent.c.layer).where(torrent.c.sha256 == sha256).with_for_update())
+    if layer is None or count < 2:
+        return Taken(TurnAnswer(ready=False), of, b"")
+    if turn.leaving:
+        tx.run(sa.delete(swarm_member).where(*mine))
+        return Taken(TurnAnswer(ready=True), of, b"")
+    me, others = _member(tx, worker_id, turn, count, public), _others(tx, sha256, worker_id, count)
+    take = hand_out(count, me, others, wanted=min(turn.wanted, count), stuck=turn.stuck, now=tx.now)
+    _keep(tx, sha256, me, own is not None, take, count)
+    answer = TurnAnswer(
+        ready=True,
+        interval_s=interval_s(len(others) + 1),
+        take=set_to(take, count),
+        neighbours=neighbours(me, others, rng=rng),
+        lacking=sum(other.have != all_pieces(count) for other in others),
+    )
+    return Taken(answer, of, layer if turn.torrent else b"")
+
+
+def _member(tx: Transaction, worker_id: WorkerId, turn: Turn, count: int, public: str) -> Member:
+    have = set_from(turn.have, count)
+    addresses = turn.addresses[:_MOST_ADDRESSES]
+    return Member(
+        worker_id=worker_id,
+        have=have,
+        taken=set_from(turn.fetching, count) & ~have,
+        seen_at=tx.now,
+        public=public,
+        private=private_addresses(addresses),
+        reachable=public in addresses,
+        port=turn.port if 0 < turn.port < 1 << 16 else 0,
+    )
+
+
+_MOST_ADDRESSES = 8
+
+
+def _others(tx: Transaction, sha256: Sha256, worker_id: WorkerId, count: int) -> list[Member]:
+    """Return the other members that were heard of lately."""
+    lately = swarm_member.c.seen_at > tx.now - LONGEST_LIFETIME_S
+    rows = tx.rows(sa.select(swarm_member).where(swarm_member.c.sha256 == sha256, swarm_member.c.worker_id != worker_id, lately))
+    return [
+        Member(
+            worker_id=WorkerId(row.worker_id),
+            have=all_pieces(count) if row.complete else set_from(row.have, count),
+            taken=set_from(row.taken, count),
+            seen_at=row.seen_at,
+            public=row.public,
+            private=msgspec.json.decode(row.private, type=tuple[str, ...]),
+            reachable=row.reachable,
+            port=row.port,
+        )
+        for row in rows
+        if row.seen_at > tx.now - lifetime_s(len(rows) + 1, complete=row.complete)
+    ]
+
+
+def _keep(tx: Transaction, sha256: Sha256, me: Member, known: bool, take: int, count: int) -> None:
+    complete = me.have == all_pieces(count)
+    values = {
+        "seen_at": tx.now,
+        "have": b"" if complete else set_to(me.have, count),
+        "complete": complete,
+        "taken": set_to(me.taken | take, count),
+        "public": me.public[:64],
+        "private": msgspec.json.encode(me.private).decode(),
+        "reachable": me.reachable,
+        "port": me.port,
+    }
+    if known:
+        mine = (swarm_member.c.sha256 == sha256, swarm_member.c.worker_id == me.worker_id)
+        tx.run(sa.update(swarm_member).where(*mine).values(**values))
+    else:
+        tx.run(sa.insert(swarm_member).values(sha256=sha256, worker_id=me.worker_id, **values))
+
+
+def forget_members(tx: Transaction) -> None:
+    """Forget who was not heard of for long, and the torrents and members of blobs that are gone."""
+    tx.run(sa.delete(swarm_member).where(swarm_member.c.seen_at < tx.now - _FORGET_S))
+    for table in (torrent, swarm_member):
+        tx.run(sa.delete(table).where(~sa.exists().where(blob.c.sha256 == table.c.sha256)))

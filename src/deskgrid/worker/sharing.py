@@ -1,0 +1,251 @@
+"""Disks from other workers, and for them, if the owner shares (`share` in his settings).
+
+A blob is fetched from others into the cache's folder for that (swarm/fetch.py), verified by its sha256, and then kept there as long as there is
+room, for others. BitTorrent runs in a confined process of its own, which is started when it is first needed and ended when nobody has wanted
+anything for IDLE_S. While the worker is paused, nothing goes to or from others.
+
+Whatever goes wrong here, the blob is fetched from the server instead; a job does not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import psutil
+import structlog
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from deskgrid.client.download import sha256_of
+from deskgrid.clock import Clock
+from deskgrid.core.torrents import torrent_name
+from deskgrid.errors import DeskgridError, NotFound, ProtocolError, Unreachable
+from deskgrid.machines.sandbox import Confinement, confined_command, python_command, python_folders
+from deskgrid.model import wire
+from deskgrid.model.data import Blob
+from deskgrid.model.ids import Sha256
+from deskgrid.model.swarm import Turn, TurnAnswer
+from deskgrid.settings import WorkerSettings
+from deskgrid.swarm.cache import Cache
+from deskgrid.swarm.engine import Engine, Limit, Rename
+from deskgrid.swarm.fetch import Identity, Swarm
+from deskgrid.units import MIB
+from deskgrid.worker.connection import Connection
+from deskgrid.worker.tasks import in_thread
+
+__all__ = ["LEAST_BYTES", "Sharing", "can_share"]
+
+_log = structlog.get_logger()
+
+LEAST_BYTES = 4 * MIB
+"""Smaller blobs come from the server: by the time that others are found, they are there."""
+IDLE_S = 900.0
+_QUIET_INTERVAL_S = 60.0
+"""Between the turns of a blob that nobody wants."""
+
+
+class Sharing:
+    """A worker's part in all swarms. `run` it beside the rest."""
+
+    def __init__(
+        self, settings: WorkerSettings, cache: Cache, connection: Connection, clock: Clock, *, paused: Callable[[], bool]
+    ) -> None:
+        self._settings, self._cache, self._connection, self._clock = settings, cache, connection, clock
+        self._paused = paused
+        self._engine: Engine | None = None
+        self._starting = asyncio.Lock()
+        self._identity: Identity | None = None
+        self._shared: dict[Sha256, Swarm] = {}
+        self._due: dict[Sha256, float] = {}
+        """When the next turn is due for what is given to others."""
+        self._fetching: set[Sha256] = set()
+        self._wanted_at = 0.0
+        self.server_bytes = 0
+        """That came from the server, of blobs that were fetched together."""
+        self._news = asyncio.Event()
+        cache.dropped = self._dropped
+
+    async def fetch(self, blob: Blob, progress: Callable[[int], None]) -> Path | None:
+        """Fetch a blob from others and the server, verified, and return its file; None: it is to be fetched from the server alone.
+
+        The file is there until the caller's part in the cache ends.
+        """
+        if blob.size_bytes < LEAST_BYTES or not self._settings.share or self._paused():
+            return None
+        there = self._cache.shared_file(blob.sha256)
+        if there is not None and await in_thread(sha256_of, there) == blob.sha256:
+            return there
+        for is_last in (False, True):
+            engine: Engine | None = None
+            try:
+                engine = await self._started()
+                return await self._fetch(engine, blob, progress)
+            except (DeskgridError, OSError) as error:
+                if engine is not None and not engine.running and not is_last:
+                    continue  # with another engine it goes on where this one died
+                _log.warning("not_fetched_from_others", blob=blob.sha256, error=str(error))
+                break
+        self._cache.forget_shared(blob.sha256)
+        return None
+
+    async def _fetch(self, engine: Engine, blob: Blob, progress: Callable[[int], None]) -> Path | None:
+        part = self._cache.part_file(blob.sha256)
+        swarm = self._swarm(engine, blob)
+        self._fetching.add(blob.sha256)
+        self._wanted_at = self._clock.monotonic()
+        try:
+            if not await swarm.fetch(part.name, progress):
+                return None
+            if await in_thread(sha256_of, part) != blob.sha256:
+                swarm.leave()
+                raise ProtocolError("what came from others is something else, though each piece was what the torrent says")
+            await in_thread(_sync, part)
+            if not (self._cache.room_for_others() and await engine.do(Rename(swarm.name, blob.sha256))):
+                swarm.leave()
+                return part
+            self._cache.keep_for_others(blob.sha256)
+            self._shared[blob.sha256], self._due[blob.sha256] = swarm, 0.0
+            self._news.set()
+            _log.info("fetched_from_others", blob=blob.sha256, size_bytes=blob.size_bytes, of_server_bytes=swarm.server_bytes)
+            return self._cache.shared_file(blob.sha256)
+        finally:
+            self.server_bytes += swarm.server_bytes
+            self._fetching.discard(blob.sha256)
+
+    def _swarm(self, engine: Engine, blob: Blob) -> Swarm:
+        if self._identity is None:
+            self._identity = _make_identity()
+        turn = partial(self._take_turn, blob.sha256)
+        return Swarm(blob, torrent_name(blob.sha256), engine, self._identity, turn, self._connection.read, self._clock)
+
+    async def _take_turn(self, sha256: Sha256, turn: Turn) -> TurnAnswer:
+        return await self._connection.call(wire.TAKE_TURN, turn, path={"sha256": sha256})
+
+    async def _started(self) -> Engine:
+        """Return the engine, started if it is not there. Raise Unreachable."""
+        async with self._starting:
+            if self._engine is not None and not self._engine.running:
+                await self._stop_engine()
+            if self._engine is None:
+                if not can_share():
+                    raise Unreachable("libtorrent is not installed", hint="pip install deskgrid[swarm]")
+                engine = Engine(_command(self._cache.shared_folder), str(self._cache.shared_folder), port=self._settings.share_port)
+                await engine.start()
+                self._engine = engine
+                self.obey()
+            return self._engine
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds that the engine has used."""
+        return self._engine.cpu_s() if self._engine is not None else 0.0
+
+    def obey(self) -> None:
+        """Do what the owner wants now: nothing goes to or from others while the worker is paused."""
+        if self._engine is not None:
+            network = self._settings.network_bytes_per_s
+            bounds = [bound for bound in (network, self._settings.share_bytes_per_s) if bound]
+            with contextlib.suppress(Unreachable):
+                self._engine.tell(Limit(min(bounds, default=0), network, self._paused()))
+
+    # ---- giving
+
+    async def run(self) -> None:
+        """Give to others what is here, until cancelled."""
+        try:
+            while True:
+                await self._give()
+                pause_s = min([_QUIET_INTERVAL_S, *(due - self._clock.monotonic() for due in self._due.values())])
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(pause_s, 0.05)):
+                        await self._news.wait()
+                self._news.clear()
+        finally:
+            await self.close()
+
+    async def _give(self) -> None:
+        now = self._clock.monotonic()
+        for sha256, swarm in list(self._shared.items()):
+            if now < self._due.get(sha256, 0.0) or self._paused():
+                continue
+            try:
+                interval_s = await swarm.keep_sharing()
+                if swarm.lacking:
+                    self._wanted_at = now
+                self._due[sha256] = now + (interval_s if swarm.lacking else _QUIET_INTERVAL_S)
+            except NotFound:
+                self._cache.forget_shared(sha256)
+                self._dropped(sha256)
+            except DeskgridError as error:
+                _log.debug("turn_failed", blob=sha256, error=str(error))
+                self._due[sha256] = now + _QUIET_INTERVAL_S / 4
+        if self._engine is not None and not self._fetching and now - self._wanted_at > IDLE_S:
+            await self._stop_engine()
+
+    def _dropped(self, sha256: Sha256) -> None:
+        """Hear that a blob is not in the cache any more."""
+        swarm = self._shared.pop(sha256, None)
+        self._due.pop(sha256, None)
+        if swarm is not None:
+            swarm.leave()
+
+    async def close(self) -> None:
+        """End the engine. Idempotent."""
+        await self._stop_engine()
+
+    async def _stop_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        self._shared.clear()
+        self._due.clear()
+        if engine is not None:
+            await engine.close()
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def can_share() -> bool:
+    """Tell whether libtorrent is installed."""
+    return importlib.util.find_spec("libtorrent") is not None
+
+
+def _command(folder: Path) -> list[str]:
+    """Return the command of the engine's process, confined to a folder and the network."""
+    command = python_command("deskgrid.swarm.engine_child", "main")
+    if sys.platform != "linux":
+        return command
+    bounds = Confinement(
+        memory_bytes=1 << 46,  # files are mapped
+        cpu_s=1 << 40,
+        readable=python_folders(),
+        writable=(str(folder),),
+        network=True,
+        most_open=512,
+    )
+    return confined_command(command, bounds)
+
+
+def _make_identity() -> Identity:
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return Identity(private.decode(), public.decode(), _own_addresses)
+
+
+def _own_addresses() -> tuple[str, ...]:
+    """Return the addresses of this PC's network cards, loopback too."""
+    found = (
+        one.address.partition("%")[0] for many in psutil.net_if_addrs().values() for one in many if one.family.name in _INTERNET
+    )
+    return tuple(dict.fromkeys(found))[:8]
+
+
+_INTERNET = ("AF_INET", "AF_INET6")

@@ -1,0 +1,287 @@
+"""Disks that workers fetch together: real engines, a real server, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import libtorrent
+import msgspec
+import psutil
+import pytest
+
+from deskgrid.client.grid import Grid, describe_file
+from deskgrid.client.transport import Transport
+from deskgrid.clock import SystemClock
+from deskgrid.core.torrents import torrent_name
+from deskgrid.errors import NotFound
+from deskgrid.model import wire
+from deskgrid.model.data import Blob, DataKind, Disk
+from deskgrid.model.jobs import JobSpec, Machine
+from deskgrid.model.machines import DiskFormat
+from deskgrid.model.swarm import Turn, TurnAnswer
+from deskgrid.server.torrents import make_torrents
+from deskgrid.settings import WorkerSettings
+from deskgrid.swarm.cache import Cache
+from deskgrid.testing.grids import TestGrid, played_sync, running_grid
+from deskgrid.units import GIB, MIB
+from deskgrid.worker.sharing import Sharing, _make_identity
+
+SIZE = 24 * MIB + 12345
+
+
+class Pc:
+    """A worker, as far as sharing goes, that holds a job of the disk."""
+
+    def __init__(self, transport: Transport, folder: Path, **settings: Any) -> None:
+        self.transport = transport
+        self.folder = folder
+        self.turns: list[Turn] = []
+        self.server_bytes = 0
+        self.deaf = False
+        """Nobody can connect to it, and it to nobody."""
+        self.paused = False
+        self.seen: list[int] = []
+        self.settings = WorkerSettings(share=True, **settings)
+        self.restart()
+
+    def restart(self) -> None:
+        """Be a new process with the old cache."""
+        self.cache = Cache(self.folder, bound_bytes=GIB)
+        self.cache.open()
+        self.sharing = Sharing(self.settings, self.cache, self, SystemClock(), paused=lambda: self.paused)  # type: ignore[arg-type]
+
+    async def fetch(self, blob: Blob) -> Path | None:
+        return await self.sharing.fetch(blob, self.seen.append)
+
+    def engine(self) -> psutil.Process:
+        """Return the process in which BitTorrent runs."""
+        engine = self.sharing._engine
+        assert engine is not None and engine._process is not None
+        return psutil.Process(engine._process.pid)
+
+    # A connection, watched.
+
+    async def call(self, route: Any, body: Any = None, **more: Any) -> Any:
+        self.turns.append(body)
+        if self.deaf:
+            body = msgspec.structs.replace(body, port=0)
+        answer: TurnAnswer = await self.transport.call(route, body, **more)
+        return msgspec.structs.replace(answer, neighbours=()) if self.deaf else answer
+
+    async def read(self, blob: Blob, first: int, size_bytes: int) -> AsyncIterator[bytes]:
+        async for chunk in self.transport.read(blob, first, size_bytes):
+            self.server_bytes += len(chunk)
+            yield chunk
+
+
+@asynccontextmanager
+async def several(grid: TestGrid, folder: Path, number: int, size_bytes: int = SIZE) -> AsyncIterator[tuple[Blob, list[Pc]]]:
+    """Run workers that all hold a job with the same disk."""
+    async with contextlib.AsyncExitStack() as stack:
+        user = await stack.enter_async_context(Grid(await grid.user("admin")))
+        file = folder / "disk"
+        file.write_bytes(random.Random(number).randbytes(size_bytes))
+        blob = describe_file(file)
+        disk = Disk(sha256=blob.sha256, size_bytes=4, virtual_bytes=4, format=DiskFormat.ISO)
+        await user.put(file, "disk", kind=DataKind.DISK, disk=disk)
+        assert await make_torrents(grid.services) == 1
+        pcs = []
+        for at in range(number):
+            transport = await stack.enter_async_context(Transport(await grid.worker(f"pc{at}")))
+            await user.submit(JobSpec(machine=Machine(disk="disk")))
+            assert len((await transport.call(wire.SYNC, played_sync(room=True))).assignments) == 1
+            pcs.append(Pc(transport, folder / f"pc{at}"))
+        try:
+            yield blob, pcs
+        finally:
+            await asyncio.gather(*(pc.sharing.close() for pc in pcs))
+
+
+@pytest.fixture
+async def grid(tmp_path: Path) -> AsyncIterator[TestGrid]:
+    async with running_grid(tmp_path / "server") as found:
+        yield found
+
+
+def is_whole(file: Path | None, blob: Blob) -> bool:
+    return file is not None and hashlib.sha256(file.read_bytes()).hexdigest() == blob.sha256
+
+
+async def test_workers_fetch_a_disk_together_and_the_server_sends_it_about_once(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 4) as (blob, pcs):
+        files = await asyncio.gather(*(pc.fetch(blob) for pc in pcs))
+        for file, pc in zip(files, pcs, strict=True):
+            assert is_whole(file, blob) and file == pc.cache.shared_file(blob.sha256)
+            assert pc.seen[-1] == blob.size_bytes
+        assert sum(pc.server_bytes for pc in pcs) < 1.5 * blob.size_bytes
+
+
+async def test_who_can_reach_nobody_gets_all_from_the_server(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 2) as (blob, pcs):
+        assert is_whole(await pcs[0].fetch(blob), blob)
+        pcs[1].deaf = True
+        assert is_whole(await pcs[1].fetch(blob), blob)
+        assert pcs[1].server_bytes == blob.size_bytes
+
+
+async def test_a_worker_that_has_it_gives_it_to_one_that_comes_later(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 2) as (blob, pcs):
+        assert is_whole(await pcs[0].fetch(blob), blob)
+        assert is_whole(await pcs[1].fetch(blob), blob)
+        assert pcs[1].server_bytes < blob.size_bytes // 2
+
+
+async def test_all_is_fetched_though_the_one_that_has_it_vanishes(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 2) as (blob, pcs):
+        assert is_whole(await pcs[0].fetch(blob), blob)
+
+        gone: list[psutil.Process] = []
+
+        def vanish(have_bytes: int) -> None:
+            if have_bytes > 0.5 * blob.size_bytes and not gone:
+                gone.append(pcs[0].engine())
+                gone[0].kill()
+
+        assert is_whole(await pcs[1].sharing.fetch(blob, vanish), blob)
+        assert gone
+
+
+async def test_a_peer_that_sends_garbage_costs_some_blocks_and_is_dropped(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 2) as (blob, pcs):
+        liar = Liar(pcs[0], tmp_path / "liar")
+        try:
+            await liar.begin(blob)
+            assert is_whole(await pcs[1].fetch(blob), blob)
+            assert liar.given_bytes() > 0
+            assert liar.given_bytes() < blob.size_bytes // 2
+        finally:
+            liar.end()
+
+
+async def test_a_killed_worker_goes_on_with_what_it_has(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, [pc]):
+        half = asyncio.Event()
+
+        def note(have_bytes: int) -> None:
+            if have_bytes > blob.size_bytes // 2:
+                half.set()
+
+        task = asyncio.create_task(pc.sharing.fetch(blob, note))
+        await half.wait()
+        pc.engine().kill()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await pc.sharing.close()
+        before, pc.server_bytes = pc.server_bytes, 0
+        pc.restart()
+        pc.seen.clear()
+        assert is_whole(await pc.fetch(blob), blob)
+        assert before > 0 and pc.server_bytes < blob.size_bytes
+
+
+async def test_when_the_engine_dies_another_goes_on(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, [pc]):
+        killed: list[int] = []
+
+        def kill_once(have_bytes: int) -> None:
+            if have_bytes > blob.size_bytes // 3 and not killed:
+                killed.append(pc.engine().pid)
+                pc.engine().kill()
+
+        assert is_whole(await pc.sharing.fetch(blob, kill_once), blob)
+        assert killed and pc.engine().pid != killed[0]
+
+
+async def test_nothing_is_shared_without_the_owners_consent(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, [pc]):
+        pc.settings = WorkerSettings()
+        pc.restart()
+        assert await pc.fetch(blob) is None
+        assert not pc.turns and pc.sharing._engine is None
+
+
+async def test_the_engine_has_the_network_and_its_folder_and_nothing_else(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, [pc]):
+        assert await pc.fetch(blob)
+        status = Path(f"/proc/{pc.engine().pid}/status").read_text()
+        assert "NoNewPrivs:\t1" in status and "Seccomp:\t2" in status
+        assert pc.transport.credentials.token.encode() not in Path(f"/proc/{pc.engine().pid}/environ").read_bytes()
+
+
+async def test_whom_the_blob_is_not_for_gets_neither_torrent_nor_certificate(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, _), Transport(await grid.worker("stranger")) as stranger:
+        with pytest.raises(NotFound):
+            await stranger.call(wire.TAKE_TURN, Turn(torrent=True), path={"sha256": blob.sha256})
+
+
+async def test_what_is_shared_is_gone_when_its_room_is_needed(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, [pc]):
+        assert await pc.fetch(blob)
+        assert pc.cache.shared() == (blob.sha256,)
+        assert pc.cache.shrink(1) >= blob.size_bytes
+        assert pc.cache.shared() == () and pc.cache.size_bytes() == 0
+
+
+async def test_no_more_is_given_in_a_second_than_the_owner_says(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 2, 8 * MIB) as (blob, pcs):
+        pcs[0].settings = WorkerSettings(share=True, share_bytes_per_s=2 * MIB)
+        pcs[0].restart()
+        assert await pcs[0].fetch(blob)
+        started = asyncio.get_running_loop().time()
+        task = asyncio.create_task(pcs[1].fetch(blob))
+        await asyncio.sleep(0)
+        assert is_whole(await task, blob)
+        seconds = asyncio.get_running_loop().time() - started
+        given = blob.size_bytes - pcs[1].server_bytes
+        assert given <= 2 * MIB * (seconds + 1)
+
+
+class Liar:
+    """A worker that takes part with the right certificate and sends other bytes than those of the disk."""
+
+    def __init__(self, pc: Pc, folder: Path) -> None:
+        self._pc, self._folder = pc, folder
+        self._session = libtorrent.session(
+            {
+                "listen_interfaces": "0.0.0.0:0s",
+                "disable_hash_checks": True,
+                "alert_mask": libtorrent.alert.category_t.status_notification,
+                **dict.fromkeys(("enable_dht", "enable_lsd", "enable_upnp", "enable_natpmp"), False),
+            }
+        )
+        self._handle: Any = None
+
+    async def begin(self, blob: Blob) -> None:
+        self._folder.mkdir()
+        (self._folder / torrent_name(blob.sha256)).write_bytes(random.Random(0).randbytes(blob.size_bytes))
+        identity = _make_identity()
+        port = self._port()
+        everything = b"\xff" * 1000
+        turn = Turn(have=everything, port=port, addresses=("127.0.0.1",), key=identity.public_pem, torrent=True)
+        answer = await self._pc.transport.call(wire.TAKE_TURN, turn, path={"sha256": blob.sha256})
+        parameters = libtorrent.add_torrent_params()
+        parameters.ti = libtorrent.torrent_info(libtorrent.bdecode(answer.torrent))
+        parameters.save_path = str(self._folder)
+        parameters.flags = libtorrent.torrent_flags.seed_mode
+        self._handle = self._session.add_torrent(parameters)
+        self._handle.set_ssl_certificate_buffer(answer.certificate, identity.key_pem, "")
+
+    def _port(self) -> int:
+        while True:
+            self._session.wait_for_alert(1000)
+            for alert in self._session.pop_alerts():
+                if isinstance(alert, libtorrent.listen_succeeded_alert):
+                    return int(alert.port)
+
+    def given_bytes(self) -> int:
+        return int(self._handle.status().total_payload_upload)
+
+    def end(self) -> None:
+        self._session.pause()
