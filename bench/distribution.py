@@ -107,7 +107,7 @@ class Cell:
         [link] = json.loads(self.lab.server.run("ip", "-json", "-s", "link", "show", "dev", "ext"))
         return int(link["stats64"]["tx"]["bytes"])
 
-    def worker(self, number: int, blob: Blob, *, together: bool) -> subprocess.Popen[str]:
+    def worker(self, number: int, blob: Blob, *, together: bool) -> subprocess.Popen[bytes]:
         """Start a worker that waits for the word."""
         home = self.folder / f"w{number}"
         command = [
@@ -119,7 +119,7 @@ class Cell:
             str(blob.size_bytes),
             str(int(together)),
         ]
-        return self.hosts[number].popen(command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self.hosts[number].popen(command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def distribute(workers: int, size_bytes: int, *, together: bool) -> tuple[float, float, float]:
@@ -135,12 +135,12 @@ def distribute(workers: int, size_bytes: int, *, together: bool) -> tuple[float,
             started = [cell.worker(number, blob, together=together) for number in range(workers)]
             try:
                 for one in started:
-                    assert one.stdout is not None and one.stdout.readline() == "ready\n"
+                    assert one.stdout is not None and one.stdout.readline() == b"ready\n"
                 cell.slow_down()
                 before, begun = cell.sent_bytes(), time.monotonic()
                 for one in started:
                     assert one.stdin is not None
-                    one.stdin.write("go\n")
+                    one.stdin.write(b"go\n")
                     one.stdin.flush()
                 ends = [json.loads(one.stdout.readline()) for one in started]  # type: ignore[union-attr]
                 sent = cell.sent_bytes() - before

@@ -148,6 +148,10 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     share: bool = False
     """Whether disks are fetched from other workers, too, and given to them: then other PCs of the grid connect to this one, on `share_port`. Needs
     libtorrent (deskgrid[swarm])."""
+    tags: tuple[str, ...] = ()
+    """Words for what or where it is, as in lab-2 or fast-disk: users may name them where they say which workers should hold their data."""
+    keep_bytes: int = 0
+    """Part of the cache that may be filled with data which users want to be held here; 0: half of it if `share` is set, otherwise nothing."""
     share_port: int = 0
     """Port for that; 0: any that is free."""
     share_bytes_per_s: int = 0

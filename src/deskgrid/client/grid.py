@@ -29,10 +29,11 @@ from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model import wire
 from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
-from deskgrid.model.ids import ArrayId, JobId, SetId, Sha256
+from deskgrid.model.ids import ArrayId, JobId, SetId, Sha256, WorkerId
 from deskgrid.model.jobs import Array, ArrayState, Job, JobSpec, JobState
 from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
 from deskgrid.model.overlay import Peer
+from deskgrid.model.placement import Attributes, CopyState, Holder, Placement
 from deskgrid.model.users import Group, Token, User
 from deskgrid.model.workers import Worker
 
@@ -351,6 +352,48 @@ class Grid:
         await self.transport.download(data.blob, partial, progress)
         partial.replace(file)
         return data
+
+    async def place(self, pattern: str, attributes: Attributes, *, lifetime_s: float = 0.0) -> Placement:
+        """Say on how many workers, where and for how long your data of these names should be; the same names again: instead of before."""
+        return await self.transport.call(
+            wire.PLACE_DATA, wire.PlaceData(pattern=pattern, attributes=attributes, lifetime_s=lifetime_s)
+        )
+
+    async def placements(self) -> tuple[Placement, ...]:
+        """Return the caller's placements."""
+        return (await self.transport.call(wire.LIST_PLACEMENTS)).placements
+
+    async def remove_placement(self, placement_id: int) -> None:
+        """Forget a placement: workers hold nothing any more for it."""
+        await self.transport.call(wire.REMOVE_PLACEMENT, path={"placement": placement_id})
+
+    async def holders(self, reference: str) -> tuple[Holder, ...]:
+        """Return the workers that have data, or are to have it."""
+        return (await self.transport.call(wire.LIST_HOLDERS, path={"reference": reference})).holders
+
+    async def copies(self, reference: str) -> AsyncIterator[tuple[Holder, ...]]:
+        """Yield the workers that have data, now and whenever that has changed, for ever."""
+        path: dict[str, object] = {"reference": reference}
+        async for found in until_ended(self.transport, wire.LIST_HOLDERS, path, wire.holders_mark, lambda _: False):
+            yield found.holders
+
+    async def on_placed(self, reference: str, call: Callable[[Holder], object]) -> None:
+        """Call `call` with each worker that holds data, those that do already, too, until cancelled."""
+        before: frozenset[WorkerId] = frozenset()
+        async for found in self.copies(reference):
+            held = {one.worker_id: one for one in found if one.state is CopyState.HELD}
+            for worker_id in sorted(held.keys() - before):
+                call(held[worker_id])
+            before = frozenset(held)
+
+    async def on_removed(self, reference: str, call: Callable[[Holder], object]) -> None:
+        """Call `call` with each worker that held data and does not any more, until cancelled."""
+        before: dict[WorkerId, Holder] = {}
+        async for found in self.copies(reference):
+            held = {one.worker_id: one for one in found if one.state is CopyState.HELD}
+            for worker_id in sorted(before.keys() - held.keys()):
+                call(before[worker_id])
+            before = held
 
     async def data(self, reference: str) -> Data:
         """Find data by name, name@version or sha256."""

@@ -29,6 +29,7 @@ from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
 from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
 from deskgrid.model.overlay import Connection, Hub, Peer
+from deskgrid.model.placement import Attributes, Holder, Keep, Placement
 from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.model.users import AuditEntry, Group, Role, Token, User
 from deskgrid.model.workers import Assignment, AttemptReport, Capacity, Profile, Worker
@@ -424,6 +425,24 @@ class GridStatus(Struct, frozen=True, kw_only=True):
     leaving: tuple[Leaving, ...] = ()
 
 
+class PlaceData(Struct, frozen=True, kw_only=True):
+    """What the caller wants of his data of these names."""
+
+    pattern: str
+    """NAME, NAME@VERSION, or a name with * and ?."""
+    attributes: Attributes
+    lifetime_s: float = 0.0
+    """From now on, instead of `expires_at`; 0: what that says."""
+
+
+class PlacementList(Struct, frozen=True):
+    placements: tuple[Placement, ...]
+
+
+class HolderList(Struct, frozen=True):
+    holders: tuple[Holder, ...]
+
+
 class WorkerList(Struct, frozen=True):
     workers: tuple[Worker, ...]
 
@@ -442,6 +461,8 @@ class Sync(Struct, frozen=True, kw_only=True):
     """What new attempts may use; all zero when it wants none."""
     cached: tuple[Sha256, ...]
     """Unpacked disks in its cache."""
+    held: tuple[Sha256, ...] = ()
+    """Other data in its cache."""
     ahead: dict[int, int] = {}
     """Of these requirement classes, whose jobs it ends quickly, so many jobs more than fit into `free`."""
 
@@ -462,6 +483,12 @@ class SyncAnswer(Struct, frozen=True, kw_only=True):
     """Attempts that were held and may start now."""
     consoles: tuple[AttemptId, ...] = ()
     """Listed attempts without a network whose owner wants to see their machine's screen: to be peers of the overlay as long as that is so."""
+    keep: tuple[Keep, ...] = ()
+    """What it is to hold, all of it: it fetches what it lacks, and does not evict it."""
+    remove: tuple[Sha256, ...] = ()
+    """Disks and other data whose lifetime has ended: to be removed unless an attempt uses them."""
+    share: tuple[Sha256, ...] = ()
+    """Of its `held`, what others fetch now: to be given to them."""
 
 
 class Wake(Struct, frozen=True, kw_only=True):
@@ -695,6 +722,22 @@ GET_BLOB = Route(
     query={"direct": bool},
     raw=True,
 )
+PLACE_DATA = Route(
+    "place_data", _POST, "/v1/placements", PlaceData, Placement, "Say on how many workers, where and for how long data should be"
+)
+LIST_PLACEMENTS = Route("list_placements", _GET, "/v1/placements", Nothing, PlacementList, "The caller's placements")
+REMOVE_PLACEMENT = Route(
+    "remove_placement", _DELETE, "/v1/placements/{placement}", Nothing, Nothing, "Forget a placement of the caller's"
+)
+LIST_HOLDERS = Route(
+    "list_holders",
+    _GET,
+    "/v1/data/{reference}/holders",
+    Nothing,
+    HolderList,
+    "Workers that have data, or are to have it; held until it is not as `seen`",
+    query={"seen": str, "wait_s": float},
+)
 TAKE_TURN = Route(
     "take_turn",
     _POST,
@@ -842,6 +885,11 @@ def change_mark(detail: JobDetail) -> str:
 def array_mark(array: Array) -> str:
     """Return a short text that differs whenever an array's state or the number of its jobs in some state does."""
     return ",".join([array.state, *(str(array.jobs.get(state, 0)) for state in JobState)])
+
+
+def holders_mark(found: HolderList) -> str:
+    """Return a short text that differs whenever a worker gets data, loses it, or is to get it."""
+    return ",".join(f"{one.worker_id}{one.state}" for one in found.holders)
 
 
 def set_mark(found: JobSet) -> str:

@@ -51,6 +51,12 @@ class Profile(Struct, frozen=True, kw_only=True):
     """One of them must vouch for a disk; none: no matter who."""
     accepts: tuple[str, ...] = ("everyone",)
     """Whose jobs it takes: mine (its owner's), user:NAME, group:NAME or everyone."""
+    tags: tuple[str, ...] = ()
+    """Words by which its owner says where or what it is, for placements."""
+    shares: bool = False
+    """It fetches data from other workers and gives it to them."""
+    keeps_bytes: int = 0
+    """Data that it may be told to hold."""
     secrets_key: str = ""
     """Its public key to which secrets of jobs are sealed (core/sealing.py); empty: it takes no jobs that have any."""
 

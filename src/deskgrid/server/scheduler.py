@@ -12,6 +12,7 @@ from msgspec import Struct
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, AttemptEvent, event_of_report
 from deskgrid.core.matching import Ask, match, need_of, without
 from deskgrid.core.pacing import Pace, Terms, pace
+from deskgrid.core.placement import Host
 from deskgrid.core.sealing import is_sealing_key
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.data import Blob
@@ -19,7 +20,7 @@ from deskgrid.model.ids import AttemptId, WorkerId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.wire import Sync, SyncAnswer
 from deskgrid.model.workers import MOST_VALUE_BYTES, Assignment, AttemptReport, Capacity
-from deskgrid.server.store import attempts, data, manifests, queues, sets, workers
+from deskgrid.server.store import attempts, data, manifests, placement, queues, sets, swarm, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.attempts import Held, Outcome
 from deskgrid.server.store.engine import Transaction
@@ -73,7 +74,11 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
                 workers.note_call(tx, worker_id, key)
             for set_id in attempts.sets_of(tx, assignments):
                 sets.start_if_complete(tx, set_id)
+    orders = placement.find_orders(tx, _host(worker_id, request, known, held, assignments))
     return SyncAnswer(
+        keep=orders.keep,
+        remove=orders.remove,
+        share=swarm.fetched_now(tx, request.held[:1000]) if request.profile.shares else (),
         assignments=tuple(assignments),
         acknowledged=tuple(verdict.acknowledged),
         cancelled=tuple(verdict.cancelled),
@@ -82,6 +87,25 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
         interval_s=told.interval_s,
         hold_s=told.hold_s,
         consoles=tuple(attempt_id for attempt_id, one in held.items() if attempts.is_console_wanted(tx, one)),
+    )
+
+
+def _host(
+    worker_id: WorkerId, request: Sync, known: workers.Known, held: dict[AttemptId, Held], assignments: list[Assignment]
+) -> Host:
+    profile = request.profile
+    jobs = {f"job-{one.job.id}" for one in held.values()} | {f"job-{one.job_id}" for one in assignments}
+    arrays = {f"array-{one.job.submission_id}" for one in held.values() if one.job.position is not None}
+    return Host(
+        worker_id=worker_id,
+        tags=frozenset(profile.tags),
+        owner_id=known.owner_id,
+        owner_groups=known.owner_groups,
+        accepts=profile.accepts,
+        shares=profile.shares,
+        lends_bytes=min(max(profile.keeps_bytes, 0), _MOST_OF_A_PC),
+        has=frozenset((*request.cached[:1000], *request.held[:1000])),
+        works=frozenset(jobs | arrays),
     )
 
 

@@ -30,7 +30,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from deskgrid.errors import BadImage, NoSpace, ProtocolError, Unreachable
-from deskgrid.model.data import DataRef
+from deskgrid.model.data import Blob, DataRef
 from deskgrid.model.ids import Sha256
 from deskgrid.units import format_size
 
@@ -129,6 +129,22 @@ class Cache:
         _remove(self.shared_folder / blob)
         _remove(self.part_file(blob))
 
+    def discard(self, content: Sha256) -> bool:
+        """Remove a disk, or a blob that is kept whole, unless it is in use; return whether anything went."""
+        if self._holds[content]:
+            return False
+        names = [name for name in self._sizes if _disk_of(name) == content]
+        for name in names:
+            self._forget(self._folder / name)
+            self._forget_if_shared(Sha256(name.partition("-")[2]))
+        return self._forget_if_shared(content) or bool(names)
+
+    def _forget_if_shared(self, blob: Sha256) -> bool:
+        if blob not in self._shared or self._holds[blob]:
+            return False
+        self._forget(self.shared_folder / blob)
+        return True
+
     def size_bytes(self) -> int:
         """Return what all files take, partial downloads included."""
         return sum(self._sizes.values()) + sum(self._shared.values()) + sum(_allocated(path) for path in self._parts())
@@ -182,6 +198,29 @@ class Cache:
             yield self._folder / name
         finally:
             release()
+
+    async def bring(self, blob: Blob, fetch: Callable[[Path], Awaitable[Path]]) -> Path:
+        """Return the file of a blob that is kept whole, fetching it if it is not here. Hold it before.
+
+        `fetch` is given a partial file to go on with, and returns the file with the blob, verified: that, or the one that is kept for others.
+        Raise NoSpace if it cannot be given room, and what `fetch` raises.
+        """
+        async with self._locks.setdefault(blob.sha256, asyncio.Lock()):
+            path = self.shared_folder / blob.sha256
+            if blob.sha256 in self._shared and _size(path) == blob.size_bytes:
+                return path
+            partial = self._partials / blob.sha256
+            self._fetching[blob.sha256] = (partial.name, 0)
+            try:
+                self._make_room(blob.size_bytes, there_bytes=self._there_bytes(blob.sha256))
+                self._fetching[blob.sha256] = (partial.name, blob.size_bytes)
+                file = await fetch(partial)
+                if file != path:
+                    file.replace(path)
+                    self.keep_for_others(blob.sha256)
+            finally:
+                del self._fetching[blob.sha256]
+            return path
 
     def shrink(self, wanted_bytes: int) -> int:
         """Remove what is not in use until `wanted_bytes` are freed or nothing is left to remove; return the bytes freed."""

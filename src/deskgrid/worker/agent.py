@@ -49,6 +49,7 @@ from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
 from deskgrid.worker.installed import InstalledDisks
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
+from deskgrid.worker.keeping import Keeper
 from deskgrid.worker.kit import Kit, Overlay
 from deskgrid.worker.known import Known
 from deskgrid.worker.leave import attempt_status, destroy_strays, remove_files, say_goodbye
@@ -154,6 +155,7 @@ class Agent:
             result_room=lambda: self._bounds.result_room(self._disk_bytes()),
             **kit,
         )
+        self._keeper = Keeper(self._kit)
         self._warm = WarmPool(self._kit, self._free)
         self._waiting = WaitingLine(clock, self._free)
         self._throttles = Throttles(settings.cpu_share, clock, self._throttled)
@@ -219,6 +221,7 @@ class Agent:
             self._waiting.give_places()
         self._obeyed = self._owner.paused
         self._sharing.obey()
+        self._keeper.obey_owner()
         _log.info("paused" if self._obeyed else "resumed", why=self._owner.why)
         self._note_change()
 
@@ -342,7 +345,7 @@ class Agent:
                 self._begin(runner)
             loops = (
                 *(self._keep_synced, self._keep_awake, self._keep_bounds, self._keep_rules),
-                *(self._throttles.run, self._warm.run, self._sharing.run),
+                *(self._throttles.run, self._warm.run, self._sharing.run, self._keeper.run),
             )
             tasks = [group.create_task(loop()) for loop in loops]
             await self._ending.wait()
@@ -434,6 +437,7 @@ class Agent:
             free=self._free() if taking else NOTHING,
             cached=self._cache.entries(),
             ahead=self._ahead() if taking else {},
+            held=self._cache.shared(),
         )
         answer = await self._connection.call(wire.SYNC, request)
         self._note_contact(asked_at, answer.lease_s)
@@ -447,6 +451,8 @@ class Agent:
             self._warm.release(attempt_id)
         for runner in self._runners.values():
             runner.want_console(runner.id in answer.consoles)
+        self._keeper.obey(answer.keep, answer.remove)
+        self._sharing.want(answer.share)
         self._hold_s = min(answer.hold_s, _WAKE_HOLD_S)
         if taking:
             await self._take(answer.assignments)

@@ -39,6 +39,9 @@ def profile_of(
         packages=(*settings.packages, *installed),
         accepts=settings.accepts,
         endorsers=settings.endorsers,
+        tags=settings.tags,
+        shares=settings.share,
+        keeps_bytes=min(settings.keep_bytes or (settings.cache_bytes // 2 if settings.share else 0), settings.cache_bytes),
         secrets_key=secrets_key,
     )
 

@@ -14,7 +14,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from deskgrid.swarm.engine import Engine, Limit, Rename
 from deskgrid.swarm.fetch import Identity, Swarm
 from deskgrid.units import MIB
 from deskgrid.worker.connection import Connection
-from deskgrid.worker.tasks import in_thread
+from deskgrid.worker.tasks import in_thread, wait_for_event
 
 __all__ = ["LEAST_BYTES", "Sharing", "can_share"]
 
@@ -66,6 +66,7 @@ class Sharing:
         self._due: dict[Sha256, float] = {}
         """When the next turn is due for what is given to others."""
         self._fetching: set[Sha256] = set()
+        self._wanted: frozenset[Sha256] = frozenset()
         self._wanted_at = 0.0
         self.server_bytes = 0
         """That came from the server, of blobs that were fetched together."""
@@ -156,20 +157,40 @@ class Sharing:
 
     # ---- giving
 
+    def want(self, blobs: Iterable[Sha256]) -> None:
+        """Hear what others fetch now, of what is here."""
+        wanted = frozenset(blob for blob in blobs if blob not in self._shared)
+        if wanted and wanted != self._wanted and self._settings.share:
+            self._wanted = wanted
+            self._news.set()
+
     async def run(self) -> None:
         """Give to others what is here, until cancelled."""
         try:
             while True:
                 await self._give()
                 pause_s = min([_QUIET_INTERVAL_S, *(due - self._clock.monotonic() for due in self._due.values())])
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(max(pause_s, 0.05)):
-                        await self._news.wait()
+                await wait_for_event(self._news, self._clock, max(pause_s, 0.05))
                 self._news.clear()
         finally:
             await self.close()
 
+    async def _begin_to_give(self) -> None:
+        wanted, self._wanted = self._wanted, frozenset()
+        for sha256 in wanted:
+            file = self._cache.shared_file(sha256)
+            if file is None or sha256 in self._shared or self._paused():
+                continue
+            try:
+                swarm = self._swarm(await self._started(), Blob(sha256=sha256, size_bytes=file.stat().st_size))
+                if await swarm.share(file.name):
+                    self._shared[sha256], self._due[sha256] = swarm, 0.0
+                    self._wanted_at = self._clock.monotonic()
+            except (DeskgridError, OSError) as error:
+                _log.warning("not_given_to_others", blob=sha256, error=str(error))
+
     async def _give(self) -> None:
+        await self._begin_to_give()
         now = self._clock.monotonic()
         for sha256, swarm in list(self._shared.items()):
             if now < self._due.get(sha256, 0.0) or self._paused():

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import structlog
-
 from deskgrid import archive
 from deskgrid.core.arrays import fill, values_of
-from deskgrid.core.backoff import delay_s
-from deskgrid.errors import BadImage, InvalidInput, NotFound, ProtocolError, StoreUnavailable, Unreachable
+from deskgrid.errors import BadImage, InvalidInput
 from deskgrid.machines.driver import MachineSpec
-from deskgrid.model.data import Blob, Delta, Disk
+from deskgrid.model.data import Blob, Disk
 from deskgrid.model.ids import attempt_name
 from deskgrid.model.machines import ContextLabel, DiskFormat, MachineKind
 from deskgrid.model.workers import Assignment
@@ -26,13 +23,11 @@ from deskgrid.worker.kit import Kit
 from deskgrid.worker.secrets import write_secrets
 from deskgrid.worker.services import doorways, job_credentials
 from deskgrid.worker.tasks import in_thread
+from deskgrid.worker.transfer import Transfer
 
 __all__ = ["WARM_LIFE_S", "Supplies"]
 
-_log = structlog.get_logger()
 _CONTEXT_LIMITS = archive.UnpackLimits(bytes=2 * GIB, apparent_bytes=16 * GIB, files=200_000)
-_DOWNLOAD_TRIES = 8
-"""Failures in a row without a byte of progress after which a download is given up."""
 _CPU_SLACK_S = 600.0
 _LIFE_SLACK_S = 60.0
 """That a machine without worker may live on beyond its wall time: a worker that is there ends it first, and says why."""
@@ -53,8 +48,12 @@ class Supplies:
         self._assignment = assignment
         self._folder = folder or kit.home.attempt(assignment.attempt_id)
         self._fills = assignment.in_array and not assignment.spec.machine.warm
-        self.fetched_bytes = 0
-        """Of what is fetched now."""
+        self._transfer = Transfer(kit)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that are there of what is fetched now."""
+        return self._transfer.fetched_bytes
 
     def files(self) -> tuple[Path, ...]:
         """Return what is of no use any more once the machine is made."""
@@ -89,7 +88,7 @@ class Supplies:
         return await self._fetch_folder(blob, self._folder / _PROGRAM_ARCHIVE, self._folder / _PROGRAM)
 
     async def _fetch_folder(self, blob: Blob, packed: Path, folder: Path) -> Path:
-        await self._download(blob, packed)
+        await self._transfer.download(blob, packed)
         await in_thread(archive.unpack, packed, folder, limits=_CONTEXT_LIMITS)
         return folder
 
@@ -100,41 +99,9 @@ class Supplies:
     async def fetch_disk(self, partial: Path, output: Path) -> None:
         """Make the disk appear at `output`, verified: the `fetch` of swarm.cache. Raise BadImage, or as download does."""
         ref = self._assignment.disk
-        if ref is None or ref.disk is None:
+        if ref is None:
             raise BadImage("this data is not a disk")
-        if ref.delta is not None and await self._fetch_delta(ref.delta, ref.disk, partial, output):
-            return
-        packed = await self._kit.sharing.fetch(ref.blob, self._note_progress)
-        if packed is None:
-            packed = partial
-            await self._download(ref.blob, partial)
-        try:
-            await self._unpack(packed, output, ref.disk)
-        except ProtocolError as error:
-            # What came is what was published (its sha256 is right), so nobody else's copy is better.
-            raise BadImage(error.message, hint=error.hint) from error
-
-    async def _fetch_delta(self, delta: Delta, disk: Disk, partial: Path, output: Path) -> bool:
-        """Make a disk from an older one in the cache; return False if there is none, or nothing comes of it: then the whole is fetched."""
-        ref = self._assignment.disk
-        with self._kit.cache.borrow(delta.base, delta.base_blob) as base:
-            if (
-                base is None or ref is None or delta.blob.size_bytes > ref.blob.size_bytes
-            ):  # it has no other room than that of the whole
-                return False
-            file = partial.with_name(f"{partial.name}.delta")
-            try:
-                await self._download(delta.blob, file)
-                await self._unpack(file, output, disk, base=base)
-            except (NotFound, BadImage, ProtocolError) as error:
-                _log.warning("delta_not_used", disk=disk.sha256, error=str(error))
-                return False
-            finally:
-                file.unlink(missing_ok=True)
-        return True
-
-    async def _unpack(self, packed: Path, output: Path, disk: Disk, *, base: Path | None = None) -> None:
-        await self._kit.unpack(packed, output, sha256=disk.sha256, size_bytes=disk.size_bytes, format=disk.format, base=base)
+        await self._transfer.fetch_disk(ref, partial, output)
 
     @property
     def credentials(self) -> Path:
@@ -146,25 +113,6 @@ class Supplies:
             return None
         name = attempt_name(self._assignment.job_id, self._assignment.number)
         return job_credentials(self.credentials, self._assignment.spec.machine, self._kit.overlay.credentials, name)
-
-    async def _download(self, blob: Blob, file: Path) -> None:
-        """Fetch a blob, going on after interruptions. Raise Unreachable once tries without progress are used up."""
-        failures, have = 0, _size(file)
-        while True:
-            try:
-                await self._kit.connection.download(blob, file, self._note_progress)
-                return
-            except (Unreachable, StoreUnavailable):
-                failures = 1 if _size(file) > have else failures + 1
-                have = _size(file)
-                if failures >= _DOWNLOAD_TRIES:
-                    raise
-                settings = self._kit.settings
-                pause_s = delay_s(failures, first_s=settings.backoff_s, max_s=settings.max_backoff_s, rng=self._kit.rng)
-                await self._kit.clock.sleep(pause_s)
-
-    def _note_progress(self, have_bytes: int) -> None:
-        self.fetched_bytes = have_bytes
 
     def machine_spec(
         self, disk: Path | None, context: Path | None, program: Path | None = None, secrets: Path | None = None
@@ -265,7 +213,3 @@ def _replace(file: Path, content: bytes) -> None:
     file.chmod(0o600)
     file.write_bytes(content)
     file.chmod(mode)
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

@@ -41,6 +41,7 @@ from deskgrid.model.data import Blob, DataRef, Disk
 from deskgrid.model.ids import AttemptId, JobId, Sha256
 from deskgrid.model.jobs import AttemptState, JobSpec, Limits, Machine
 from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, MachineKind
+from deskgrid.model.placement import Keep
 from deskgrid.model.workers import Assignment, AttemptReport
 from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
@@ -85,6 +86,8 @@ class PlayServer:
         self.cancelled: set[AttemptId] = set()
         self.started: set[AttemptId] = set()
         self.consoles: set[AttemptId] = set()
+        self.keep: list[Keep] = []
+        self.remove: list[Sha256] = []
         self.syncs: list[wire.Sync] = []
         self.blobs: dict[str, bytes] = {blob_of(DISK).sha256: DISK}
         self.uploads: dict[str, bytes] = {}
@@ -224,6 +227,8 @@ class PlayServer:
             cancelled=tuple(cancelled),
             started=tuple(self.started),
             consoles=tuple(self.consoles),
+            keep=tuple(self.keep),
+            remove=tuple(self.remove),
             lease_s=60.0,
             interval_s=20.0,
         )

@@ -25,12 +25,13 @@ from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
 from deskgrid.server.store.accounts import Caller, check_group, require, visible
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import IS_LIVE, account, app_file, attempt, blob, data, job, queue, submission, upload
+from deskgrid.server.store.schema import IS_LIVE, account, app_file, attempt, blob, data, holding, job, queue, submission, upload
 from deskgrid.server.store.storage import kept_bytes
 from deskgrid.units import format_size
 
 __all__ = [
     "CLAIM_S",
+    "PLACED",
     "REGISTERED",
     "REMOVAL_WAIT_S",
     "TAKE_OVER_S",
@@ -59,6 +60,8 @@ __all__ = [
 
 REGISTERED = "data"
 """The topic of new named data."""
+PLACED = "placed"
+"""What each process keeps for some seconds of what is to be placed (placement.py)."""
 REMOVAL_WAIT_S = 600.0
 """Seconds for which nothing must have referred to a blob before it is removed: longer than any transaction."""
 CLAIM_S = 30.0
@@ -198,13 +201,15 @@ _COUNTED_S = 10.0
 
 
 def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
-    """Say whether the caller holds a reference: visible data, a visible job, or (worker) a job that it was leased."""
+    """Say whether the caller holds a reference: visible data, a visible job, or (worker) a job that it was leased, or data that it is to hold."""
     if caller.role is Role.WORKER:
         leased = attempt.join(job, job.c.id == attempt.c.job_id).join(submission, submission.c.id == job.c.submission_id)
         query = sa.select(attempt.c.id).select_from(leased).where(attempt.c.worker_id == caller.worker_id, _needs(sha256))
         query = query.where(job.c.state.in_(("waiting", "active"))).limit(1)
         of_live, of_lost = query.where(IS_LIVE), query.where(attempt.c.state == "lost")  # an index for each
-        return tx.row(of_live) is not None or tx.row(of_lost) is not None
+        of_placed = sa.select(data.c.id).join(holding).where(holding.c.worker_id == caller.worker_id)
+        placed = of_placed.where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256)).limit(1)
+        return any(tx.row(found) is not None for found in (of_live, of_lost, placed))
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
     named = sa.select(data.c.id).where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256), _visible(tx, caller))
@@ -314,6 +319,7 @@ def register_data(tx: Transaction, caller: Caller, request: RegisterData) -> Dat
         return _data(newest)
     version = newest.version + 1 if newest is not None else 1
     tx.topics.append(REGISTERED)
+    tx.memo.pop(PLACED, None)
     tx.run(
         sa.insert(data).values(
             name=request.name,
@@ -403,6 +409,7 @@ def remove_data(tx: Transaction, caller: Caller, reference: str) -> None:
     thing = Thing(owner_id=found.owner_id, visibility=found.visibility, group=found.group)
     require(tx, caller, "remove_data", thing, see="get_data", missing=NotFound(f"there is no data {reference!r}"))
     tx.run(sa.delete(data).where(data.c.id == found.id))
+    tx.memo.pop(PLACED, None)
     for left in (found.blob, *((found.delta.blob,) if found.delta else ())):
         give_up_upload(tx, f"user:{found.owner_id}", left.sha256)  # otherwise it would keep the bytes for its lifetime
 

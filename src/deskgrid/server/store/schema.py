@@ -33,8 +33,10 @@ __all__ = [
     "attempt",
     "audit",
     "blob",
+    "copy",
     "data",
     "dependency",
+    "holding",
     "hub",
     "idempotency",
     "job",
@@ -44,6 +46,7 @@ __all__ = [
     "membership",
     "metadata",
     "peer",
+    "placement",
     "queue",
     "requirement",
     "revocation",
@@ -152,6 +155,35 @@ blob = Table(
 )
 """`unused_since`: nothing referred to it then; once that has been so for long enough a process claims it (`removing`, since then) and
 removes its bytes (server/retention.py)."""
+
+placement = _numbered(
+    "placement",
+    Column("owner_id", ForeignKey("account.id", ondelete="CASCADE"), nullable=False),
+    Column("pattern", String(220), nullable=False),
+    Column("attributes", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("owner_id", "pattern"),
+)
+"""What is wanted of a user's data of some names (model/placement.py)."""
+
+holding = Table(
+    "holding",
+    metadata,
+    Column("data_id", ForeignKey("data.id", ondelete="CASCADE"), primary_key=True),
+    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True, index=True),
+    Column("since", Float, nullable=False),
+    Column("held", Boolean, nullable=False),
+)
+"""Which worker is to hold which data, since when; `held`: it has it."""
+
+copy = Table(
+    "copy",
+    metadata,
+    Column("content", String(64), primary_key=True),
+    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True, index=True),
+    Column("since", Float, nullable=False),
+)
+"""What workers have in their caches, as they said last: unpacked disks and other data, by sha256."""
 
 torrent = Table(
     "torrent",

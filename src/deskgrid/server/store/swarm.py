@@ -5,6 +5,7 @@ One turn at a time for each blob: its torrent's row is locked, so two workers ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
 import msgspec
@@ -33,7 +34,7 @@ from deskgrid.server.store.data import may_read_blob
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import blob, data, swarm_member, torrent
 
-__all__ = ["LEAST_BYTES", "Taken", "forget_members", "keep_layer", "take_turn", "without_torrent"]
+__all__ = ["LEAST_BYTES", "Taken", "fetched_now", "forget_members", "keep_layer", "take_turn", "without_torrent"]
 
 LEAST_BYTES = 4 << 20
 """Smaller blobs are fetched from the server: by the time that others are found, they are there."""
@@ -154,6 +155,22 @@ def _keep(tx: Transaction, sha256: Sha256, me: Member, known: bool, take: int, c
         tx.run(sa.update(swarm_member).where(*mine).values(**values))
     else:
         tx.run(sa.insert(swarm_member).values(sha256=sha256, worker_id=me.worker_id, **values))
+
+
+def fetched_now(tx: Transaction, blobs: Iterable[Sha256]) -> tuple[Sha256, ...]:
+    """Return which of these blobs others fetch now, as of some seconds ago."""
+    known: tuple[float, frozenset[str]] | None = tx.memo.get(_MEMO)
+    if known is None or not tx.now < known[0] <= tx.now + _LOOK_S:
+        fetching = sa.select(swarm_member.c.sha256).where(
+            swarm_member.c.complete.is_(False), swarm_member.c.port > 0, swarm_member.c.seen_at > tx.now - _FETCHING_S
+        )
+        known = tx.memo[_MEMO] = (tx.now + _LOOK_S, frozenset(row.sha256 for row in tx.rows(fetching.distinct())))
+    return tuple(one for one in blobs if one in known[1])
+
+
+_MEMO = "fetched now"
+_LOOK_S = 2.0
+_FETCHING_S = 60.0
 
 
 def forget_members(tx: Transaction) -> None:

@@ -13,6 +13,7 @@ from deskgrid.model.ids import Sha256, UserId, WorkerId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import Sync
 from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
+from deskgrid.server.store import placement
 from deskgrid.server.store.accounts import Caller, check_shares, groups_of
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import IS_LIVE, account, attempt, worker
@@ -58,7 +59,8 @@ _SEEN = Statement(
 
 def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
     """Note what a worker said of itself, and return what is known of it. What it says again is not written again."""
-    profile, cached = msgspec.json.encode(sync.profile), msgspec.json.encode(sync.cached[:1000])
+    contents = [one for one in (*sync.cached[:1000], *sync.held[:1000]) if is_sha256(one)]
+    profile, cached = msgspec.json.encode(sync.profile), msgspec.json.encode(contents)
     told = hashlib.sha256(profile).hexdigest()[:32] + hashlib.sha256(cached).hexdigest()[:32]
     [(before, call, owner_id, reserved_for, reserved_until)] = tx.fast(_LOOK, worker_id=worker_id)
     tx.change(_SEEN, worker_id=worker_id, at=tx.now, is_paused=sync.paused)
@@ -66,6 +68,7 @@ def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
         disks = [one for one in sync.cached[:1000] if is_sha256(one)]
         values = {"told": told, "profile": profile.decode(), "cached": msgspec.json.encode(disks).decode()}
         tx.run(sa.update(worker).where(worker.c.id == worker_id).values(**values))
+        placement.note_copies(tx, worker_id, contents)
     reserved = reserved_for if reserved_until is None or reserved_until > tx.now else ""
     return Known(told[:32], call, owner_id, groups_of(tx, owner_id) if owner_id is not None else frozenset(), reserved)
 
@@ -94,6 +97,7 @@ def note_call(tx: Transaction, worker_id: WorkerId, key: str) -> None:
 def leave(tx: Transaction, worker_id: WorkerId) -> None:
     """Note that a worker has left; its token is not valid any more."""
     tx.run(sa.update(worker).where(worker.c.id == worker_id).values(left_at=tx.now))
+    placement.forget_worker(tx, worker_id)
 
 
 def reserve(tx: Transaction, worker_id: WorkerId, reserved_for: str, lifetime_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Torrents and swarms of data."""
+"""Placement of data, what workers have, torrents and swarms."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -33,3 +33,35 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_swarm_member_worker_id"), "swarm_member", ["worker_id"], unique=False)
     op.create_index("ix_swarm_member_seen", "swarm_member", ["sha256", "seen_at"], unique=False)
+    op.create_table(
+        "placement",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column("owner_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("pattern", sa.String(length=220), nullable=False),
+        sa.Column("attributes", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(["owner_id"], ["account.id"], name=op.f("fk_placement_owner_id"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_placement")),
+        sa.UniqueConstraint("owner_id", "pattern", name=op.f("uq_placement_owner_id")),
+        sqlite_autoincrement=True,
+    )
+    op.create_table(
+        "holding",
+        sa.Column("data_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("worker_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("since", sa.Float(), nullable=False),
+        sa.Column("held", sa.Boolean(), nullable=False),
+        sa.ForeignKeyConstraint(["data_id"], ["data.id"], name=op.f("fk_holding_data_id"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(["worker_id"], ["worker.id"], name=op.f("fk_holding_worker_id"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("data_id", "worker_id", name=op.f("pk_holding")),
+    )
+    op.create_index(op.f("ix_holding_worker_id"), "holding", ["worker_id"], unique=False)
+    op.create_table(
+        "copy",
+        sa.Column("content", sa.String(length=64), nullable=False),
+        sa.Column("worker_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("since", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(["worker_id"], ["worker.id"], name=op.f("fk_copy_worker_id"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("content", "worker_id", name=op.f("pk_copy")),
+    )
+    op.create_index(op.f("ix_copy_worker_id"), "copy", ["worker_id"], unique=False)

@@ -1,0 +1,109 @@
+"""Data that the grid wants this PC to hold, within what its owner lends for that: fetched in the background, and not evicted while it is wanted.
+
+The server says with each call what is to be held, all of it; so a restarted worker need not remember anything. Nothing is fetched while the
+owner's rules forbid work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import structlog
+
+from deskgrid.core.backoff import delay_s
+from deskgrid.errors import BadImage, DeskgridError, NotFound
+from deskgrid.model.ids import Sha256
+from deskgrid.model.placement import Keep
+from deskgrid.worker.kit import Kit
+from deskgrid.worker.tasks import wait_for_event
+from deskgrid.worker.transfer import Transfer
+
+__all__ = ["Keeper"]
+
+_log = structlog.get_logger()
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
+
+
+class Keeper:
+    """What is held here. `run` it beside the rest."""
+
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._wanted: dict[Sha256, Keep] = {}
+        self._held: dict[Sha256, Callable[[], None]] = {}
+        self._failures: dict[Sha256, int] = {}
+        self._again_at: dict[Sha256, float] = {}
+        self._news = asyncio.Event()
+        self._fetching: tuple[Sha256, asyncio.Task[None]] | None = None
+
+    def obey(self, keep: Iterable[Keep], remove: Iterable[Sha256]) -> None:
+        """Do what the server said last: hold all of `keep` and nothing else, and remove what is in `remove` unless an attempt uses it."""
+        self._wanted = {one.content: one for one in keep}
+        for content in self._held.keys() - self._wanted.keys():
+            self._held.pop(content)()
+        for content in self._wanted.keys() - self._held.keys():
+            self._held[content] = self._kit.cache.hold(content)
+        if self._fetching is not None and self._fetching[0] not in self._wanted:
+            self._fetching[1].cancel()
+        for content in remove:
+            if self._kit.cache.discard(content):
+                self._kit.changed()
+        self._news.set()
+
+    def obey_owner(self) -> None:
+        """Stop fetching if the owner does not want any work now."""
+        if self._kit.owner.paused and self._fetching is not None:
+            self._fetching[1].cancel()
+        self._news.set()
+
+    async def run(self) -> None:
+        """Fetch what is wanted and not here, one after the other, until cancelled."""
+        while True:
+            self._news.clear()
+            one = self._next()
+            if one is None:
+                pause_s = min((at - self._kit.clock.monotonic() for at in self._again_at.values()), default=_LONGEST_PAUSE_S)
+                await wait_for_event(self._news, self._kit.clock, max(pause_s, 1.0))
+                continue
+            task = asyncio.create_task(self._fetch(one))
+            self._fetching = (one.content, task)
+            try:
+                await asyncio.wait([task])
+            finally:
+                self._fetching = None
+                task.cancel()
+            if not task.cancelled():
+                task.result()
+
+    def _next(self) -> Keep | None:
+        """Return what is to be fetched now."""
+        if self._kit.owner.paused:
+            return None
+        now = self._kit.clock.monotonic()
+        here = {*self._kit.cache.entries(), *self._kit.cache.shared()}
+        for content, one in self._wanted.items():
+            if content not in here and self._again_at.get(content, 0.0) <= now:
+                return one
+        return None
+
+    async def _fetch(self, one: Keep) -> None:
+        transfer = Transfer(self._kit, one.protocol)
+        try:
+            if one.ref.disk is not None:
+                async with self._kit.cache.use(one.ref, partial(transfer.fetch_disk, one.ref)):
+                    pass
+            else:
+                await self._kit.cache.bring(one.ref.blob, partial(transfer.fetch, one.ref.blob))
+        except (DeskgridError, OSError) as error:
+            failures = self._failures[one.content] = self._failures.get(one.content, 0) + 1
+            pause_s = delay_s(failures, first_s=_FIRST_PAUSE_S, max_s=_LONGEST_PAUSE_S, rng=self._kit.rng)
+            hopeless = isinstance(error, (NotFound, BadImage))
+            self._again_at[one.content] = self._kit.clock.monotonic() + (_LONGEST_PAUSE_S if hopeless else pause_s)
+            _log.warning("not_held", data=one.name, error=str(error))
+            return
+        self._failures.pop(one.content, None)
+        self._again_at.pop(one.content, None)
+        _log.info("held", data=one.name, content=one.content)
+        self._kit.changed()
