@@ -288,6 +288,20 @@ class TestQemuDriver(ConsoleContract):
         assert seen_flags == [{False}] * 3
         assert await ignores_flushes(handle) == {True}
 
+    async def test_memory_of_a_checkpoint_is_in_an_image_of_its_own_of_which_there_is_one(
+        self, driver: QemuDriver, new_driver: Callable[[], QemuDriver], prepare: Prepare
+    ) -> None:
+        handle = await prepare(TICKING)
+        await driver.start(handle)
+        for _ in range(2):
+            await driver.checkpoint(handle)
+            assert len(list(Path(handle.workdir).glob("memory-*.qcow2"))) == 1
+        await driver.save(handle)
+        await new_driver().restore(handle)
+        await driver.checkpoint(handle)
+        [memory] = Path(handle.workdir).glob("memory-*.qcow2")
+        assert memory.stat().st_blocks * 512 > MIB
+
     async def test_disks_whose_counts_a_power_cut_left_behind_are_mended(
         self, driver: QemuDriver, new_driver: Callable[[], QemuDriver], prepare: Prepare
     ) -> None:

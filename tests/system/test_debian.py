@@ -192,5 +192,5 @@ def test_job_runs_in_a_system_that_is_contextualised_as_cernvm_is(vm_system: Sys
     job = job_of(vm_system, "ls -A /; cat /context/input.txt; ls -A /context", "cernvm")
     vm_system.cli("run", job, "-o", vm_system.folder / "out")
     said = vm_system.cli("job", "logs", "1").stdout
-    assert "from the user\n.deskgrid\ncontext.sh\ninput.txt\n" in said
+    assert "from the user\n.deskgrid\ncontext.sh\nfake.toml\ninput.txt\n" in said
     assert "would be sourced" not in vm_system.cli("job", "logs", "1", "--console").stdout

@@ -28,7 +28,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -40,7 +41,7 @@ from deskgrid.core.console import LOGIN_S
 from deskgrid.errors import BadImage, DriverUnusable, MachineFailed
 from deskgrid.machines import cage, processes, qmp
 from deskgrid.machines.base import CHANNEL_LOG, CONSOLE_LOG, CONTEXT_DISK, OVERLAY_DISK, SCRATCH_DISK
-from deskgrid.machines.checkpoint import RESTORING_MARK, Checkpoint, sync_files
+from deskgrid.machines.checkpoint import RESTORING_MARK, Checkpoint, read_checkpoint, sync_files
 from deskgrid.machines.checkpointing import CheckpointingDriver
 from deskgrid.machines.context import create_context
 from deskgrid.machines.disks import create_scratch
@@ -133,7 +134,7 @@ class QemuDriver(CheckpointingDriver):
         self.let_run(handle, True)
         await self._control(handle, "cont")
 
-    # ---- checkpoints: internal snapshots of the writable disks, the memory in that of scratch
+    # ---- checkpoints: internal snapshots of the writable disks; the memory in an image of its own, new for each
 
     async def _runs(self, handle: MachineHandle) -> bool:
         return bool((await qmp.execute(Path(handle.workdir), "query-status")).get("running"))
@@ -166,24 +167,44 @@ class QemuDriver(CheckpointingDriver):
             await qmp.execute(Path(handle.workdir), "blockdev-reopen", {"options": options}, limit_s=self._state_limit_s(handle))
 
     async def _keep_state(self, handle: MachineHandle, tag: str) -> float:
-        workdir = Path(handle.workdir)
-        arguments: dict[str, object] = {"tag": tag, "vmstate": "scratch", "devices": _writable(handle.spec)}
-        await qmp.run_job(workdir, "snapshot-save", arguments, limit_s=self._state_limit_s(handle))
-        await asyncio.to_thread(sync_files, *_images(handle))
+        memory = _memory_image(handle, tag)
+        create_overlay(memory, _MEMORY_DISK_BYTES)
+        async with self._with_memory(handle, memory):
+            arguments: dict[str, object] = {"tag": tag, "vmstate": _MEMORY, "devices": [*_writable(handle.spec), _MEMORY]}
+            await qmp.run_job(Path(handle.workdir), "snapshot-save", arguments, limit_s=self._state_limit_s(handle))
+        await asyncio.to_thread(sync_files, *_images(handle), memory)
         return 0.0
+
+    @asynccontextmanager
+    async def _with_memory(self, handle: MachineHandle, memory: Path) -> AsyncIterator[None]:
+        """Let QEMU have the image of a checkpoint's memory during the block."""
+        workdir, limit_s = Path(handle.workdir), self._state_limit_s(handle)
+        with contextlib.suppress(MachineFailed):  # of a worker that was killed here
+            await qmp.execute(workdir, "blockdev-del", {"node-name": _MEMORY}, limit_s=limit_s)
+        file = {"driver": "file", "filename": memory.name}
+        await qmp.execute(
+            workdir, "blockdev-add", {"driver": "qcow2", "node-name": _MEMORY, "file": file, "backing": None}, limit_s=limit_s
+        )
+        yield
+        await qmp.execute(workdir, "blockdev-del", {"node-name": _MEMORY}, limit_s=limit_s)
 
     async def _drop_state(self, handle: MachineHandle, tag: str) -> None:
         arguments: dict[str, object] = {"tag": tag, "devices": _writable(handle.spec)}
         await qmp.run_job(Path(handle.workdir), "snapshot-delete", arguments, limit_s=self._state_limit_s(handle))
+        _memory_image(handle, tag).unlink(missing_ok=True)
 
     async def _quit(self, handle: MachineHandle) -> None:
         with contextlib.suppress(MachineFailed):
             await qmp.execute(Path(handle.workdir), "quit")
 
     async def _load_state(self, handle: MachineHandle, checkpoint: Checkpoint) -> None:
-        workdir = Path(handle.workdir)
-        arguments: dict[str, object] = {"tag": checkpoint.tag, "vmstate": "scratch", "devices": _writable(handle.spec)}
-        await qmp.run_job(workdir, "snapshot-load", arguments, limit_s=self._state_limit_s(handle))
+        async with self._with_memory(handle, _memory_image(handle, checkpoint.tag)):
+            arguments: dict[str, object] = {
+                "tag": checkpoint.tag,
+                "vmstate": _MEMORY,
+                "devices": [*_writable(handle.spec), _MEMORY],
+            }
+            await qmp.run_job(Path(handle.workdir), "snapshot-load", arguments, limit_s=self._state_limit_s(handle))
         await self._thaw(handle)
 
     async def _mend(self, handle: MachineHandle) -> None:
@@ -191,7 +212,9 @@ class QemuDriver(CheckpointingDriver):
         program = processes.find_program("qemu-img")
         if program is None:
             return
-        for image in _images(handle):
+        checkpoint = await asyncio.to_thread(read_checkpoint, Path(handle.workdir))
+        memory = [_memory_image(handle, checkpoint.tag)] if checkpoint is not None else []
+        for image in (*_images(handle), *memory):
             try:
                 async with asyncio.timeout(_MEND_LIMIT_S):
                     while not await _mend_image(program, image):
@@ -304,6 +327,17 @@ def _writable(spec: MachineSpec) -> list[str]:
 
 def _images(handle: MachineHandle) -> list[Path]:
     return [Path(handle.workdir) / file for file in _writable_files(handle.spec).values()]
+
+
+_MEMORY = "memory"
+"""The node with a checkpoint's memory. It is an image of its own that begins empty: a second state in the same image would be written over the
+first, cluster by cluster, each with a flush of its own."""
+_MEMORY_DISK_BYTES = 1 << 16
+"""Of the disk that this image has besides, for it must have one."""
+
+
+def _memory_image(handle: MachineHandle, tag: str) -> Path:
+    return Path(handle.workdir) / f"memory-{tag}.qcow2"
 
 
 async def _mend_image(program: str, image: Path) -> bool:

@@ -487,6 +487,10 @@ class SyncAnswer(Struct, frozen=True, kw_only=True):
     """What it is to hold, all of it: it fetches what it lacks, and does not evict it."""
     remove: tuple[Sha256, ...] = ()
     """Disks and other data whose lifetime has ended: to be removed unless an attempt uses them."""
+    fetch: tuple[Keep, ...] = ()
+    """Disks that jobs wait for: to be fetched, if there is time, before one comes."""
+    guard: tuple[Sha256, ...] = ()
+    """Of what it has, what is wanted and nobody else has: not to be evicted."""
     share: tuple[Sha256, ...] = ()
     """Of its `held`, what others fetch now: to be given to them."""
 

@@ -74,10 +74,12 @@ def sync(tx: Transaction, caller: Caller, request: Sync, settings: ServerSetting
                 workers.note_call(tx, worker_id, key)
             for set_id in attempts.sets_of(tx, assignments):
                 sets.start_if_complete(tx, set_id)
-    orders = placement.find_orders(tx, _host(worker_id, request, known, held, assignments))
+    orders = placement.find_orders(tx, _host(worker_id, request, known, held, assignments), _ask_of(worker_id, request, known))
     return SyncAnswer(
         keep=orders.keep,
         remove=orders.remove,
+        fetch=orders.fetch,
+        guard=orders.guard,
         share=swarm.fetched_now(tx, request.held[:1000]) if request.profile.shares else (),
         assignments=tuple(assignments),
         acknowledged=tuple(verdict.acknowledged),

@@ -11,135 +11,22 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import structlog
-from msgspec import Struct
 
 from deskgrid.errors import Unreachable
+from deskgrid.swarm.engine_words import Command, Done, Event, Flush, Listening, Piece, Remove, Rename, Start, State
 
-__all__ = [
-    "Add",
-    "Certify",
-    "Command",
-    "Connect",
-    "Done",
-    "Engine",
-    "Flush",
-    "Limit",
-    "Listening",
-    "Piece",
-    "Remove",
-    "Rename",
-    "Start",
-    "State",
-]
+__all__ = ["Engine"]
 
 _log = structlog.get_logger()
 _HEAD = struct.Struct(">I")
 _MOST_BYTES = 1 << 22
 """Of an event: more the child never says, unless somebody else speaks for it."""
-_START_S = 20.0
+_START_S = 60.0
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"} if os.name == "posix" else None
-
-# What is said to the child.
-
-
-class Start(Struct, frozen=True, tag=True):
-    folder: str
-    port: int
-
-
-class Limit(Struct, frozen=True, tag=True):
-    """0: no bound."""
-
-    up_bytes_per_s: int
-    down_bytes_per_s: int
-    paused: bool = False
-
-
-class Add(Struct, frozen=True, tag=True, kw_only=True):
-    """Begin to fetch, or with `complete` only to give."""
-
-    name: str
-    file: str
-    """In the folder."""
-    torrent: bytes
-    certificate: str
-    key: str
-    complete: bool
-
-
-class Certify(Struct, frozen=True, tag=True):
-    name: str
-    certificate: str
-    key: str
-
-
-class Connect(Struct, frozen=True, tag=True):
-    name: str
-    to: tuple[tuple[str, int], ...]
-
-
-class Piece(Struct, frozen=True, tag=True):
-    """A piece that came another way; it is checked like all others."""
-
-    name: str
-    index: int
-    data: bytes
-
-
-class Rename(Struct, frozen=True, tag=True):
-    """Give the file another name in the folder."""
-
-    name: str
-    file: str
-
-
-class Flush(Struct, frozen=True, tag=True):
-    """Write all that has come to the file."""
-
-    name: str
-
-
-class Remove(Struct, frozen=True, tag=True):
-    """Leave the file."""
-
-    name: str
-
-
-Command: TypeAlias = Start | Limit | Add | Certify | Connect | Piece | Flush | Rename | Remove
-
-# What it says.
-
-
-class Listening(Struct, frozen=True, tag=True):
-    port: int
-    """0: that failed."""
-
-
-class Done(Struct, frozen=True, tag=True):
-    """Flush or Rename, one at a time for each name."""
-
-    name: str
-    done: bool
-
-
-class State(Struct, frozen=True, tag=True, kw_only=True):
-    name: str
-    checked: bool = False
-    """What was in the file has been looked at; `have` says what that is."""
-    have: bytes = b""
-    """See core/transfer.py."""
-    peers: int = 0
-    down_bytes: int = 0
-    """From others, in all."""
-    up_bytes: int = 0
-    error: str = ""
-
-
-Event: TypeAlias = Listening | Done | State
 
 
 class Engine:

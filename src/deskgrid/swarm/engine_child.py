@@ -1,6 +1,6 @@
 """The process in which BitTorrent runs (libtorrent): it takes bytes from anybody who connects, so it is confined by who starts it, and has nothing
 but one folder and the network. It is told what to do on its standard input and tells how it goes on its standard output, and ends with
-either. Frames: the length in 4 bytes, the highest first, then MessagePack of a struct of swarm/engine.py.
+either (engine_words.py).
 
 All is off by which BitTorrent finds others by itself: it connects only to whom it is told, and to who shows the right certificate.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from deskgrid.swarm.engine import (
+from deskgrid.swarm.engine_words import (
     Add,
     Certify,
     Command,

@@ -20,7 +20,8 @@ from deskgrid.core.transfer import STUCK_S, all_pieces, pieces_of, set_from, set
 from deskgrid.errors import DeskgridError, NotFound, ProtocolError, Unreachable
 from deskgrid.model.data import Blob
 from deskgrid.model.swarm import Turn, TurnAnswer
-from deskgrid.swarm.engine import Add, Certify, Connect, Engine, Flush, Piece, Remove, State
+from deskgrid.swarm.engine import Engine
+from deskgrid.swarm.engine_words import Add, Certify, Connect, Flush, Piece, Remove, State
 
 __all__ = ["Identity", "Source", "Swarm", "TakeTurn"]
 

@@ -451,7 +451,7 @@ class Agent:
             self._warm.release(attempt_id)
         for runner in self._runners.values():
             runner.want_console(runner.id in answer.consoles)
-        self._keeper.obey(answer.keep, answer.remove)
+        self._keeper.obey(answer.keep, answer.remove, answer.fetch, answer.guard)
         self._sharing.want(answer.share)
         self._hold_s = min(answer.hold_s, _WAKE_HOLD_S)
         if taking:

@@ -32,18 +32,24 @@ class Keeper:
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
         self._wanted: dict[Sha256, Keep] = {}
+        """To be fetched."""
         self._held: dict[Sha256, Callable[[], None]] = {}
         self._failures: dict[Sha256, int] = {}
         self._again_at: dict[Sha256, float] = {}
         self._news = asyncio.Event()
         self._fetching: tuple[Sha256, asyncio.Task[None]] | None = None
 
-    def obey(self, keep: Iterable[Keep], remove: Iterable[Sha256]) -> None:
-        """Do what the server said last: hold all of `keep` and nothing else, and remove what is in `remove` unless an attempt uses it."""
-        self._wanted = {one.content: one for one in keep}
-        for content in self._held.keys() - self._wanted.keys():
+    def obey(
+        self, keep: Iterable[Keep], remove: Iterable[Sha256], fetch: Iterable[Keep] = (), guard: Iterable[Sha256] = ()
+    ) -> None:
+        """Do what the server said last: hold all of `keep`, and what is here of `guard`, and nothing else; fetch what is in `fetch`, too; remove
+        what is in `remove` unless an attempt uses it."""
+        kept = {one.content: one for one in keep}
+        self._wanted = {**{one.content: one for one in fetch}, **kept}
+        held = kept.keys() | set(guard)
+        for content in self._held.keys() - held:
             self._held.pop(content)()
-        for content in self._wanted.keys() - self._held.keys():
+        for content in held - self._held.keys():
             self._held[content] = self._kit.cache.hold(content)
         if self._fetching is not None and self._fetching[0] not in self._wanted:
             self._fetching[1].cancel()

@@ -34,7 +34,8 @@ from deskgrid.model.ids import Sha256
 from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.settings import WorkerSettings
 from deskgrid.swarm.cache import Cache
-from deskgrid.swarm.engine import Engine, Limit, Rename
+from deskgrid.swarm.engine import Engine
+from deskgrid.swarm.engine_words import Limit, Rename
 from deskgrid.swarm.fetch import Identity, Swarm
 from deskgrid.units import MIB
 from deskgrid.worker.connection import Connection

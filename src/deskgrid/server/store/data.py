@@ -25,7 +25,20 @@ from deskgrid.model.users import Role
 from deskgrid.model.wire import RegisterData, Upload
 from deskgrid.server.store.accounts import Caller, check_group, require, visible
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import IS_LIVE, account, app_file, attempt, blob, data, holding, job, queue, submission, upload
+from deskgrid.server.store.schema import (
+    IS_LIVE,
+    account,
+    app_file,
+    attempt,
+    blob,
+    copy,
+    data,
+    holding,
+    job,
+    queue,
+    submission,
+    upload,
+)
 from deskgrid.server.store.storage import kept_bytes
 from deskgrid.units import format_size
 
@@ -209,7 +222,9 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         of_live, of_lost = query.where(IS_LIVE), query.where(attempt.c.state == "lost")  # an index for each
         of_placed = sa.select(data.c.id).join(holding).where(holding.c.worker_id == caller.worker_id)
         placed = of_placed.where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256)).limit(1)
-        return any(tx.row(found) is not None for found in (of_live, of_lost, placed))
+        ahead = sa.select(copy.c.content).join(submission, submission.c.disk_sha256 == copy.c.content)
+        told = ahead.where(copy.c.worker_id == caller.worker_id, _needs(sha256), submission.c.context != sha256).limit(1)
+        return any(tx.row(found) is not None for found in (of_live, of_lost, placed, told))
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
     named = sa.select(data.c.id).where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256), _visible(tx, caller))

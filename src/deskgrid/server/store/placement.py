@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from msgspec import Struct
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
+from deskgrid.core.matching import Ask, Person, Queue, Requirement, suits
 from deskgrid.core.placement import ORDER_S, Hold, Host, Wanted, decide, is_over, may_hold
 from deskgrid.errors import InvalidInput, NotFound
 from deskgrid.model.data import Data, DataRef
@@ -26,7 +27,7 @@ from deskgrid.server.store import data as store_data
 from deskgrid.server.store.accounts import Caller, groups_of
 from deskgrid.server.store.data import VERSION
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, copy, data, holding, job, placement, submission, worker
+from deskgrid.server.store.schema import account, copy, data, holding, job, placement, queue, requirement, submission, worker
 from deskgrid.server.store.submissions import SubmissionState
 
 __all__ = [
@@ -56,6 +57,10 @@ class Orders(Struct, frozen=True):
 
     keep: tuple[Keep, ...] = ()
     remove: tuple[Sha256, ...] = ()
+    fetch: tuple[Keep, ...] = ()
+    """Disks that jobs wait for: to be fetched before one comes, and not held."""
+    guard: tuple[Sha256, ...] = ()
+    """Of what it has, what is wanted and nobody else has."""
 
 
 class _Placed(Struct, frozen=True):
@@ -162,7 +167,7 @@ def holders(tx: Transaction, found: Data, offline_after_s: float) -> tuple[Holde
         sa.select(worker.c.id, worker.c.name, worker.c.seen_at, holding.c.since, holding.c.held, copy.c.since.label("has_since"))
         .select_from(
             worker.outerjoin(holding, sa.and_(holding.c.worker_id == worker.c.id, holding.c.data_id == found.id)).outerjoin(
-                copy, sa.and_(copy.c.worker_id == worker.c.id, copy.c.content == content)
+                copy, sa.and_(copy.c.worker_id == worker.c.id, copy.c.content == content, copy.c.there.is_(True))
             )
         )
         .where(worker.c.left_at.is_(None), sa.or_(holding.c.data_id.is_not(None), copy.c.content.is_not(None)))
@@ -265,9 +270,16 @@ def _has_ended(tx: Transaction, companion: str, owner_id: int, newest: dict[str,
 # What a worker is told
 
 
-def find_orders(tx: Transaction, host: Host) -> Orders:
-    """Decide what a worker that calls is to hold, note it, and return it. `host.holds` is filled in here."""
+def find_orders(tx: Transaction, host: Host, ask: Ask) -> Orders:
+    """Decide what a worker that calls is to hold and to fetch, note it, and return it. `host.holds` is filled in here."""
     placed = _board(tx).placed
+    demand = _demand(tx)
+    orders = _held(tx, host, placed)
+    wanted = {*demand, *(one.wanted.content for one in placed)} & host.has - {*orders.remove}
+    return msgspec.structs.replace(orders, fetch=_fetched_ahead(tx, host, ask, demand), guard=_guarded(tx, host, wanted))
+
+
+def _held(tx: Transaction, host: Host, placed: Sequence[_Placed]) -> Orders:
     known = tx.memo.get(_NOBODY_HOLDS)
     if not placed and known is not None and tx.now < known <= tx.now + _BOARD_S:
         return Orders()
@@ -361,17 +373,108 @@ def _take_place(tx: Transaction, worker_id: WorkerId, one: Wanted) -> bool:
     return True
 
 
+# Disks that jobs wait for
+
+
+class _Demand(Struct, frozen=True):
+    """A disk that the jobs of arrays wait for."""
+
+    jobs: int
+    queues: tuple[Queue, ...]
+    keep: Keep
+
+
+def _demand(tx: Transaction) -> dict[Sha256, _Demand]:
+    """Return the disks that jobs of arrays wait for, also of those that come after others, by what they are; at most some seconds old."""
+    known: tuple[float, dict[Sha256, _Demand]] | None = tx.memo.get(_DEMAND)
+    if known is None or not tx.now < known[0] <= tx.now + _BOARD_S:
+        known = tx.memo[_DEMAND] = (tx.now + _BOARD_S, _read_demand(tx))
+    return known[1]
+
+
+_DEMAND = "disks that jobs wait for"
+
+
+def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
+    waiting = queue.c.blocked + queue.c.waiting
+    rows = tx.rows(
+        sa.select(queue, requirement.c.key, submission.c.disk, waiting.label("jobs"))
+        .select_from(queue.join(requirement).join(submission, submission.c.queue_id == queue.c.id))
+        .where(waiting > 0, submission.c.disk.is_not(None))
+        .limit(_MOST_QUEUES)
+    )
+    found: dict[Sha256, _Demand] = {}
+    for row in rows:
+        ref = msgspec.json.decode(row.disk, type=DataRef)
+        if ref.disk is None:
+            continue
+        content = ref.disk.sha256
+        wanted = msgspec.json.decode(row.key, type=Requirement)
+        one = Queue(id=row.id, class_id=row.class_id, owner_id=UserId(row.owner_id), requirement=wanted, waiting=row.jobs)
+        before = found.get(content)
+        keep = Keep(data_id=DataId(0), content=content, name=content[:12], ref=ref)
+        jobs, queues = (before.jobs, before.queues) if before is not None else (0, ())
+        found[content] = _Demand(jobs + row.jobs, (*queues, one), keep)
+    return found
+
+
+_MOST_QUEUES = 1000
+
+
+def _fetched_ahead(tx: Transaction, host: Host, ask: Ask, demand: dict[Sha256, _Demand]) -> tuple[Keep, ...]:
+    """Return which disks a worker is to fetch before it is leased a job with one: as many workers as jobs wait are to have it."""
+    found: list[Keep] = []
+    for content, one in demand.items():
+        ref = one.keep.ref
+        if content in host.has or ref.disk is None or ref.disk.size_bytes > host.lends_bytes or len(found) >= _MOST_AHEAD:
+            continue
+        if not any(suits(ask, each, _person(tx, each.owner_id)) for each in one.queues):
+            continue
+        mine = (copy.c.content == content, copy.c.worker_id == host.worker_id)
+        told = tx.row(sa.select(copy.c.since).where(*mine))
+        if told is None:
+            tx.run(sa.delete(copy).where(copy.c.content == content, copy.c.there.is_(False), copy.c.since <= tx.now - ORDER_S))
+            if int(tx.value(sa.select(sa.func.count()).select_from(copy).where(copy.c.content == content))) >= one.jobs:
+                continue
+            tx.run(sa.insert(copy).values(content=content, worker_id=host.worker_id, since=tx.now, there=False))
+        found.append(one.keep)
+    return tuple(found)
+
+
+_MOST_AHEAD = 2
+
+
+def _person(tx: Transaction, user_id: UserId) -> Person:
+    name = tx.value(sa.select(account.c.name).where(account.c.id == user_id))
+    return Person(name=name or "", groups=groups_of(tx, user_id))
+
+
+def _guarded(tx: Transaction, host: Host, wanted: Iterable[Sha256]) -> tuple[Sha256, ...]:
+    """Return what a worker has that is wanted and that no other has who was heard of lately."""
+    found = []
+    for content in sorted(wanted):
+        others = sa.select(copy.c.worker_id).join(worker).where(copy.c.content == content, copy.c.there.is_(True))
+        lately = (copy.c.worker_id != host.worker_id, worker.c.left_at.is_(None), worker.c.seen_at > tx.now - GONE_S)
+        if tx.row(others.where(*lately).limit(1)) is None:
+            found.append(content)
+    return tuple(found)
+
+
 # What workers have
 
 
 def note_copies(tx: Transaction, worker_id: WorkerId, contents: Iterable[Sha256]) -> None:
     """Note what a worker has in its cache, all of it."""
     now = set(contents)
-    before = {row.content for row in tx.rows(sa.select(copy.c.content).where(copy.c.worker_id == worker_id))}
+    mine = tx.rows(sa.select(copy.c.content, copy.c.there).where(copy.c.worker_id == worker_id))
+    before = {row.content for row in mine if row.there}
+    told = {row.content for row in mine if not row.there}
+    if told & now:
+        tx.run(sa.delete(copy).where(copy.c.worker_id == worker_id, copy.c.content.in_(told & now)))
     if gone := before - now:
         tx.run(sa.delete(copy).where(copy.c.worker_id == worker_id, copy.c.content.in_(gone)))
     for content in sorted(now - before):
-        tx.run(sa.insert(copy).values(content=content, worker_id=worker_id, since=tx.now))
+        tx.run(sa.insert(copy).values(content=content, worker_id=worker_id, since=tx.now, there=True))
     changed = before ^ now
     if changed:
         named = sa.select(data.c.id).where(sa.or_(data.c.disk_sha256.in_(changed), data.c.sha256.in_(changed)))

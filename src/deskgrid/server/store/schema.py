@@ -182,8 +182,10 @@ copy = Table(
     Column("content", String(64), primary_key=True),
     Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True, index=True),
     Column("since", Float, nullable=False),
+    Column("there", Boolean, nullable=False),
 )
-"""What workers have in their caches, as they said last: unpacked disks and other data, by sha256."""
+"""What workers have in their caches, as they said last: unpacked disks and other data, by sha256. Not `there`: it was told to fetch it, since jobs
+wait for it."""
 
 torrent = Table(
     "torrent",

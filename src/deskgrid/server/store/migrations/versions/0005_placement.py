@@ -61,6 +61,7 @@ def upgrade() -> None:
         sa.Column("content", sa.String(length=64), nullable=False),
         sa.Column("worker_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("since", sa.Float(), nullable=False),
+        sa.Column("there", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(["worker_id"], ["worker.id"], name=op.f("fk_copy_worker_id"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("content", "worker_id", name=op.f("pk_copy")),
     )
