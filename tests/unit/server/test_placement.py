@@ -11,15 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from deskgrid.client.grid import Grid
+from deskgrid.client.grid import Grid, describe_file
 from deskgrid.client.transport import Transport
 from deskgrid.clock import FakeClock
 from deskgrid.errors import DeskgridError, Forbidden, InvalidInput, NotFound
 from deskgrid.model import wire
-from deskgrid.model.data import Data, Visibility
+from deskgrid.model.data import Data, DataKind, Disk, Visibility
 from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import JobSpec, Machine
+from deskgrid.model.machines import DiskFormat
 from deskgrid.model.placement import ALL, Attributes, CopyState, Holder
+from deskgrid.server.chores import do_chores
 from deskgrid.server.store.placement import GONE_S
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 from deskgrid.units import GIB
@@ -31,12 +33,15 @@ class Pc:
     def __init__(self, transport: Transport, **profile: Any) -> None:
         self.transport = transport
         self.held: list[Sha256] = []
+        self.cached: list[Sha256] = []
         self._profile = {"shares": True, "keeps_bytes": GIB, **profile}
 
     async def sync(self, **more: Any) -> wire.SyncAnswer:
         asked = played_sync(**more)
         profile = msgspec.structs.replace(asked.profile, **self._profile)
-        return await self.transport.call(wire.SYNC, msgspec.structs.replace(asked, profile=profile, held=tuple(self.held)))
+        return await self.transport.call(
+            wire.SYNC, msgspec.structs.replace(asked, profile=profile, held=tuple(self.held), cached=tuple(self.cached))
+        )
 
     async def obey(self) -> set[str]:
         """Call, fetch at once what is to be held, and say so; return its names."""
@@ -313,3 +318,55 @@ async def test_the_same_names_again_go_in_the_place_of_before(play: Play) -> Non
     first = await user.place("events", Attributes(replicas=1))
     again = await user.place("events", Attributes(replicas=ALL))
     assert first.id == again.id and [one.attributes.replicas for one in await user.placements()] == [ALL]
+
+
+async def put_disk(play: Play, user: Grid) -> Data:
+    file = play._folder / "disk"
+    file.write_bytes(b"disk")
+    blob = describe_file(file)
+    disk = Disk(sha256=blob.sha256, size_bytes=4, virtual_bytes=4, format=DiskFormat.ISO)
+    return await user.put(file, "disk", kind=DataKind.DISK, disk=disk)
+
+
+async def test_a_disk_that_many_jobs_wait_for_is_spread_before_they_come(play: Play) -> None:
+    user, pcs = await play.user(), [await play.pc() for _ in range(3)]
+    data = await put_disk(play, user)
+    first = await user.submit(JobSpec(machine=Machine(disk="disk", on="worker:99")))
+    await user.submit_array(JobSpec(machine=Machine(disk="disk"), after=(f"job-{first.id}",)), count=2)
+    await do_chores(play.grid.services)
+    await play.later()
+    answers = [await pc.sync() for pc in pcs]
+    assert [len(answer.fetch) for answer in answers] == [1, 1, 0]
+    assert answers[0].fetch[0].ref.blob == data.blob
+    # Whom it was told may fetch it, and is told again until it has it.
+    assert await pcs[0].transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256}) == b"disk"
+    with pytest.raises(NotFound):
+        await pcs[2].transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256})
+    assert len((await pcs[0].sync()).fetch) == 1
+    pcs[0].cached = [data.blob.sha256]
+    assert not (await pcs[0].sync()).fetch
+    assert not (await pcs[2].sync()).fetch
+
+
+async def test_the_last_worker_that_has_something_wanted_does_not_evict_it(play: Play) -> None:
+    user, first, second = await play.user(), await play.pc(), await play.pc()
+    data = await put_disk(play, user)
+    job = await user.submit(JobSpec(machine=Machine(disk="disk", on="worker:99")))
+    await user.submit_array(JobSpec(machine=Machine(disk="disk"), after=(f"job-{job.id}",)), count=5)
+    await do_chores(play.grid.services)
+    first.cached = [data.blob.sha256]
+    await play.later()
+    assert (await first.sync()).guard == (data.blob.sha256,)
+    second.cached = [data.blob.sha256]
+    await second.sync()
+    assert (await first.sync()).guard == ()
+    await second.transport.call(wire.LEAVE)
+    assert (await first.sync()).guard == (data.blob.sha256,)
+
+
+async def test_who_lends_no_room_is_not_told_to_fetch(play: Play) -> None:
+    user, pc = await play.user(), await play.pc(keeps_bytes=0)
+    await put_disk(play, user)
+    await user.submit_array(JobSpec(machine=Machine(disk="disk", on="worker:99")), count=5)
+    await do_chores(play.grid.services)
+    assert not (await pc.sync()).fetch

@@ -223,7 +223,7 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         of_placed = sa.select(data.c.id).join(holding).where(holding.c.worker_id == caller.worker_id)
         placed = of_placed.where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256)).limit(1)
         ahead = sa.select(copy.c.content).join(submission, submission.c.disk_sha256 == copy.c.content)
-        told = ahead.where(copy.c.worker_id == caller.worker_id, _needs(sha256), submission.c.context != sha256).limit(1)
+        told = ahead.where(copy.c.worker_id == caller.worker_id, _boots(sha256)).limit(1)
         return any(tx.row(found) is not None for found in (of_live, of_lost, placed, told))
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
@@ -242,8 +242,13 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
 def _needs(sha256: str) -> sa.ColumnElement[bool]:
     """Tell whether a worker needs a blob for a job of a submission."""
     program = sa.exists().where(app_file.c.app_id == submission.c.app_id, app_file.c.sha256 == sha256)
-    of_disk = sa.exists().where(data.c.sha256 == submission.c.disk_blob, data.c.delta_sha256 == sha256)
-    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program, of_disk)
+    return sa.or_(_boots(sha256), submission.c.context == sha256, program)
+
+
+def _boots(sha256: str) -> sa.ColumnElement[bool]:
+    """Tell whether a blob is the disk of a submission, or makes it from an older one."""
+    delta = sa.exists().where(data.c.sha256 == submission.c.disk_blob, data.c.delta_sha256 == sha256)
+    return sa.or_(submission.c.disk_blob == sha256, delta)
 
 
 # Removing

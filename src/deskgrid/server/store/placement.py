@@ -379,7 +379,6 @@ def _take_place(tx: Transaction, worker_id: WorkerId, one: Wanted) -> bool:
 class _Demand(Struct, frozen=True):
     """A disk that the jobs of arrays wait for."""
 
-    jobs: int
     queues: tuple[Queue, ...]
     keep: Keep
 
@@ -413,8 +412,7 @@ def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
         one = Queue(id=row.id, class_id=row.class_id, owner_id=UserId(row.owner_id), requirement=wanted, waiting=row.jobs)
         before = found.get(content)
         keep = Keep(data_id=DataId(0), content=content, name=content[:12], ref=ref)
-        jobs, queues = (before.jobs, before.queues) if before is not None else (0, ())
-        found[content] = _Demand(jobs + row.jobs, (*queues, one), keep)
+        found[content] = _Demand((*(before.queues if before is not None else ()), one), keep)
     return found
 
 
@@ -428,13 +426,14 @@ def _fetched_ahead(tx: Transaction, host: Host, ask: Ask, demand: dict[Sha256, _
         ref = one.keep.ref
         if content in host.has or ref.disk is None or ref.disk.size_bytes > host.lends_bytes or len(found) >= _MOST_AHEAD:
             continue
-        if not any(suits(ask, each, _person(tx, each.owner_id)) for each in one.queues):
+        jobs = sum(each.waiting for each in one.queues if suits(ask, each, _person(tx, each.owner_id)))
+        if not jobs:
             continue
         mine = (copy.c.content == content, copy.c.worker_id == host.worker_id)
         told = tx.row(sa.select(copy.c.since).where(*mine))
         if told is None:
             tx.run(sa.delete(copy).where(copy.c.content == content, copy.c.there.is_(False), copy.c.since <= tx.now - ORDER_S))
-            if int(tx.value(sa.select(sa.func.count()).select_from(copy).where(copy.c.content == content))) >= one.jobs:
+            if int(tx.value(sa.select(sa.func.count()).select_from(copy).where(copy.c.content == content))) >= jobs:
                 continue
             tx.run(sa.insert(copy).values(content=content, worker_id=host.worker_id, since=tx.now, there=False))
         found.append(one.keep)
