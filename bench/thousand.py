@@ -21,7 +21,6 @@ from report import Figure, arguments, publish
 
 from deskgrid.core.torrents import piece_bytes, piece_count
 from deskgrid.core.transfer import STUCK_S, Member, all_pieces, hand_out, interval_s, neighbours, pieces_of
-from deskgrid.model.ids import WorkerId
 from deskgrid.units import MIB
 
 _SERVER_BYTES_PER_S = 20e6
@@ -98,7 +97,6 @@ def _call(one: Worker, members: dict[int, Member], crowd: list[Worker], count: i
     """Let a worker take a turn."""
     public = f"9.0.{one.site >> 8}.{one.site & 255}"
     me = Member(
-        worker_id=WorkerId(one.number),
         have=one.have,
         taken=one.fetching & ~one.have,
         seen_at=now,
@@ -112,7 +110,7 @@ def _call(one: Worker, members: dict[int, Member], crowd: list[Worker], count: i
     one.queue = [*one.queue, *pieces_of(take)]
     one.fetching |= take
     members[one.number] = Member(
-        **{name: getattr(me, name) for name in ("worker_id", "have", "seen_at", "public", "private", "reachable", "port")},
+        **{name: getattr(me, name) for name in ("have", "seen_at", "public", "private", "reachable", "port")},
         taken=me.taken | take,
     )
     found = {place.port - 1 for place in neighbours(me, others, rng=rng)}

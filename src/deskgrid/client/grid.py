@@ -21,6 +21,7 @@ from deskgrid.client.arrays import ArrayResults, fetch_results
 from deskgrid.client.entering import join, join_hub, login, make_link
 from deskgrid.client.secret_files import sealed, with_secrets
 from deskgrid.client.tables import write_rows, write_table
+from deskgrid.client.together import fetch_together
 from deskgrid.client.transport import Credentials, Transport
 from deskgrid.client.watching import until_ended
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
@@ -40,6 +41,10 @@ from deskgrid.model.workers import Worker
 __all__ = ["Grid", "describe_file", "join", "join_hub", "login"]
 
 Progress = Callable[[int], None]
+
+
+def _ignore(_: int) -> None:
+    """Hear of progress that nobody asked for."""
 
 
 def _job_ended(detail: wire.JobDetail) -> bool:
@@ -346,10 +351,14 @@ class Grid:
         return await self.transport.call(wire.REGISTER_DATA, request)
 
     async def get(self, reference: str, file: Path, progress: Progress | None = None) -> Data:
-        """Fetch data by name, name@version or sha256 into `file`; an interrupted download is continued."""
+        """Fetch data by name, name@version or sha256 into `file`; an interrupted download is continued.
+
+        Large data comes from workers that have it, too, if libtorrent is installed.
+        """
         data = await self.data(reference)
         partial = file.with_name(file.name + ".part")
-        await self.transport.download(data.blob, partial, progress)
+        if partial.exists() or not await fetch_together(self.transport, data.blob, partial, progress or _ignore):
+            await self.transport.download(data.blob, partial, progress)
         partial.replace(file)
         return data
 

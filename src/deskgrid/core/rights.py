@@ -169,7 +169,7 @@ RULES: dict[str, Rule] = {
     "list_placements": _rule(Kind.DATA, "user", "data:read"),
     "remove_placement": _rule(Kind.DATA, "user", "data", changes=True),
     "list_holders": _rule(Kind.DATA, "owner admin", "data:read"),
-    "take_turn": _rule(Kind.BLOB, "lease"),
+    "take_turn": _rule(Kind.BLOB, "owner member public admin job lease", "data:read jobs:read"),
     "register_data": _rule(Kind.DATA, "user job", "data", tells="name kind visibility group"),
     "list_data": _rule(Kind.DATA, _SHARED, "data:read jobs"),
     "get_data": _rule(Kind.DATA, _SHARED, "data:read jobs"),

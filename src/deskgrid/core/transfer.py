@@ -23,7 +23,6 @@ from collections.abc import Iterable, Sequence
 from msgspec import Struct
 
 from deskgrid.core.backoff import Chance
-from deskgrid.model.ids import WorkerId
 from deskgrid.model.swarm import Neighbour
 
 __all__ = [
@@ -55,9 +54,8 @@ LONGEST_LIFETIME_S = 3 * _LONGEST_INTERVAL_S + 10.0
 
 
 class Member(Struct, frozen=True, kw_only=True):
-    """A worker in the swarm of a blob."""
+    """A worker, or a user's program, in the swarm of a blob."""
 
-    worker_id: WorkerId
     have: int = 0
     """Pieces that it has."""
     taken: int = 0

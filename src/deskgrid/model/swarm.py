@@ -33,6 +33,8 @@ class Turn(Struct, frozen=True, kw_only=True):
     """A public key for which it wants a certificate; empty: none."""
     torrent: bool = False
     """It wants the torrent."""
+    member: str = ""
+    """Which of a user's programs it is; a worker says nothing."""
     leaving: bool = False
     """It takes no part any more."""
 

@@ -133,6 +133,7 @@ def leave(tx: Transaction, caller: Caller) -> None:
     for held in attempts.held_by(tx, worker_id).values():
         attempts.apply_event(tx, held, AttemptEvent.RETURNED)
     workers.leave(tx, worker_id)
+    swarm.forget_member(tx, f"worker:{worker_id}")
 
 
 def _worker_of(caller: Caller) -> WorkerId:

@@ -12,7 +12,6 @@ import os
 import struct
 import threading
 import time
-from collections import Counter
 from typing import Any
 
 import msgspec
@@ -70,9 +69,7 @@ class _Child:
         self._errors: dict[str, str] = {}
         self._incomplete: set[str] = set()
         self._flushing: set[str] = set()
-        """Of which it is told when all is written."""
-        self._flushes: Counter[str] = Counter()
-        """Under way."""
+        """Of which it is told when a flush is done."""
         self._lock = threading.Lock()
         self._decoder = msgspec.msgpack.Decoder(Command)
 
@@ -90,7 +87,7 @@ class _Child:
                 if time.monotonic() - flushed_at > _FLUSH_S:
                     flushed_at = time.monotonic()
                     for name in self._incomplete:
-                        self._flush(name)
+                        self._handles[name].flush_cache()
                 for alert in self._session.pop_alerts():
                     self._hear(alert)
                 self._tell()
@@ -135,7 +132,7 @@ class _Child:
             handle.set_ssl_certificate_buffer(command.certificate, command.key, _FFDHE2048)
         elif isinstance(command, Flush):
             self._flushing.add(command.name)
-            self._flush(command.name)
+            handle.flush_cache()
         elif isinstance(command, Rename):
             self._incomplete.discard(command.name)
             handle.rename_file(0, command.file)
@@ -144,10 +141,6 @@ class _Child:
             self._incomplete.discard(command.name)
             self._told.pop(command.name, None)
             self._session.remove_torrent(handle)
-
-    def _flush(self, name: str) -> None:
-        self._flushes[name] += 1
-        self._handles[name].flush_cache()
 
     def _add(self, command: Add) -> None:
         lt = self._lt
@@ -174,8 +167,8 @@ class _Child:
                 self._write(Done(name, isinstance(alert, lt.file_renamed_alert)))
         elif isinstance(alert, lt.cache_flushed_alert):
             name = self._name(alert.handle)
-            self._flushes[name] -= 1
-            if name in self._flushing and not self._flushes[name]:
+            # Of which flush it is, libtorrent does not say, and it makes some of its own: who waits looks at the file.
+            if name in self._flushing:
                 self._flushing.discard(name)
                 self._write(Done(name, True))
         elif isinstance(alert, (lt.torrent_error_alert, lt.file_error_alert)):

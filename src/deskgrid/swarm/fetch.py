@@ -42,6 +42,8 @@ _CHECKED_S = 3.0
 """In which the engine has checked a piece that it was given."""
 _RENEW_PART = 0.5
 """Of its lifetime, after which a certificate is renewed."""
+_FLUSH_S = 10.0
+_WRITTEN_AFTER_S = (0.2, 0.5, 1.0, 2.0, 0.0)
 _PATIENCE_S = 120.0
 """In which nothing at all came, from nobody, after which it is given up."""
 
@@ -108,7 +110,6 @@ class Swarm:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await changed.wait()
-            await self._engine.do(Flush(self.name))
             progress(self.blob.size_bytes)
         except BaseException:
             self.leave()
@@ -118,6 +119,18 @@ class Swarm:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return True
+
+    async def is_written(self, is_right: Callable[[], Awaitable[bool]]) -> bool:
+        """Let all that was fetched be written to the file, and return whether that is right; what is not is asked for some times, for the last
+        pieces may still be on their way to the file. Raise Unreachable if the engine is gone."""
+        for pause_s in _WRITTEN_AFTER_S:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FLUSH_S):
+                    await self._engine.do(Flush(self.name))
+            if await is_right():
+                return True
+            await self._clock.sleep(pause_s)
+        return False
 
     async def _enter(self, file: str, *, complete: bool) -> bool:
         deadline = self._clock.monotonic() + _READY_S

@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import psutil
 import structlog
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from deskgrid.client.download import sha256_of
+from deskgrid.client.together import LEAST_BYTES, can_share, engine_command, make_identity
 from deskgrid.clock import Clock
 from deskgrid.core.torrents import torrent_name
 from deskgrid.errors import DeskgridError, NotFound, ProtocolError, Unreachable
-from deskgrid.machines.sandbox import Confinement, confined_command, python_command, python_folders
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
@@ -37,16 +32,13 @@ from deskgrid.swarm.cache import Cache
 from deskgrid.swarm.engine import Engine
 from deskgrid.swarm.engine_words import Limit, Rename
 from deskgrid.swarm.fetch import Identity, Swarm
-from deskgrid.units import MIB
 from deskgrid.worker.connection import Connection
 from deskgrid.worker.tasks import in_thread, wait_for_event
 
-__all__ = ["LEAST_BYTES", "Sharing", "can_share"]
+__all__ = ["Sharing"]
 
 _log = structlog.get_logger()
 
-LEAST_BYTES = 4 * MIB
-"""Smaller blobs come from the server: by the time that others are found, they are there."""
 IDLE_S = 900.0
 _QUIET_INTERVAL_S = 60.0
 """Between the turns of a blob that nobody wants."""
@@ -105,7 +97,7 @@ class Sharing:
         try:
             if not await swarm.fetch(part.name, progress):
                 return None
-            if await in_thread(sha256_of, part) != blob.sha256:
+            if not await swarm.is_written(partial(_has, part, blob.sha256)):
                 swarm.leave()
                 raise ProtocolError("what came from others is something else, though each piece was what the torrent says")
             await in_thread(_sync, part)
@@ -123,7 +115,7 @@ class Sharing:
 
     def _swarm(self, engine: Engine, blob: Blob) -> Swarm:
         if self._identity is None:
-            self._identity = _make_identity()
+            self._identity = make_identity()
         turn = partial(self._take_turn, blob.sha256)
         return Swarm(blob, torrent_name(blob.sha256), engine, self._identity, turn, self._connection.read, self._clock)
 
@@ -138,7 +130,9 @@ class Sharing:
             if self._engine is None:
                 if not can_share():
                     raise Unreachable("libtorrent is not installed", hint="pip install deskgrid[swarm]")
-                engine = Engine(_command(self._cache.shared_folder), str(self._cache.shared_folder), port=self._settings.share_port)
+                engine = Engine(
+                    engine_command(self._cache.shared_folder), str(self._cache.shared_folder), port=self._settings.share_port
+                )
                 await engine.start()
                 self._engine = engine
                 self.obey()
@@ -229,45 +223,10 @@ class Sharing:
             await engine.close()
 
 
+async def _has(file: Path, sha256: Sha256) -> bool:
+    return await in_thread(sha256_of, file) == sha256
+
+
 def _sync(file: Path) -> None:
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
-
-
-def can_share() -> bool:
-    """Tell whether libtorrent is installed."""
-    return importlib.util.find_spec("libtorrent") is not None
-
-
-def _command(folder: Path) -> list[str]:
-    """Return the command of the engine's process, confined to a folder and the network."""
-    command = python_command("deskgrid.swarm.engine_child", "main")
-    if sys.platform != "linux":
-        return command
-    bounds = Confinement(
-        memory_bytes=1 << 46,  # files are mapped
-        cpu_s=1 << 40,
-        readable=python_folders(),
-        writable=(str(folder),),
-        network=True,
-        most_open=512,
-    )
-    return confined_command(command, bounds)
-
-
-def _make_identity() -> Identity:
-    key = ec.generate_private_key(ec.SECP256R1())
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return Identity(private.decode(), public.decode(), _own_addresses)
-
-
-def _own_addresses() -> tuple[str, ...]:
-    """Return the addresses of this PC's network cards, loopback too."""
-    found = (
-        one.address.partition("%")[0] for many in psutil.net_if_addrs().values() for one in many if one.family.name in _INTERNET
-    )
-    return tuple(dict.fromkeys(found))[:8]
-
-
-_INTERNET = ("AF_INET", "AF_INET6")

@@ -22,7 +22,6 @@ from deskgrid.core.transfer import (
     set_from,
     set_to,
 )
-from deskgrid.model.ids import WorkerId
 from deskgrid.model.swarm import Neighbour
 
 COUNT = 12
@@ -31,7 +30,7 @@ sets = st.integers(0, all_pieces(COUNT))
 
 @st.composite
 def members(draw: st.DrawFn) -> Member:
-    return Member(worker_id=WorkerId(draw(st.integers(1, 50))), have=draw(sets), taken=draw(sets), seen_at=draw(st.floats(0, 100)))
+    return Member(have=draw(sets), taken=draw(sets), seen_at=draw(st.floats(0, 100)))
 
 
 @given(members(), st.lists(members(), max_size=12), st.integers(-1, 20), st.booleans())
@@ -59,21 +58,21 @@ def test_who_is_stuck_and_lacks_something_is_sent_for_something(me: Member, othe
 
 
 def test_only_some_fetch_from_the_server_at_a_time() -> None:
-    me = Member(worker_id=WorkerId(99))
-    feeding = [Member(worker_id=WorkerId(at), taken=1 << at, seen_at=100.0) for at in range(MOST_FEEDS)]
+    me = Member()
+    feeding = [Member(taken=1 << at, seen_at=100.0) for at in range(MOST_FEEDS)]
     assert hand_out(COUNT, me, feeding, wanted=1, stuck=False, now=101.0) == 0
     assert hand_out(COUNT, me, feeding[1:], wanted=1, stuck=False, now=101.0) == 1
     assert hand_out(COUNT, me, feeding, wanted=1, stuck=False, now=100.0 + TAKEN_S) == 1
 
 
 def test_a_stuck_member_gets_what_nobody_has_before_what_is_rare() -> None:
-    me = Member(worker_id=WorkerId(9))
-    others = [Member(worker_id=WorkerId(1), have=0b0110, taken=0b1000, seen_at=1.0), Member(worker_id=WorkerId(2), have=0b0010)]
+    me = Member()
+    others = [Member(have=0b0110, taken=0b1000, seen_at=1.0), Member(have=0b0010)]
     first = hand_out(4, me, others, wanted=1, stuck=True, now=2.0)
     assert first == 0b0001
-    me = Member(worker_id=WorkerId(9), have=first)
+    me = Member(have=first)
     assert hand_out(4, me, others, wanted=1, stuck=True, now=2.0) == 0b1000
-    me = Member(worker_id=WorkerId(9), have=0b1001)
+    me = Member(have=0b1001)
     assert hand_out(4, me, others, wanted=1, stuck=True, now=2.0) == 0b0100
 
 
@@ -91,12 +90,8 @@ def test_a_swarm_whose_members_give_gets_each_piece_from_the_server_once(count: 
         taken[at] = 0
         if rng.random() < 0.5:
             have[at] |= have[rng.randrange(size)]
-        others = [
-            Member(worker_id=WorkerId(one), have=have[one], taken=taken[one], seen_at=0.0) for one in range(size) if one != at
-        ]
-        taken[at] = hand_out(
-            count, Member(worker_id=WorkerId(at), have=have[at]), others, wanted=rng.randint(1, 3), stuck=False, now=1.0
-        )
+        others = [Member(have=have[one], taken=taken[one], seen_at=0.0) for one in range(size) if one != at]
+        taken[at] = hand_out(count, Member(have=have[at]), others, wanted=rng.randint(1, 3), stuck=False, now=1.0)
         sent += taken[at].bit_count()
     assert all(one == all_pieces(count) for one in have)
     assert sent == count
@@ -119,26 +114,26 @@ def test_of_a_set_with_strange_pieces_those_are_left_out() -> None:
     assert set_from(b"\xff" * 100, 5) == 0b11111
 
 
-ME = Member(worker_id=WorkerId(1), public="9.9.9.9", private=("192.168.1.2",), port=1000)
+ME = Member(public="9.9.9.9", private=("192.168.1.2",), port=1000)
 
 
 def test_neighbours_behind_the_same_router_are_met_by_their_private_addresses() -> None:
-    beside = Member(worker_id=WorkerId(2), public="9.9.9.9", private=("192.168.1.3", "10.0.0.3"), port=2000)
+    beside = Member(public="9.9.9.9", private=("192.168.1.3", "10.0.0.3"), port=2000)
     assert set(neighbours(ME, [beside], rng=Random(1))) == {Neighbour("192.168.1.3", 2000), Neighbour("10.0.0.3", 2000)}
 
 
 def test_who_cannot_be_reached_is_not_told_of() -> None:
-    elsewhere = Member(worker_id=WorkerId(2), public="8.8.8.8", private=("192.168.1.3",), port=2000)
-    deaf = Member(worker_id=WorkerId(3), public="9.9.9.9", private=("192.168.1.4",), port=0)
-    open_ = Member(worker_id=WorkerId(4), public="8.8.4.4", reachable=True, port=4000)
+    elsewhere = Member(public="8.8.8.8", private=("192.168.1.3",), port=2000)
+    deaf = Member(public="9.9.9.9", private=("192.168.1.4",), port=0)
+    open_ = Member(public="8.8.4.4", reachable=True, port=4000)
     assert neighbours(ME, [elsewhere, deaf, open_], rng=Random(1)) == (Neighbour("8.8.4.4", 4000),)
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 1000))
 def test_near_neighbours_come_first_and_all_are_few(near: int, far: int, seed: int) -> None:
     others = [
-        *(Member(worker_id=WorkerId(at), public="9.9.9.9", private=(f"192.168.2.{at}",), port=5) for at in range(near)),
-        *(Member(worker_id=WorkerId(200 + at), public=f"8.8.8.{at}", reachable=True, port=5) for at in range(far)),
+        *(Member(public="9.9.9.9", private=(f"192.168.2.{at}",), port=5) for at in range(near)),
+        *(Member(public=f"8.8.8.{at}", reachable=True, port=5) for at in range(far)),
     ]
     found = neighbours(ME, others, rng=Random(seed))
     assert len(found) == min(near + far, MOST_NEIGHBOURS)

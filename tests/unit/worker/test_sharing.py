@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from deskgrid.client.grid import Grid, describe_file
+from deskgrid.client.together import make_identity
 from deskgrid.client.transport import Transport
 from deskgrid.clock import SystemClock
 from deskgrid.core.torrents import torrent_name
@@ -31,7 +32,7 @@ from deskgrid.settings import WorkerSettings
 from deskgrid.swarm.cache import Cache
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 from deskgrid.units import GIB, MIB
-from deskgrid.worker.sharing import Sharing, _make_identity
+from deskgrid.worker.sharing import Sharing
 
 SIZE = 24 * MIB + 12345
 
@@ -46,6 +47,8 @@ class Pc:
         self.server_bytes = 0
         self.deaf = False
         """Nobody can connect to it, and it to nobody."""
+        self.most_bytes = 1 << 60
+        """That the server sends to it, until this is more."""
         self.paused = False
         self.seen: list[int] = []
         self.settings = WorkerSettings(share=True, **settings)
@@ -77,6 +80,8 @@ class Pc:
 
     async def read(self, blob: Blob, first: int, size_bytes: int) -> AsyncIterator[bytes]:
         async for chunk in self.transport.read(blob, first, size_bytes):
+            while self.server_bytes >= self.most_bytes:
+                await asyncio.sleep(0.02)
             self.server_bytes += len(chunk)
             yield chunk
 
@@ -140,17 +145,16 @@ async def test_a_worker_that_has_it_gives_it_to_one_that_comes_later(grid: TestG
 
 async def test_all_is_fetched_though_the_one_that_has_it_vanishes(grid: TestGrid, tmp_path: Path) -> None:
     async with several(grid, tmp_path, 2) as (blob, pcs):
+        pcs[0].settings = WorkerSettings(share=True, share_bytes_per_s=4 * MIB)
+        pcs[0].restart()
         assert is_whole(await pcs[0].fetch(blob), blob)
-
-        gone: list[psutil.Process] = []
-
-        def vanish(have_bytes: int) -> None:
-            if have_bytes > 0.5 * blob.size_bytes and not gone:
-                gone.append(pcs[0].engine())
-                gone[0].kill()
-
-        assert is_whole(await pcs[1].sharing.fetch(blob, vanish), blob)
-        assert gone
+        pcs[1].most_bytes = 0
+        task = asyncio.create_task(pcs[1].fetch(blob))
+        await until(lambda: bool(pcs[1].seen) and pcs[1].seen[-1] > 4 * MIB)
+        pcs[0].engine().kill()
+        pcs[1].most_bytes = 1 << 60
+        assert is_whole(await task, blob)
+        assert 0 < pcs[1].server_bytes < blob.size_bytes
 
 
 async def test_a_peer_that_sends_garbage_costs_some_blocks_and_is_dropped(grid: TestGrid, tmp_path: Path) -> None:
@@ -167,36 +171,40 @@ async def test_a_peer_that_sends_garbage_costs_some_blocks_and_is_dropped(grid: 
 
 async def test_a_killed_worker_goes_on_with_what_it_has(grid: TestGrid, tmp_path: Path) -> None:
     async with several(grid, tmp_path, 1) as (blob, [pc]):
-        half = asyncio.Event()
-
-        def note(have_bytes: int) -> None:
-            if have_bytes > blob.size_bytes // 2:
-                half.set()
-
-        task = asyncio.create_task(pc.sharing.fetch(blob, note))
-        await half.wait()
+        pc.most_bytes = blob.size_bytes * 2 // 3
+        task = asyncio.create_task(pc.fetch(blob))
+        await until(lambda: allocated(pc.cache.part_file(blob.sha256)) > blob.size_bytes // 4)
         pc.engine().kill()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await pc.sharing.close()
-        before, pc.server_bytes = pc.server_bytes, 0
+        pc.server_bytes, pc.most_bytes = 0, 1 << 60
         pc.restart()
-        pc.seen.clear()
+        pc.turns.clear()
         assert is_whole(await pc.fetch(blob), blob)
-        assert before > 0 and pc.server_bytes < blob.size_bytes
+        assert pc.server_bytes < blob.size_bytes * 4 // 5
+
+
+def allocated(file: Path) -> int:
+    return file.stat().st_blocks * 512 if file.exists() else 0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
 
 
 async def test_when_the_engine_dies_another_goes_on(grid: TestGrid, tmp_path: Path) -> None:
     async with several(grid, tmp_path, 1) as (blob, [pc]):
-        killed: list[int] = []
-
-        def kill_once(have_bytes: int) -> None:
-            if have_bytes > blob.size_bytes // 3 and not killed:
-                killed.append(pc.engine().pid)
-                pc.engine().kill()
-
-        assert is_whole(await pc.sharing.fetch(blob, kill_once), blob)
-        assert killed and pc.engine().pid != killed[0]
+        pc.most_bytes = blob.size_bytes // 2
+        task = asyncio.create_task(pc.fetch(blob))
+        await until(lambda: pc.server_bytes > blob.size_bytes // 4)
+        first = pc.engine()
+        first.kill()
+        pc.most_bytes = 1 << 60
+        assert is_whole(await task, blob)
+        assert pc.engine().pid != first.pid
 
 
 async def test_nothing_is_shared_without_the_owners_consent(grid: TestGrid, tmp_path: Path) -> None:
@@ -243,6 +251,26 @@ async def test_no_more_is_given_in_a_second_than_the_owner_says(grid: TestGrid, 
         assert given <= 2 * MIB * (seconds + 1)
 
 
+async def test_a_user_fetches_data_from_workers_that_have_it(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 1) as (blob, [pc]):
+        assert is_whole(await pc.fetch(blob), blob)
+        async with Grid(await grid.user("admin")) as user:
+            read_bytes = 0
+            read = user.transport.read
+
+            async def counted(*asked: Any) -> AsyncIterator[bytes]:
+                nonlocal read_bytes
+                async for chunk in read(*asked):
+                    read_bytes += len(chunk)
+                    yield chunk
+
+            user.transport.read = counted  # type: ignore[method-assign]
+            await user.get("disk", tmp_path / "got")
+        assert is_whole(tmp_path / "got", blob)
+        assert read_bytes < blob.size_bytes // 2
+        assert [path.name for path in tmp_path.glob(".got*")] == []
+
+
 class Liar:
     """A worker that takes part with the right certificate and sends other bytes than those of the disk."""
 
@@ -261,7 +289,7 @@ class Liar:
     async def begin(self, blob: Blob) -> None:
         self._folder.mkdir()
         (self._folder / torrent_name(blob.sha256)).write_bytes(random.Random(0).randbytes(blob.size_bytes))
-        identity = _make_identity()
+        identity = make_identity()
         port = self._port()
         everything = b"\xff" * 1000
         turn = Turn(have=everything, port=port, addresses=("127.0.0.1",), key=identity.public_pem, torrent=True)

@@ -199,7 +199,7 @@ swarm_member = Table(
     "swarm_member",
     metadata,
     Column("sha256", String(64), primary_key=True),
-    Column("worker_id", ForeignKey("worker.id", ondelete="CASCADE"), primary_key=True, index=True),
+    Column("member", String(100), primary_key=True, index=True),
     Column("seen_at", Float, nullable=False),
     Column("have", LargeBinary, nullable=False),
     Column("complete", Boolean, nullable=False),
@@ -209,7 +209,7 @@ swarm_member = Table(
     Column("reachable", Boolean, nullable=False),
     Column("port", Integer, nullable=False),
 )
-"""Workers that have or fetch a blob together: what core.transfer.Member says of them. `have` is empty if it is `complete`."""
+"""Workers, and programs of users, that have or fetch a blob together: what core.transfer.Member says of them. `have` is empty if it is `complete`."""
 Index("ix_swarm_member_seen", swarm_member.c.sha256, swarm_member.c.seen_at)
 
 upload = _numbered(

@@ -5,6 +5,7 @@ One turn at a time for each blob: its torrent's row is locked, so two workers ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from random import Random
 
@@ -25,16 +26,16 @@ from deskgrid.core.transfer import (
     set_from,
     set_to,
 )
-from deskgrid.errors import NotFound
+from deskgrid.errors import InvalidInput, NotFound
 from deskgrid.model.data import Blob
-from deskgrid.model.ids import Sha256, WorkerId
+from deskgrid.model.ids import Sha256
 from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.data import may_read_blob
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import blob, data, swarm_member, torrent
 
-__all__ = ["LEAST_BYTES", "Taken", "fetched_now", "forget_members", "keep_layer", "take_turn", "without_torrent"]
+__all__ = ["LEAST_BYTES", "Taken", "fetched_now", "forget_member", "forget_members", "keep_layer", "take_turn", "without_torrent"]
 
 LEAST_BYTES = 4 << 20
 """Smaller blobs are fetched from the server: by the time that others are found, they are there."""
@@ -72,8 +73,8 @@ def keep_layer(tx: Transaction, of: Blob, layer: bytes) -> None:
 
 def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, public: str, rng: Random) -> Taken:
     """Note what a worker says of a blob, and tell it what to do. `public` is where it calls from. Raise NotFound if the blob is not for it."""
-    worker_id = caller.worker_id or WorkerId(0)
-    mine = (swarm_member.c.sha256 == sha256, swarm_member.c.worker_id == worker_id)
+    member = _name_of(caller, turn)
+    mine = (swarm_member.c.sha256 == sha256, swarm_member.c.member == member)
     own = tx.row(sa.select(swarm_member).where(*mine))
     size = tx.value(sa.select(blob.c.size_bytes).where(blob.c.sha256 == sha256, blob.c.removing.is_(False)))
     # Who took part once has seen its bytes, and may give them to others when its job has ended.
@@ -87,9 +88,9 @@ def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, pu
     if turn.leaving:
         tx.run(sa.delete(swarm_member).where(*mine))
         return Taken(TurnAnswer(ready=True), of, b"")
-    me, others = _member(tx, worker_id, turn, count, public), _others(tx, sha256, worker_id, count)
+    me, others = _member(tx, turn, count, public), _others(tx, sha256, member, count)
     take = hand_out(count, me, others, wanted=min(turn.wanted, count), stuck=turn.stuck, now=tx.now)
-    _keep(tx, sha256, me, own is not None, take, count)
+    _keep(tx, sha256, member, me, own is not None, take, count)
     answer = TurnAnswer(
         ready=True,
         interval_s=interval_s(len(others) + 1),
@@ -100,11 +101,22 @@ def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, pu
     return Taken(answer, of, layer if turn.torrent else b"")
 
 
-def _member(tx: Transaction, worker_id: WorkerId, turn: Turn, count: int, public: str) -> Member:
+def _name_of(caller: Caller, turn: Turn) -> str:
+    """Return by what name a member is known: a user may have several programs."""
+    if caller.worker_id is not None:
+        return caller.principal
+    if not _PROGRAM.fullmatch(turn.member):
+        raise InvalidInput("a program says which of its user's it is", where="member", hint="1 to 32 letters and digits")
+    return f"{caller.principal}:{turn.member}"
+
+
+_PROGRAM = re.compile(r"[A-Za-z0-9]{1,32}")
+
+
+def _member(tx: Transaction, turn: Turn, count: int, public: str) -> Member:
     have = set_from(turn.have, count)
     addresses = turn.addresses[:_MOST_ADDRESSES]
     return Member(
-        worker_id=worker_id,
         have=have,
         taken=set_from(turn.fetching, count) & ~have,
         seen_at=tx.now,
@@ -118,13 +130,12 @@ def _member(tx: Transaction, worker_id: WorkerId, turn: Turn, count: int, public
 _MOST_ADDRESSES = 8
 
 
-def _others(tx: Transaction, sha256: Sha256, worker_id: WorkerId, count: int) -> list[Member]:
+def _others(tx: Transaction, sha256: Sha256, member: str, count: int) -> list[Member]:
     """Return the other members that were heard of lately."""
     lately = swarm_member.c.seen_at > tx.now - LONGEST_LIFETIME_S
-    rows = tx.rows(sa.select(swarm_member).where(swarm_member.c.sha256 == sha256, swarm_member.c.worker_id != worker_id, lately))
+    rows = tx.rows(sa.select(swarm_member).where(swarm_member.c.sha256 == sha256, swarm_member.c.member != member, lately))
     return [
         Member(
-            worker_id=WorkerId(row.worker_id),
             have=all_pieces(count) if row.complete else set_from(row.have, count),
             taken=set_from(row.taken, count),
             seen_at=row.seen_at,
@@ -138,7 +149,7 @@ def _others(tx: Transaction, sha256: Sha256, worker_id: WorkerId, count: int) ->
     ]
 
 
-def _keep(tx: Transaction, sha256: Sha256, me: Member, known: bool, take: int, count: int) -> None:
+def _keep(tx: Transaction, sha256: Sha256, member: str, me: Member, known: bool, take: int, count: int) -> None:
     complete = me.have == all_pieces(count)
     values = {
         "seen_at": tx.now,
@@ -151,10 +162,10 @@ def _keep(tx: Transaction, sha256: Sha256, me: Member, known: bool, take: int, c
         "port": me.port,
     }
     if known:
-        mine = (swarm_member.c.sha256 == sha256, swarm_member.c.worker_id == me.worker_id)
+        mine = (swarm_member.c.sha256 == sha256, swarm_member.c.member == member)
         tx.run(sa.update(swarm_member).where(*mine).values(**values))
     else:
-        tx.run(sa.insert(swarm_member).values(sha256=sha256, worker_id=me.worker_id, **values))
+        tx.run(sa.insert(swarm_member).values(sha256=sha256, member=member, **values))
 
 
 def fetched_now(tx: Transaction, blobs: Iterable[Sha256]) -> tuple[Sha256, ...]:
@@ -171,6 +182,11 @@ def fetched_now(tx: Transaction, blobs: Iterable[Sha256]) -> tuple[Sha256, ...]:
 _MEMO = "fetched now"
 _LOOK_S = 2.0
 _FETCHING_S = 60.0
+
+
+def forget_member(tx: Transaction, principal: str) -> None:
+    """Forget a worker that has left."""
+    tx.run(sa.delete(swarm_member).where(swarm_member.c.member == principal))
 
 
 def forget_members(tx: Transaction) -> None:

@@ -19,7 +19,7 @@ def upgrade() -> None:
     op.create_table(
         "swarm_member",
         sa.Column("sha256", sa.String(length=64), nullable=False),
-        sa.Column("worker_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("member", sa.String(length=100), nullable=False),
         sa.Column("seen_at", sa.Float(), nullable=False),
         sa.Column("have", sa.LargeBinary(), nullable=False),
         sa.Column("complete", sa.Boolean(), nullable=False),
@@ -28,10 +28,9 @@ def upgrade() -> None:
         sa.Column("private", sa.Text(), nullable=False),
         sa.Column("reachable", sa.Boolean(), nullable=False),
         sa.Column("port", sa.Integer(), nullable=False),
-        sa.ForeignKeyConstraint(["worker_id"], ["worker.id"], name=op.f("fk_swarm_member_worker_id"), ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("sha256", "worker_id", name=op.f("pk_swarm_member")),
+        sa.PrimaryKeyConstraint("sha256", "member", name=op.f("pk_swarm_member")),
     )
-    op.create_index(op.f("ix_swarm_member_worker_id"), "swarm_member", ["worker_id"], unique=False)
+    op.create_index(op.f("ix_swarm_member_member"), "swarm_member", ["member"], unique=False)
     op.create_index("ix_swarm_member_seen", "swarm_member", ["sha256", "seen_at"], unique=False)
     op.create_table(
         "placement",
