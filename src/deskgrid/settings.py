@@ -117,7 +117,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cache_bytes: int = 20 * (1 << 30)
     """Disk that the cache of verified disks may fill; the one used longest ago goes first."""
     network_bytes_per_s: int = 0
-    """Bytes that may go to and from the network in a second, both directions together: disks, results, streams of jobs. 0: no bound."""
+    """Bytes that may go to and from the network in a second, both directions together: disks, results, streams of jobs. With `share`, half of them are
+    for other workers. 0: no bound."""
     reserve_bytes: int = 1 << 30
     """Free bytes that stay on the owner's disk whatever the bounds above say."""
     max_result_bytes: int = 64 * (1 << 30)

@@ -14,6 +14,7 @@ Rules:
 3. One fetch per disk at a time; others that want it wait, and go on with it if the first gives up.
 4. A partial download survives a restart and is continued. Any other file in the folder is removed when the cache is opened.
 5. The disk that a delta is of is kept for it, unless there is no room for both.
+6. Complete files are checked again now and then (worker/keeping.py): a disk that rots must not cost jobs, nor other PCs.
 """
 
 from __future__ import annotations
@@ -128,6 +129,19 @@ class Cache:
         self._shared.pop(blob, None)
         _remove(self.shared_folder / blob)
         _remove(self.part_file(blob))
+
+    def files(self) -> tuple[tuple[Path, Sha256], ...]:
+        """Return all complete files with the sha256 that each must have."""
+        disks = ((self._folder / name, _disk_of(name)) for name in self._sizes)
+        return (*disks, *((self.shared_folder / blob, blob) for blob in self._shared))
+
+    def remove_damaged(self, path: Path) -> bool:
+        """Remove a file that is not what its name says, unless it is in use just now; return whether it went."""
+        content = _disk_of(path.name)
+        if self._holds[content] and path.parent == self._folder:
+            return False
+        self._forget(path)
+        return True
 
     def discard(self, content: Sha256) -> bool:
         """Remove a disk, or a blob that is kept whole, unless it is in use; return whether anything went."""

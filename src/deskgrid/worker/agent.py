@@ -58,7 +58,7 @@ from deskgrid.worker.presence import Sight, Watcher
 from deskgrid.worker.probe import allocated_bytes, lent_by, make_gentle, profile_of
 from deskgrid.worker.runner import Runner
 from deskgrid.worker.secrets import SecretsKey
-from deskgrid.worker.sharing import Sharing
+from deskgrid.worker.sharing import Sharing, own_bound
 from deskgrid.worker.slots import NOTHING
 from deskgrid.worker.tasks import finish, in_thread, wait_for_event, within
 from deskgrid.worker.throttles import Throttled, Throttles
@@ -345,7 +345,7 @@ class Agent:
                 self._begin(runner)
             loops = (
                 *(self._keep_synced, self._keep_awake, self._keep_bounds, self._keep_rules),
-                *(self._throttles.run, self._warm.run, self._sharing.run, self._keeper.run),
+                *(self._throttles.run, self._warm.run, self._sharing.run, self._keeper.run, self._keeper.check),
             )
             tasks = [group.create_task(loop()) for loop in loops]
             await self._ending.wait()
@@ -684,7 +684,7 @@ async def run_worker(
     async with _locked(place, clock):
         place.create()
         make_gentle(settings.nice)
-        pace = Pace(settings.network_bytes_per_s) if settings.network_bytes_per_s else None
+        pace = Pace(own_bound(settings)) if settings.network_bytes_per_s else None
         connect = transport_factory or (lambda found: Transport(found, rng=rng, pace=pace))
         async with (
             connect(credentials) as connection,

@@ -1,4 +1,5 @@
-"""Data that the grid wants this PC to hold, within what its owner lends for that: fetched in the background, and not evicted while it is wanted.
+"""Data that the grid wants this PC to hold, within what its owner lends for that: fetched in the background, and not evicted while it is wanted. What
+is in the cache is checked again in the background, one file after the other.
 
 The server says with each call what is to be held, all of it; so a restarted worker need not remember anything. Nothing is fetched while the
 owner's rules forbid work.
@@ -9,21 +10,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import structlog
 
+from deskgrid.client.download import sha256_of
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import BadImage, DeskgridError, NotFound
 from deskgrid.model.ids import Sha256
 from deskgrid.model.placement import Keep
 from deskgrid.worker.kit import Kit
-from deskgrid.worker.tasks import wait_for_event
+from deskgrid.worker.tasks import in_thread, wait_for_event
 from deskgrid.worker.transfer import Transfer
 
 __all__ = ["Keeper"]
 
 _log = structlog.get_logger()
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
+_CHECK_S = 600.0
+"""Between the checks of two files in the cache."""
 
 
 class Keeper:
@@ -93,6 +98,39 @@ class Keeper:
             if content not in here and self._again_at.get(content, 0.0) <= now:
                 return one
         return None
+
+    async def check(self) -> None:
+        """Check the files in the cache by their sha256, the one that was checked longest ago first, until cancelled. What is damaged goes."""
+        checked: dict[Path, float] = {}
+        while True:
+            await self._kit.clock.sleep(_CHECK_S)
+            files = dict(self._kit.cache.files())
+            checked = {path: at for path, at in checked.items() if path in files}
+            if self._kit.owner.paused or not files:
+                continue
+            path = min(files, key=lambda one: checked.get(one, 0.0))
+            checked[path] = self._kit.clock.monotonic()
+            try:
+                is_right = await in_thread(sha256_of, path) == files[path]
+            except FileNotFoundError:  # evicted meanwhile
+                continue
+            except OSError as error:
+                _log.error("cache_not_readable", file=path.name, error=str(error))
+                is_right = False
+            if not is_right and path in dict(self._kit.cache.files()) and self._remove_damaged(path, files[path]):
+                _log.error("damaged_in_cache", file=path.name)
+                self._kit.changed()
+                self._news.set()
+
+    def _remove_damaged(self, path: Path, content: Sha256) -> bool:
+        """Remove a file unless an attempt uses it; that it is to be held here is no reason to keep a damaged one."""
+        if (release := self._held.pop(content, None)) is not None:
+            release()
+        try:
+            return self._kit.cache.remove_damaged(path)
+        finally:
+            if release is not None:
+                self._held[content] = self._kit.cache.hold(content)
 
     async def _fetch(self, one: Keep) -> None:
         transfer = Transfer(self._kit, one.protocol)

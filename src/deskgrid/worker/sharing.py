@@ -35,7 +35,7 @@ from deskgrid.swarm.fetch import Identity, Swarm
 from deskgrid.worker.connection import Connection
 from deskgrid.worker.tasks import in_thread, wait_for_event
 
-__all__ = ["Sharing"]
+__all__ = ["Sharing", "engine_bounds", "own_bound"]
 
 _log = structlog.get_logger()
 
@@ -145,10 +145,8 @@ class Sharing:
     def obey(self) -> None:
         """Do what the owner wants now: nothing goes to or from others while the worker is paused."""
         if self._engine is not None:
-            network = self._settings.network_bytes_per_s
-            bounds = [bound for bound in (network, self._settings.share_bytes_per_s) if bound]
             with contextlib.suppress(Unreachable):
-                self._engine.tell(Limit(min(bounds, default=0), network, self._paused()))
+                self._engine.tell(Limit(*engine_bounds(self._settings), self._paused()))
 
     # ---- giving
 
@@ -221,6 +219,18 @@ class Sharing:
         self._due.clear()
         if engine is not None:
             await engine.close()
+
+
+def engine_bounds(settings: WorkerSettings) -> tuple[int, int]:
+    """Return the bytes that may go to other workers and come from them in a second; 0: no bound."""
+    quarter = settings.network_bytes_per_s // 4
+    bounds = [bound for bound in (quarter, settings.share_bytes_per_s) if bound]
+    return min(bounds, default=0), quarter
+
+
+def own_bound(settings: WorkerSettings) -> int:
+    """Return what of the owner's bound on the network is for all else: with sharing half of it, for BitTorrent counts for itself. 0: no bound."""
+    return settings.network_bytes_per_s // 2 if settings.share else settings.network_bytes_per_s
 
 
 async def _has(file: Path, sha256: Sha256) -> bool:

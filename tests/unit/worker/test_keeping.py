@@ -124,3 +124,40 @@ async def test_what_does_not_fit_is_not_held_and_costs_no_disk(rig: Rig):
         await rig.pc.machine.finish(0)
         await rig.ended(attempt)
         assert not rig.server.syncs[-1].held and rig.cached_disk().exists()
+
+
+async def test_what_rots_in_the_cache_is_found_and_fetched_again(rig: Rig):
+    rig.server.blobs[blob_of(FILE).sha256] = FILE
+    rig.server.keep = [file_keep()]
+    async with rig.working():
+        await rig.until(lambda: rig.server.syncs and rig.server.syncs[-1].held)
+        file = rig.home.cache / "shared" / blob_of(FILE).sha256
+        file.chmod(0o600)
+        file.write_bytes(b"x" * len(FILE))
+        file.chmod(0o444)
+        await rig.until(lambda: rig.server.downloads.count(blob_of(FILE).sha256) == 2, step_s=5.0)
+        await rig.until(lambda: file.exists() and file.read_bytes() == FILE, step_s=5.0)
+
+
+async def test_a_damaged_disk_that_is_to_be_held_is_fetched_again(rig: Rig):
+    rig.server.keep = [disk_keep()]
+    async with rig.working():
+        await rig.until(lambda: rig.server.syncs and rig.server.syncs[-1].cached)
+        disk = rig.cached_disk()
+        disk.chmod(0o600)
+        disk.write_bytes(b"x" * len(DISK))
+        disk.chmod(0o444)
+        await rig.until(lambda: disk.exists() and disk.read_bytes() == DISK, step_s=5.0)
+
+
+async def test_a_damaged_disk_is_not_taken_from_under_a_job(rig: Rig):
+    async with rig.working() as agent:
+        attempt = await rig.running()
+        disk = rig.cached_disk()
+        disk.chmod(0o600)
+        disk.write_bytes(b"x" * len(DISK))
+        disk.chmod(0o444)
+        assert not agent._cache.remove_damaged(disk)
+        await rig.pc.machine.finish(0)
+        await rig.ended(attempt)
+        await rig.until(lambda: not disk.exists(), step_s=5.0)

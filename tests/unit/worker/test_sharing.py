@@ -32,7 +32,7 @@ from deskgrid.settings import WorkerSettings
 from deskgrid.swarm.cache import Cache
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 from deskgrid.units import GIB, MIB
-from deskgrid.worker.sharing import Sharing
+from deskgrid.worker.sharing import Sharing, engine_bounds, own_bound
 
 SIZE = 24 * MIB + 12345
 
@@ -269,6 +269,16 @@ async def test_a_user_fetches_data_from_workers_that_have_it(grid: TestGrid, tmp
         assert is_whole(tmp_path / "got", blob)
         assert read_bytes < blob.size_bytes // 2
         assert [path.name for path in tmp_path.glob(".got*")] == []
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share_bytes_per_s", [0, 10, 10_000])
+def test_the_owners_bound_on_the_network_holds_for_all_together(share: bool, share_bytes_per_s: int) -> None:
+    settings = WorkerSettings(share=share, network_bytes_per_s=1000, share_bytes_per_s=share_bytes_per_s)
+    up, down = engine_bounds(settings) if share else (0, 0)
+    assert own_bound(settings) + up + down <= 1000
+    assert not share or (0 < up <= (share_bytes_per_s or 1000) and down > 0)
+    assert engine_bounds(WorkerSettings(share=True)) == (0, 0) and own_bound(WorkerSettings(share=True)) == 0
 
 
 class Liar:
