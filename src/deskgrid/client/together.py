@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from deskgrid.client.download import sha256_of
 from deskgrid.client.transport import Transport
 from deskgrid.clock import SystemClock
-from deskgrid.core.torrents import torrent_name
+from deskgrid.core.torrents import LEAST_BYTES, torrent_name
 from deskgrid.errors import DeskgridError
 from deskgrid.machines.sandbox import Confinement, confined_command, python_command, python_folders
 from deskgrid.model import wire
@@ -27,12 +27,8 @@ from deskgrid.model.data import Blob
 from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.swarm.engine import Engine
 from deskgrid.swarm.fetch import Identity, Swarm
-from deskgrid.units import MIB
 
-__all__ = ["LEAST_BYTES", "can_share", "engine_command", "fetch_together", "make_identity"]
-
-LEAST_BYTES = 4 * MIB
-"""Smaller blobs come from the server: by the time that others are found, they are there."""
+__all__ = ["can_share", "engine_command", "fetch_together", "make_identity"]
 
 
 async def fetch_together(transport: Transport, blob: Blob, file: Path, progress: Callable[[int], None]) -> bool:

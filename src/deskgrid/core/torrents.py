@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
 
-__all__ = ["HASH_BYTES", "PieceHasher", "bencoded", "piece_bytes", "piece_count", "torrent_name", "torrent_of"]
+__all__ = ["HASH_BYTES", "LEAST_BYTES", "PieceHasher", "bencoded", "piece_bytes", "piece_count", "torrent_name", "torrent_of"]
 
 HASH_BYTES = 32
+LEAST_BYTES = 4 << 20
+"""Smaller blobs have no torrent: by the time that others are found, they have come from the server."""
 _BLOCK_BYTES = 1 << 14
 _LEAST_PIECE_BYTES = 1 << 18
 _MOST_PIECE_BYTES = 1 << 24

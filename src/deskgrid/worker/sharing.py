@@ -19,9 +19,9 @@ from pathlib import Path
 import structlog
 
 from deskgrid.client.download import sha256_of
-from deskgrid.client.together import LEAST_BYTES, can_share, engine_command, make_identity
+from deskgrid.client.together import can_share, engine_command, make_identity
 from deskgrid.clock import Clock
-from deskgrid.core.torrents import torrent_name
+from deskgrid.core.torrents import LEAST_BYTES, torrent_name
 from deskgrid.errors import DeskgridError, NotFound, ProtocolError, Unreachable
 from deskgrid.model import wire
 from deskgrid.model.data import Blob

@@ -13,7 +13,7 @@ import msgspec
 import sqlalchemy as sa
 from msgspec import Struct
 
-from deskgrid.core.torrents import piece_count
+from deskgrid.core.torrents import LEAST_BYTES, piece_count
 from deskgrid.core.transfer import (
     LONGEST_LIFETIME_S,
     Member,
@@ -35,10 +35,8 @@ from deskgrid.server.store.data import may_read_blob
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import blob, data, swarm_member, torrent
 
-__all__ = ["LEAST_BYTES", "Taken", "fetched_now", "forget_member", "forget_members", "keep_layer", "take_turn", "without_torrent"]
+__all__ = ["Taken", "fetched_now", "forget_member", "forget_members", "keep_layer", "take_turn", "without_torrent"]
 
-LEAST_BYTES = 4 << 20
-"""Smaller blobs are fetched from the server: by the time that others are found, they are there."""
 _FORGET_S = 7 * 86400.0
 """A worker that has a blob may come back to its swarm for so long, without a job that needs it."""
 
