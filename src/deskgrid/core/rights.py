@@ -57,6 +57,7 @@ class Kind(StrEnum):
     UPLOAD = "upload"
     BLOB = "blob"
     DATA = "data"
+    PLACEMENT = "placement"
     APP = "app"
     JOB = "job"
     ARRAY = "array"
@@ -165,9 +166,9 @@ RULES: dict[str, Rule] = {
     "begin_upload": _rule(Kind.UPLOAD, "user job worker", "data jobs"),
     "upload_bytes": _rule(Kind.UPLOAD, "owner job worker", "data jobs"),
     "get_blob": _rule(Kind.BLOB, "owner member public admin job lease", "data:read jobs:read"),
-    "place_data": _rule(Kind.DATA, "user", "data", tells="pattern"),
-    "list_placements": _rule(Kind.DATA, "user", "data:read"),
-    "remove_placement": _rule(Kind.DATA, "user", "data", changes=True),
+    "place_data": _rule(Kind.PLACEMENT, "user", "data", tells="pattern"),
+    "list_placements": _rule(Kind.PLACEMENT, "user", "data:read"),
+    "remove_placement": _rule(Kind.PLACEMENT, "owner", "data", changes=True),
     "list_holders": _rule(Kind.DATA, "owner admin", "data:read"),
     "take_turn": _rule(Kind.BLOB, "owner member public admin job lease", "data:read jobs:read"),
     "register_data": _rule(Kind.DATA, "user job", "data", tells="name kind visibility group"),

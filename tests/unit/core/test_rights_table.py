@@ -107,7 +107,7 @@ def test_what_the_audit_log_tells_is_in_the_message_and_no_secret(name: str):
 
 def test_what_persons_change_is_audited():
     people = {Role.USER, Role.ADMIN, Role.JOB}
-    pieces = {"begin_upload", "upload_bytes", "register_peer", "remove_peer", "ask_grant"}
+    pieces = {"begin_upload", "upload_bytes", "take_turn", "register_peer", "remove_peer", "ask_grant"}
     for name, route in wire.ROUTES.items():
         changes = route.method is not wire.Method.GET and (ROLES[name] & people or Who.ANYBODY in RULES[name].who)
         assert RULES[name].audited == (bool(changes) and name not in pieces), name

@@ -570,6 +570,7 @@ def test_job_may_call_exactly_these():
         "who",
         "status",
         "begin_upload",
+        "take_turn",
         "upload_bytes",
         "get_blob",
         "register_data",

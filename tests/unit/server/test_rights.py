@@ -26,6 +26,7 @@ from deskgrid.model.ids import AttemptId, Sha256
 from deskgrid.model.jobs import AttemptState, JobSpec, Machine
 from deskgrid.model.machines import Network
 from deskgrid.model.overlay import API_SERVICE, Reach, parse_service
+from deskgrid.model.placement import Attributes
 from deskgrid.model.users import Role
 from deskgrid.model.workers import AttemptReport
 from deskgrid.testing.grids import PlayedJob, TestGrid, play_job, played_sync, running_grid
@@ -121,6 +122,7 @@ class Things:
         self._known: dict[tuple[Kind, str], dict[str, object]] = {}
         self._makers: dict[Kind, Callable[[str], Awaitable[dict[str, object]]]] = {
             Kind.DATA: self._data,
+            Kind.PLACEMENT: self._placement,
             Kind.APP: self._app,
             Kind.JOB: self._job,
             Kind.ARRAY: self._array,
@@ -159,6 +161,10 @@ class Things:
 
     async def _data(self, variant: str) -> dict[str, object]:
         return {"reference": (await self._put(variant)).name, "endorser": "user:ann"}
+
+    async def _placement(self, _variant: str) -> dict[str, object]:
+        request = wire.PlaceData(pattern=f"none-{next(_NUMBER)}", attributes=Attributes(replicas=1))
+        return {"placement": (await self.cast.ann.call(wire.PLACE_DATA, request)).id}
 
     async def _app(self, variant: str) -> dict[str, object]:
         visibility, name = Visibility(variant), f"app-{next(_NUMBER)}"
@@ -392,6 +398,7 @@ _NO_PATH: dict[str, object] = {
     "group": "none",
     "reference": "none",
     "endorser": "none",
+    "placement": 999_999,
     "sha256": "0" * 64,
 }
 

@@ -71,13 +71,14 @@ def keep_layer(tx: Transaction, of: Blob, layer: bytes) -> None:
 
 def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, public: str, rng: Random) -> Taken:
     """Note what a worker says of a blob, and tell it what to do. `public` is where it calls from. Raise NotFound if the blob is not for it."""
+    size = tx.value(sa.select(blob.c.size_bytes).where(blob.c.sha256 == sha256, blob.c.removing.is_(False)))
+    # A worker that took part once has seen its bytes, and may give them to others when its job has ended.
+    took_part = sa.select(swarm_member.c.member).where(swarm_member.c.sha256 == sha256, swarm_member.c.member == caller.principal)
+    if size is None or not (may_read_blob(tx, caller, sha256) or tx.row(took_part) is not None):
+        raise NotFound(f"there is no blob {sha256[:12]} for you")
     member = _name_of(caller, turn)
     mine = (swarm_member.c.sha256 == sha256, swarm_member.c.member == member)
-    own = tx.row(sa.select(swarm_member).where(*mine))
-    size = tx.value(sa.select(blob.c.size_bytes).where(blob.c.sha256 == sha256, blob.c.removing.is_(False)))
-    # Who took part once has seen its bytes, and may give them to others when its job has ended.
-    if size is None or not (own is not None or may_read_blob(tx, caller, sha256)):
-        raise NotFound(f"there is no blob {sha256[:12]} for you")
+    own = tx.row(sa.select(swarm_member.c.member).where(*mine))
     of = Blob(sha256=sha256, size_bytes=size)
     count = piece_count(size)
     layer = tx.value(sa.select(torrent.c.layer).where(torrent.c.sha256 == sha256).with_for_update())
