@@ -222,9 +222,11 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         of_live, of_lost = query.where(IS_LIVE), query.where(attempt.c.state == "lost")  # an index for each
         of_placed = sa.select(data.c.id).join(holding).where(holding.c.worker_id == caller.worker_id)
         placed = of_placed.where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256)).limit(1)
-        ahead = sa.select(copy.c.content).join(submission, submission.c.disk_sha256 == copy.c.content)
-        told = ahead.where(copy.c.worker_id == caller.worker_id, _boots(sha256)).limit(1)
-        return any(tx.row(found) is not None for found in (of_live, of_lost, placed, told))
+        told = sa.exists().where(copy.c.content == submission.c.disk_sha256, copy.c.worker_id == caller.worker_id)
+        ahead = sa.select(submission.c.id).where(submission.c.disk_blob == sha256, told).limit(1)
+        mine = sa.exists().where(copy.c.content == data.c.disk_sha256, copy.c.worker_id == caller.worker_id)
+        delta = sa.select(data.c.id).where(data.c.delta_sha256 == sha256, mine).limit(1)
+        return any(tx.row(found) is not None for found in (of_live, of_lost, placed, ahead, delta))
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
     named = sa.select(data.c.id).where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256), _visible(tx, caller))
@@ -242,13 +244,8 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
 def _needs(sha256: str) -> sa.ColumnElement[bool]:
     """Tell whether a worker needs a blob for a job of a submission."""
     program = sa.exists().where(app_file.c.app_id == submission.c.app_id, app_file.c.sha256 == sha256)
-    return sa.or_(_boots(sha256), submission.c.context == sha256, program)
-
-
-def _boots(sha256: str) -> sa.ColumnElement[bool]:
-    """Tell whether a blob is the disk of a submission, or makes it from an older one."""
-    delta = sa.exists().where(data.c.sha256 == submission.c.disk_blob, data.c.delta_sha256 == sha256)
-    return sa.or_(submission.c.disk_blob == sha256, delta)
+    of_disk = sa.exists().where(data.c.sha256 == submission.c.disk_blob, data.c.delta_sha256 == sha256)
+    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program, of_disk)
 
 
 # Removing

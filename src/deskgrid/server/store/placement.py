@@ -27,7 +27,19 @@ from deskgrid.server.store import data as store_data
 from deskgrid.server.store.accounts import Caller, groups_of
 from deskgrid.server.store.data import VERSION
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import account, copy, data, holding, job, placement, queue, requirement, submission, worker
+from deskgrid.server.store.schema import (
+    IS_UNSTARTED,
+    account,
+    copy,
+    data,
+    holding,
+    job,
+    placement,
+    queue,
+    requirement,
+    submission,
+    worker,
+)
 from deskgrid.server.store.submissions import SubmissionState
 
 __all__ = [
@@ -395,11 +407,10 @@ _DEMAND = "disks that jobs wait for"
 
 
 def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
-    waiting = queue.c.blocked + queue.c.waiting
     rows = tx.rows(
-        sa.select(queue, requirement.c.key, submission.c.disk, waiting.label("jobs"))
-        .select_from(queue.join(requirement).join(submission, submission.c.queue_id == queue.c.id))
-        .where(waiting > 0, submission.c.disk.is_not(None))
+        sa.select(queue, requirement.c.key, submission.c.disk, (queue.c.blocked + queue.c.waiting).label("jobs"))
+        .select_from(queue.join(requirement).join(submission, submission.c.id == queue.c.array_id))
+        .where(IS_UNSTARTED, submission.c.disk.is_not(None))
         .limit(_MOST_QUEUES)
     )
     found: dict[Sha256, _Demand] = {}

@@ -26,6 +26,7 @@ from deskgrid.server.store.statement import constant
 
 __all__ = [
     "IS_LIVE",
+    "IS_UNSTARTED",
     "WITHOUT_SECRETS",
     "account",
     "app",
@@ -308,6 +309,10 @@ queue = _numbered(
 once. The counts are of its jobs by state and change in the same transaction as they."""
 _on_board = sa.and_(queue.c.open.is_(True), queue.c.waiting > 0)
 Index("ix_queue_waiting", queue.c.id, sqlite_where=_on_board, postgresql_where=_on_board)
+_none: sa.ColumnElement[int] = sa.literal_column("0", sa.BigInteger())
+IS_UNSTARTED = sa.or_(queue.c.blocked > _none, queue.c.waiting > _none)
+"""Whether jobs of a queue have not started yet."""
+Index("ix_queue_unstarted", queue.c.id, sqlite_where=IS_UNSTARTED, postgresql_where=IS_UNSTARTED)
 Index("ix_queue_owner", queue.c.owner_id)
 Index("ix_queue_array", queue.c.array_id)
 

@@ -65,3 +65,5 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("content", "worker_id", name=op.f("pk_copy")),
     )
     op.create_index(op.f("ix_copy_worker_id"), "copy", ["worker_id"], unique=False)
+    unstarted = sa.text("blocked > 0 OR waiting > 0")
+    op.create_index("ix_queue_unstarted", "queue", ["id"], unique=False, sqlite_where=unstarted, postgresql_where=unstarted)
