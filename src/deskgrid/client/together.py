@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import secrets
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ __all__ = ["can_share", "engine_command", "fetch_together", "make_identity"]
 async def fetch_together(transport: Transport, blob: Blob, file: Path, progress: Callable[[int], None]) -> bool:
     """Fetch a blob from workers and the server, verified; return False, with nothing left, if it must be fetched from the server alone.
 
-    Nobody connects to this PC for it: it connects to workers. What it has while it fetches it gives to them.
+    What has come stays beside the file, in a folder FILE.d, if this is interrupted, and is gone on with. Nobody connects to this PC for it: it connects to workers. What it has while it fetches it gives to them.
     """
     if blob.size_bytes < LEAST_BYTES or not can_share():
         return False
@@ -44,20 +44,22 @@ async def fetch_together(transport: Transport, blob: Blob, file: Path, progress:
         mine = msgspec.structs.replace(turn, member=member, port=0)
         return await transport.call(wire.TAKE_TURN, mine, path={"sha256": blob.sha256})
 
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name[:40]}.") as folder:
-        part = Path(folder) / "blob"
-        engine = Engine(engine_command(Path(folder)), folder)
-        swarm = Swarm(blob, torrent_name(blob.sha256), engine, make_identity(), take_turn, transport.read, SystemClock())
-        try:
-            await engine.start()
-            if not await swarm.fetch("blob", progress) or not await swarm.is_written(partial(_has, part, blob.sha256)):
-                return False
-        except (DeskgridError, OSError):
-            return False
-        finally:
-            await engine.close()
+    folder = file.with_name(f"{file.name}.d")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    part = folder / blob.sha256
+    engine = Engine(engine_command(folder), str(folder))
+    swarm = Swarm(blob, torrent_name(blob.sha256), engine, make_identity(), take_turn, transport.read, SystemClock())
+    try:
+        await engine.start()
+        is_right = await swarm.fetch(part.name, progress) and await swarm.is_written(partial(_has, part, blob.sha256))
+    except (DeskgridError, OSError):
+        is_right = False
+    finally:
+        await engine.close()
+    if is_right:
         part.replace(file)
-    return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return is_right
 
 
 async def _has(file: Path, sha256: str) -> bool:

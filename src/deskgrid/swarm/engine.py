@@ -26,6 +26,7 @@ _HEAD = struct.Struct(">I")
 _MOST_BYTES = 1 << 22
 """Of an event: more the child never says, unless somebody else speaks for it."""
 _START_S = 60.0
+_DO_S = 30.0
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"} if os.name == "posix" else None
 
 
@@ -123,11 +124,15 @@ class Engine:
         return self._changed
 
     async def do(self, command: Flush | Rename) -> bool:
-        """Let something be done to a torrent's file, while it is shared; return whether it was. Raise Unreachable."""
+        """Let something be done to a torrent's file, while it is shared; return whether it was, in time. Raise Unreachable."""
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._doing[command.name] = done
         self.tell(command)
-        return await done
+        try:
+            async with asyncio.timeout(_DO_S):
+                return await done
+        except TimeoutError:
+            return False
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         decoder = msgspec.msgpack.Decoder(Event)

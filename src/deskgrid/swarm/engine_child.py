@@ -93,11 +93,13 @@ class _Child:
                 self._tell()
 
     def _obey(self) -> None:
-        """Do what is said, until who says it is gone."""
-        while (command := self._read()) is not None:
-            with self._lock:
-                self._do(command)
-        os._exit(0)
+        """Do what is said, until who says it is gone, or asks for what cannot be done: a process that hears nobody any more must not stay."""
+        try:
+            while (command := self._read()) is not None:
+                with self._lock:
+                    self._do(command)
+        finally:
+            os._exit(0)
 
     def _read(self) -> Command | None:
         head = _exactly(_HEAD.size)

@@ -42,7 +42,6 @@ _CHECKED_S = 3.0
 """In which the engine has checked a piece that it was given."""
 _RENEW_PART = 0.5
 """Of its lifetime, after which a certificate is renewed."""
-_FLUSH_S = 10.0
 _WRITTEN_AFTER_S = (0.2, 0.5, 1.0, 2.0, 0.0)
 _PATIENCE_S = 120.0
 """In which nothing at all came, from nobody, after which it is given up."""
@@ -98,9 +97,10 @@ class Swarm:
         """
         if not await self._enter(file, complete=False):
             return False
-        await self._until_checked()
-        tasks = [asyncio.create_task(work()) for work in (self._keep_turning, *([self._feed] * _FEEDERS))]
+        tasks: list[asyncio.Task[None]] = []
         try:
+            await self._until_checked()
+            tasks += [asyncio.create_task(work()) for work in (self._keep_turning, *([self._feed] * _FEEDERS))]
             while self._have() != self._whole:
                 changed = self._engine.changed
                 self._note(self._engine.state(self.name), progress)
@@ -124,9 +124,7 @@ class Swarm:
         """Let all that was fetched be written to the file, and return whether that is right; what is not is asked for some times, for the last
         pieces may still be on their way to the file. Raise Unreachable if the engine is gone."""
         for pause_s in _WRITTEN_AFTER_S:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_FLUSH_S):
-                    await self._engine.do(Flush(self.name))
+            await self._engine.do(Flush(self.name))
             if await is_right():
                 return True
             await self._clock.sleep(pause_s)

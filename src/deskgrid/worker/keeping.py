@@ -51,6 +51,9 @@ class Keeper:
         what is in `remove` unless an attempt uses it."""
         kept = {one.content: one for one in keep}
         self._wanted = {**{one.content: one for one in fetch}, **kept}
+        for noted in (self._failures, self._again_at):
+            for content in noted.keys() - self._wanted.keys():
+                del noted[content]
         held = kept.keys() | set(guard)
         for content in self._held.keys() - held:
             self._held.pop(content)()
@@ -85,6 +88,7 @@ class Keeper:
             finally:
                 self._fetching = None
                 task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
             if not task.cancelled():
                 task.result()
 

@@ -61,8 +61,6 @@ class Sharing:
         self._fetching: set[Sha256] = set()
         self._wanted: frozenset[Sha256] = frozenset()
         self._wanted_at = 0.0
-        self.server_bytes = 0
-        """That came from the server, of blobs that were fetched together."""
         self._news = asyncio.Event()
         cache.dropped = self._dropped
 
@@ -98,7 +96,6 @@ class Sharing:
             if not await swarm.fetch(part.name, progress):
                 return None
             if not await swarm.is_written(partial(_has, part, blob.sha256)):
-                swarm.leave()
                 raise ProtocolError("what came from others is something else, though each piece was what the torrent says")
             await in_thread(_sync, part)
             if not (self._cache.room_for_others() and await engine.do(Rename(swarm.name, blob.sha256))):
@@ -109,8 +106,10 @@ class Sharing:
             self._news.set()
             _log.info("fetched_from_others", blob=blob.sha256, size_bytes=blob.size_bytes, of_server_bytes=swarm.server_bytes)
             return self._cache.shared_file(blob.sha256)
+        except BaseException:
+            swarm.leave()
+            raise
         finally:
-            self.server_bytes += swarm.server_bytes
             self._fetching.discard(blob.sha256)
 
     def _swarm(self, engine: Engine, blob: Blob) -> Swarm:

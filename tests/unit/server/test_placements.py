@@ -21,8 +21,10 @@ from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import JobSpec, Machine
 from deskgrid.model.machines import DiskFormat
 from deskgrid.model.placement import ALL, Attributes, CopyState, Holder
+from deskgrid.model.swarm import Turn
 from deskgrid.server.chores import do_chores
 from deskgrid.server.store.placement import GONE_S
+from deskgrid.server.torrents import make_torrents
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 from deskgrid.units import GIB
 
@@ -241,12 +243,31 @@ async def test_placed_and_removed_are_told_as_they_happen(play: Play) -> None:
 
 async def test_what_others_fetch_is_to_be_given_to_them(play: Play) -> None:
     # See tests/unit/worker/test_sharing.py for the bytes themselves.
-    user, first = await play.user(), await play.pc()
-    data = await play.put(user, "events")
-    await user.place("events", Attributes(replicas=1))
+    user, first, second = await play.user(), await play.pc(), await play.pc()
+    file = play._folder / "large"
+    file.write_bytes(bytes(5 << 20))
+    data = await user.put(file, "large")
+    assert await make_torrents(play.grid.services) == 1
+    await user.place("large", Attributes(replicas=2))
     await first.obey()
     assert (await first.sync()).share == ()
-    assert data.blob.sha256 in first.held
+    await second.sync()
+    path: dict[str, object] = {"sha256": data.blob.sha256}
+    await second.transport.call(wire.TAKE_TURN, Turn(port=7000), path=path)
+    await play.later()
+    assert (await first.sync()).share == (data.blob.sha256,)
+    await second.transport.call(wire.TAKE_TURN, Turn(port=7000, have=b"\xff" * 9), path=path)
+    await play.later()
+    assert (await first.sync()).share == ()
+
+
+async def test_of_what_no_torrent_is_made_nobody_waits_for_one(play: Play) -> None:
+    user, pc = await play.user(), await play.pc()
+    data = await play.put(user, "small")
+    await user.place("small", Attributes(replicas=1))
+    await pc.sync()
+    with pytest.raises(NotFound, match="torrent"):
+        await pc.transport.call(wire.TAKE_TURN, Turn(torrent=True), path={"sha256": data.blob.sha256})
 
 
 @pytest.mark.parametrize(

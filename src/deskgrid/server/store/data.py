@@ -69,6 +69,7 @@ __all__ = [
     "set_remote",
     "stored_size",
     "upload_of",
+    "versions_of",
 ]
 
 REGISTERED = "data"
@@ -418,6 +419,11 @@ def list_data(tx: Transaction, caller: Caller, kind: str | None) -> tuple[Data, 
     if kind is not None:
         query = query.where(data.c.kind == kind)
     return tuple(_data(row) for row in tx.rows(query))
+
+
+def versions_of(tx: Transaction, owner_id: int) -> list[Data]:
+    """Return all data of a user, the oldest first."""
+    return [_data(row) for row in tx.rows(_with_owner().where(data.c.owner_id == owner_id).order_by(data.c.id))]
 
 
 def remove_data(tx: Transaction, caller: Caller, reference: str) -> None:

@@ -220,10 +220,7 @@ def _read_placed(tx: Transaction) -> list[_Placed]:
         by_owner.setdefault(row.owner_id, []).append(row)
     placed = []
     for owner_id, own in by_owner.items():
-        versions = [
-            store_data._data(row)
-            for row in tx.rows(store_data._with_owner().where(data.c.owner_id == owner_id).order_by(data.c.id))
-        ]
+        versions = store_data.versions_of(tx, owner_id)
         newest = {one.name: one for one in versions}
         groups = groups_of(tx, UserId(owner_id))
         taken: set[DataId] = set()
@@ -391,7 +388,7 @@ def _take_place(tx: Transaction, worker_id: WorkerId, one: Wanted) -> bool:
 class _Demand(Struct, frozen=True):
     """A disk that the jobs of arrays wait for."""
 
-    queues: tuple[Queue, ...]
+    queues: tuple[tuple[Queue, Person], ...]
     keep: Keep
 
 
@@ -414,6 +411,7 @@ def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
         .limit(_MOST_QUEUES)
     )
     found: dict[Sha256, _Demand] = {}
+    people = {owner_id: _person(tx, owner_id) for owner_id in {UserId(row.owner_id) for row in rows}}
     for row in rows:
         ref = msgspec.json.decode(row.disk, type=DataRef)
         if ref.disk is None:
@@ -423,7 +421,7 @@ def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
         one = Queue(id=row.id, class_id=row.class_id, owner_id=UserId(row.owner_id), requirement=wanted, waiting=row.jobs)
         before = found.get(content)
         keep = Keep(data_id=DataId(0), content=content, name=content[:12], ref=ref)
-        found[content] = _Demand((*(before.queues if before is not None else ()), one), keep)
+        found[content] = _Demand((*(before.queues if before is not None else ()), (one, people[one.owner_id])), keep)
     return found
 
 
@@ -435,16 +433,18 @@ def _fetched_ahead(tx: Transaction, host: Host, ask: Ask, demand: dict[Sha256, _
     found: list[Keep] = []
     for content, one in demand.items():
         ref = one.keep.ref
-        if content in host.has or ref.disk is None or ref.disk.size_bytes > host.lends_bytes or len(found) >= _MOST_AHEAD:
+        if len(found) >= _MOST_AHEAD:
+            break
+        if content in host.has or ref.disk is None or ref.disk.size_bytes > host.lends_bytes:
             continue
-        jobs = sum(each.waiting for each in one.queues if suits(ask, each, _person(tx, each.owner_id)))
+        jobs = sum(each.waiting for each, person in one.queues if suits(ask, each, person))
         if not jobs:
             continue
         mine = (copy.c.content == content, copy.c.worker_id == host.worker_id)
         told = tx.row(sa.select(copy.c.since).where(*mine))
         if told is None:
             tx.run(sa.delete(copy).where(copy.c.content == content, copy.c.there.is_(False), copy.c.since <= tx.now - ORDER_S))
-            if int(tx.value(sa.select(sa.func.count()).select_from(copy).where(copy.c.content == content))) >= jobs:
+            if len(tx.rows(_others_with(tx, host, content).limit(jobs))) >= jobs:
                 continue
             tx.run(sa.insert(copy).values(content=content, worker_id=host.worker_id, since=tx.now, there=False))
         found.append(one.keep)
@@ -461,13 +461,16 @@ def _person(tx: Transaction, user_id: UserId) -> Person:
 
 def _guarded(tx: Transaction, host: Host, wanted: Iterable[Sha256]) -> tuple[Sha256, ...]:
     """Return what a worker has that is wanted and that no other has who was heard of lately."""
-    found = []
-    for content in sorted(wanted):
-        others = sa.select(copy.c.worker_id).join(worker).where(copy.c.content == content, copy.c.there.is_(True))
-        lately = (copy.c.worker_id != host.worker_id, worker.c.left_at.is_(None), worker.c.seen_at > tx.now - GONE_S)
-        if tx.row(others.where(*lately).limit(1)) is None:
-            found.append(content)
-    return tuple(found)
+    if not host.lends_bytes:
+        return ()
+    there = copy.c.there.is_(True)
+    return tuple(one for one in sorted(wanted) if tx.row(_others_with(tx, host, one).where(there).limit(1)) is None)
+
+
+def _others_with(tx: Transaction, host: Host, content: Sha256) -> sa.Select[tuple[int]]:
+    """Return a query for the other workers, heard of lately, that have a content or were told to fetch it."""
+    lately = (worker.c.left_at.is_(None), worker.c.seen_at > tx.now - GONE_S)
+    return sa.select(copy.c.worker_id).join(worker).where(copy.c.content == content, copy.c.worker_id != host.worker_id, *lately)
 
 
 # What workers have

@@ -82,7 +82,9 @@ def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, pu
     of = Blob(sha256=sha256, size_bytes=size)
     count = piece_count(size)
     layer = tx.value(sa.select(torrent.c.layer).where(torrent.c.sha256 == sha256).with_for_update())
-    if layer is None or count < 2:
+    if layer is None:
+        if size < LEAST_BYTES or tx.row(sa.select(data.c.id).where(data.c.sha256 == sha256).limit(1)) is None:
+            raise NotFound(f"no torrent is made of {sha256[:12]}: it is too small, or no data any more")
         return Taken(TurnAnswer(ready=False), of, b"")
     if turn.leaving:
         tx.run(sa.delete(swarm_member).where(*mine))
