@@ -193,8 +193,8 @@ class Peer:
         await self._register()
 
     def connections(self) -> tuple[Connection, ...]:
-        """Return what it carries now."""
-        return tuple(one.as_seen() for one in self._carried.values())
+        """Return what it carries now: nothing that has ended, though nobody may have been told of it yet."""
+        return tuple(one.as_seen() for stream, one in self._carried.items() if not stream.is_closed)
 
     # calling
 

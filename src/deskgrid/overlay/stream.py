@@ -188,6 +188,11 @@ class Stream:
         """Return how it ended, once it has: "finished", or the reason of the reset. Both sockets are closed then."""
         return await self._ended.wait()
 
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether it has ended, and `wait_closed` returns at once."""
+        return self._ended.is_set
+
     def abort(self, reason: str = "aborted") -> None:
         """Reset both sides soon. Thread-safe, idempotent."""
         pump = self._pump

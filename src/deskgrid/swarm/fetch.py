@@ -17,7 +17,7 @@ from msgspec import Struct
 from deskgrid.clock import Clock
 from deskgrid.core.torrents import piece_bytes, piece_count
 from deskgrid.core.transfer import STUCK_S, all_pieces, pieces_of, set_from, set_to
-from deskgrid.errors import DeskgridError, NotFound, ProtocolError, Unreachable
+from deskgrid.errors import Conflict, DeskgridError, NotFound, ProtocolError, Unreachable
 from deskgrid.model.data import Blob
 from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.swarm.engine import Engine
@@ -93,7 +93,8 @@ class Swarm:
     async def fetch(self, file: str, progress: Callable[[int], None]) -> bool:
         """Fetch all pieces into a file, going on with what is in it. Return False if the server has no torrent of the blob.
 
-        Raise Unreachable if the engine is gone, or nothing comes at all; NotFound if the blob is not for this PC; DeskgridError.
+        Raise Unreachable if the engine is gone, or nothing comes at all; NotFound if the blob is not for this PC; Conflict if it will have no
+        torrent; DeskgridError.
         """
         if not await self._enter(file, complete=False):
             return False
@@ -222,7 +223,7 @@ class Swarm:
             interval_s = 1.0
             try:
                 interval_s = (await self._ask()).interval_s
-            except NotFound:
+            except (NotFound, Conflict):
                 raise
             except DeskgridError:
                 pass  # neighbours go on giving while the server is away
@@ -240,7 +241,7 @@ class Swarm:
                     await self._fetch_pieces(take)
                 else:
                     pause_s = answer.interval_s
-            except NotFound:
+            except (NotFound, Conflict):
                 raise
             except DeskgridError as error:
                 _log.debug("feed_failed", blob=self.blob.sha256, error=str(error))
@@ -285,7 +286,7 @@ class Swarm:
         return await self._enter(file, complete=True)
 
     async def keep_sharing(self) -> float:
-        """Take a turn as one who has all; return the seconds until the next. Raise NotFound if the blob is not shared any more."""
+        """Take a turn as one who has all; return the seconds until the next. Raise NotFound or Conflict if it is not shared any more."""
         return (await self._ask()).interval_s
 
     def leave(self) -> None:

@@ -22,7 +22,7 @@ from deskgrid.client.download import sha256_of
 from deskgrid.client.together import can_share, engine_command, make_identity
 from deskgrid.clock import Clock
 from deskgrid.core.torrents import LEAST_BYTES, torrent_name
-from deskgrid.errors import DeskgridError, NotFound, ProtocolError, Unreachable
+from deskgrid.errors import Conflict, DeskgridError, NotFound, ProtocolError, Unreachable
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
@@ -192,7 +192,7 @@ class Sharing:
                 if swarm.lacking:
                     self._wanted_at = now
                 self._due[sha256] = now + (interval_s if swarm.lacking else _QUIET_INTERVAL_S)
-            except NotFound:
+            except (NotFound, Conflict):
                 self._cache.forget_shared(sha256)
                 self._dropped(sha256)
             except DeskgridError as error:

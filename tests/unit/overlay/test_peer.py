@@ -7,6 +7,7 @@ import random
 import socket
 import ssl
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -307,6 +308,20 @@ async def test_several_peers_share_an_endpoint(grid: SmallGrid, echo: Dial) -> N
     await asyncio.gather(*(peer.ready(5) for peer in called))
     for name in ("c", "b", "d"):
         assert await talk(caller, service=f"echo.{name}") is ConnectionPath.DIRECT
+
+
+async def test_stream_that_has_ended_is_no_connection_before_anybody_was_told(grid: SmallGrid, echo: Dial) -> None:
+    caller, called = await two(grid, echo)
+    local, program = await pair()
+    with program:
+        stream = await caller.connect("echo.b", local)
+        assert [one.service for one in caller.connections()] == ["echo.b"]
+        stream.abort()
+        deadline = time.monotonic() + 10
+        while not stream.is_closed and time.monotonic() < deadline:
+            time.sleep(0.001)  # the event loop stands still: it hears nothing of what its threads do
+        assert caller.connections() == ()
+    await eventually(lambda: not called.connections())
 
 
 async def test_many_connect_at_once_with_one_grant(grid: SmallGrid, echo: Dial) -> None:

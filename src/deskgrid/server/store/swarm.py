@@ -26,7 +26,7 @@ from deskgrid.core.transfer import (
     set_from,
     set_to,
 )
-from deskgrid.errors import InvalidInput, NotFound
+from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
 from deskgrid.model.swarm import Turn, TurnAnswer
@@ -70,7 +70,10 @@ def keep_layer(tx: Transaction, of: Blob, layer: bytes) -> None:
 
 
 def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, public: str, rng: Random) -> Taken:
-    """Note what a worker says of a blob, and tell it what to do. `public` is where it calls from. Raise NotFound if the blob is not for it."""
+    """Note what a worker says of a blob, and tell it what to do. `public` is where it calls from.
+
+    Raise NotFound if the blob is not for it; Conflict if it has no torrent and will have none.
+    """
     size = tx.value(sa.select(blob.c.size_bytes).where(blob.c.sha256 == sha256, blob.c.removing.is_(False)))
     # A worker that took part once has seen its bytes, and may give them to others when its job has ended.
     took_part = sa.select(swarm_member.c.member).where(swarm_member.c.sha256 == sha256, swarm_member.c.member == caller.principal)
@@ -84,7 +87,7 @@ def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, pu
     layer = tx.value(sa.select(torrent.c.layer).where(torrent.c.sha256 == sha256).with_for_update())
     if layer is None:
         if size < LEAST_BYTES or tx.row(sa.select(data.c.id).where(data.c.sha256 == sha256).limit(1)) is None:
-            raise NotFound(f"no torrent is made of {sha256[:12]}: it is too small, or no data any more")
+            raise Conflict(f"no torrent is made of {sha256[:12]}: it is too small, or no data any more")
         return Taken(TurnAnswer(ready=False), of, b"")
     if turn.leaving:
         tx.run(sa.delete(swarm_member).where(*mine))
