@@ -96,6 +96,27 @@ def test_context_script_runs_as_a_process_and_its_files_come_back(processes: Sys
     processes.nothing_left()
 
 
+def test_data_of_the_grid_is_there_as_files_that_cannot_be_written_to(processes: System):
+    (processes.folder / "events").write_text("one\ntwo\n")
+    processes.cli("data", "put", processes.folder / "events")
+    job_file = processes.folder / "count.toml"
+    job_file.write_text(
+        'command = ["/bin/sh", "-c", "cd $DESKGRID_DATA; wc -l < events.txt > /scratch/lines; ls > /scratch/names; echo x > events.txt; rm -f events.txt"]\n'
+        'data = { "events.txt" = "events@1", again = "events" }\n'
+        '[machine]\nkind = "process"\n'
+    )
+    processes.cli("run", job_file, "-o", processes.folder / "out", expect=1)
+    out = processes.folder / "out"
+    assert ((out / "lines").read_text().strip(), (out / "names").read_text()) == ("2", "again\nevents.txt\n")
+    stderr = processes.cli("job", "logs", "1", "--stderr").stdout
+    assert stderr.count("Read-only file system") == 2, stderr
+    [cached] = (processes.folder / "pc" / "cache" / "shared").iterdir()
+    assert cached.read_text() == "one\ntwo\n"
+    refused = processes.cli("job", "submit", job_file, "--data", "events.txt=nothing", expect=2)
+    assert "data.events.txt" in refused.stderr
+    processes.nothing_left()
+
+
 def test_command_that_fails_says_so(processes: System):
     job = submit(processes, spec("/bin/sh", "-c", "echo why >&2; exit 3"))
     detail = processes.wait_for(job.id, "failed")

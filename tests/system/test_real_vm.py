@@ -22,7 +22,7 @@ echo oops >&2
 test -b /dev/hda && test -b /dev/hdb && echo "disks by their names"
 df -k /scratch | tail -1
 pwd
-cat /context/data/input.txt > copied.txt
+cat /context/files/input.txt /context/data/events > copied.txt
 ln -s copied.txt link
 mkdir deep && echo x > deep/executable && chmod 750 deep/executable
 dd if=/dev/zero of=sparse bs=1 count=1 seek=50000000 2>/dev/null
@@ -44,8 +44,8 @@ def vm_job(system: System, script: str, *, name: str = "job", limits: str = "", 
     file = system.job_file(name=name, limits=limits, **{"scratch": '"8GiB"', "memory": '"256MiB"', **machine})
     context = file.parent / "context"
     (context / "context.sh").write_text(script)
-    (context / "data").mkdir()
-    (context / "data" / "input.txt").write_text("from the user\n")
+    (context / "files").mkdir()
+    (context / "files" / "input.txt").write_text("from the user\n")
     return file
 
 
@@ -55,8 +55,10 @@ def test_main_job_in_a_real_virtual_machine(vm_system: System, disk: str):
         vm_system.publish_template(tiny_template().iso, disk)
     job = vm_job(vm_system, SCRIPT, disk=f'"{disk}"')
     out = vm_system.folder / "out"
-    vm_system.cli("run", job, "-o", out)
-    assert (out / "copied.txt").read_text() == "from the user\n"
+    (vm_system.folder / "events").write_text("from the grid\n")
+    vm_system.cli("data", "put", vm_system.folder / "events")
+    vm_system.cli("run", job, "--data", "events=events@1", "-o", out)
+    assert (out / "copied.txt").read_text() == "from the user\nfrom the grid\n"
     assert os.readlink(out / "link") == "copied.txt"
     assert (out / "deep" / "executable").stat().st_mode & 0o777 == 0o750
     sparse = (out / "sparse").stat()
@@ -81,7 +83,7 @@ def test_disk_that_is_on_the_pc_already_is_booted_where_it_lies(system: System, 
     assert system.cli("worker", "disk", "add", disk, "--name", "mine", "--agent", *home).stdout == "installed:mine\n"
     before = (hashlib.sha256(disk.read_bytes()).hexdigest(), disk.stat().st_mtime_ns)
     out = system.folder / "out"
-    system.cli("run", vm_job(system, "cat /context/data/input.txt > copied.txt", disk='"installed:mine"'), "-o", out)
+    system.cli("run", vm_job(system, "cat /context/files/input.txt > copied.txt", disk='"installed:mine"'), "-o", out)
     assert (out / "copied.txt").read_text() == "from the user\n"
     assert not list((system.folder / "pc" / "cache").glob("*-*"))  # nothing was fetched
     assert (hashlib.sha256(disk.read_bytes()).hexdigest(), disk.stat().st_mtime_ns) == before

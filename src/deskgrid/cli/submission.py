@@ -60,6 +60,7 @@ class JobOptions:
     command: Annotated[tuple[str, ...] | None, _key("command")] = None
     environment: Annotated[tuple[str, ...] | None, _key("environment")] = None
     fill: Annotated[tuple[str, ...] | None, _key("fill")] = None
+    data: Annotated[tuple[str, ...] | None, _key("data")] = None
     group: Annotated[str | None, _key("group")] = None
     priority: Annotated[int | None, _key("priority")] = None
     after: Annotated[tuple[str, ...] | None, _key("after")] = None

@@ -6,6 +6,7 @@ refused with its line and what is allowed. Files with several jobs: jobfile_set.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -271,6 +272,9 @@ def _assemble(written: Mapping[str, _Written], where: Callable[[str], str], memb
         written=frozenset(written) if spec.app else frozenset(),
     )
     _check(job, written, where, members)
+    if spec.data and job.context is not None and os.path.lexists(job.context / "data"):
+        message = f"{job.context} has 'data', which is where the job finds its data"
+        raise InvalidInput(message, where=written["data"].where, hint="give it another name")
     check_files(job.secrets, job.context, written["secrets.files"].where if job.secrets else "")
     return job
 

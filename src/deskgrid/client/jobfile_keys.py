@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 N = TypeVar("N", int, float)
+T = TypeVar("T")
 _LARGEST_NUMBER = 1 << 62
 
 
@@ -161,25 +163,35 @@ def _after(value: Any) -> tuple[str, ...]:
     return tuple(read_text(item) for item in value)
 
 
-def _variables(value: Any) -> tuple[tuple[str, str], ...]:
-    """Read a table, or what several options gave: NAME=VALUE."""
+def _entries(value: Any, read: Callable[[str, Any], T], *, form: str, option: str, table: str) -> tuple[tuple[str, T], ...]:
+    """Read a table, or what several options gave: NAME=SOMETHING, as `form` says. The examples are for the hints."""
     if isinstance(value, list | tuple):
         pairs = [read_text(item).partition("=") for item in value]
         wrong = next((name for name, equals, _ in pairs if not equals), None)
         if wrong is not None:
-            raise InvalidInput(f"{shown(wrong)} is not NAME=VALUE", hint="as in SEED=7")
-        return tuple((name, text) for name, _, text in pairs)
+            raise InvalidInput(f"{shown(wrong)} is not NAME={form}", hint=f"as in {option}")
+        return tuple((name, read(name, text)) for name, _, text in pairs)
     if not isinstance(value, dict):
-        raise InvalidInput(f"{shown(value)} is not a table", hint='as in { SEED = "7" }')
-    return tuple(_variable(name, text) for name, text in value.items())
+        raise InvalidInput(f"{shown(value)} is not a table", hint=f"as in {{ {table} }}")
+    return tuple((read_text(name), read(name, text)) for name, text in value.items())
 
 
-def _variable(name: str, text: Any) -> tuple[str, str]:
+def _text_of(name: str, text: Any, hint: str) -> str:
     """Read one entry. The error's place is the entry's name, so that it can be told by its own line."""
     try:
-        return read_text(name), read_text(text)
+        return read_text(text)
     except InvalidInput as error:
-        raise InvalidInput(error.message, where=name, hint='as in SEED = "7"') from error
+        raise InvalidInput(error.message, where=name, hint=hint) from error
+
+
+def _variables(value: Any) -> tuple[tuple[str, str], ...]:
+    return _entries(value, partial(_text_of, hint='as in SEED = "7"'), form="VALUE", option="SEED=7", table='SEED = "7"')
+
+
+def _data(value: Any) -> tuple[tuple[str, str], ...]:
+    hint = 'as in "events.root" = "run-7": a name with a dot stands in quotes'
+    table = '"events.root" = "run-7"'
+    return _entries(value, partial(_text_of, hint=hint), form="DATA", option="events.root=run-7", table=table)
 
 
 def read_flag(value: Any) -> bool:
@@ -196,25 +208,14 @@ def _offers(value: Any) -> tuple[Offer, ...]:
 
 
 def _reaches(value: Any) -> tuple[Reach, ...]:
-    """Read a table, or what several options gave: NAME=SERVICE.PEER:PORT."""
-    if isinstance(value, list | tuple):
-        return tuple(_reach_option(read_text(item)) for item in value)
-    if not isinstance(value, dict):
-        raise InvalidInput(f"{shown(value)} is not a table", hint='as in { db = "db.job-41:5432" }')
-    return tuple(_reach(name, service) for name, service in value.items())
-
-
-def _reach_option(text: str) -> Reach:
-    name, equals, service = text.partition("=")
-    if not equals:
-        raise InvalidInput(f"{shown(text)} is not NAME=SERVICE.PEER:PORT", hint="as in db=db.job-41:5432")
-    return _reach(name.strip(), service)
+    form, table = "SERVICE.PEER:PORT", 'db = "db.job-41:5432"'
+    return tuple(reach for _, reach in _entries(value, _reach, form=form, option="db=db.job-41:5432", table=table))
 
 
 def _reach(name: str, service: Any) -> Reach:
     """Read one entry. The error's place is the entry's name, so that it can be told by its own line."""
     try:
-        return parse_reach(name, read_text(service))
+        return parse_reach(name.strip(), read_text(service))
     except InvalidInput as error:
         raise InvalidInput(error.message, where=name, hint=error.hint or 'as in db = "db.job-41:5432"') from error
 
@@ -245,16 +246,7 @@ def _folder(value: Any) -> Path:
 
 
 def _files(value: Any) -> tuple[tuple[str, Path], ...]:
-    """Read a table, or what several options gave: NAME=FILE."""
-    if isinstance(value, list | tuple):
-        pairs = [read_text(item).partition("=") for item in value]
-        wrong = next((name for name, equals, _ in pairs if not equals), None)
-        if wrong is not None:
-            raise InvalidInput(f"{shown(wrong)} is not NAME=FILE", hint="as in token=token.txt")
-        return tuple((name, _file_of(name, file)) for name, _, file in pairs)
-    if not isinstance(value, dict):
-        raise InvalidInput(f"{shown(value)} is not a table", hint='as in { token = "token.txt" }')
-    return tuple((name, _file_of(name, file)) for name, file in value.items())
+    return _entries(value, _file_of, form="FILE", option="token=token.txt", table='token = "token.txt"')
 
 
 def _file_of(name: str, file: Any) -> Path:
@@ -276,6 +268,7 @@ REACHES = Kind("table of NAME = SERVICE.PEER:PORT", _reaches, _shown_reaches)
 FOLDER = Kind("folder", _folder)
 FILE = Kind("file", _folder)
 FILES = Kind("table of NAME = FILE", _files, lambda value: "{" + ", ".join(f'{name} = "{file}"' for name, file in value) + "}")
+DATA = Kind("table of NAME = DATA", _data, lambda value: "{" + ", ".join(f'"{name}" = "{text}"' for name, text in value) + "}")
 FLAG = Kind("true or false", read_flag, lambda value: str(value).lower())
 VARIABLES = Kind(
     "table of NAME = VALUE", _variables, lambda value: "{" + ", ".join(f'{name} = "{text}"' for name, text in value) + "}"
@@ -304,6 +297,14 @@ KEYS: tuple[Key, ...] = (
         field="fill",
         kind=TEXTS,
         doc="Files of the context that are filled in likewise (`{{` for a brace).",
+    ),
+    Key(
+        section="",
+        name="data",
+        field="data",
+        kind=DATA,
+        doc="Data of the grid that the job finds as files `/context/data/NAME`; with `name@version` or a sha256 always the same. Workers that have it "
+        "go first, and fetch it from each other. All jobs of an array have the same.",
     ),
     Key(section="", name="group", field="group", kind=TEXT, doc="Group that the job is done for: its share of the grid counts."),
     Key(

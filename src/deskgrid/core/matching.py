@@ -7,7 +7,7 @@ work does not depend on how many jobs wait. Rules:
    takes such a user's jobs, one whom he asks for vouches for the disk (core/manifests.py), and nobody else has reserved it. If the jobs say whose
    PCs they trust, its owner is one of those; if they have secrets, it has a key to which these can be sealed.
 2. Among queues that suit and fit into what is free, the order is: the group or user that has used least (core/shares.py), the higher
-   priority, those whose disk the worker has in its cache, the one whose next job was submitted first.
+   priority, those of whose disk and data the least is missing in the worker's cache, the one whose next job was submitted first.
 3. Nothing is promised twice: each job taken lessens what is free, and the user's quota of running jobs.
 4. A worker that ends many jobs of a class a second gets some more than fit at once, as many as it asks for (`ahead`): they wait there.
 """
@@ -22,6 +22,7 @@ from msgspec import Struct
 from deskgrid.core.manifests import is_accepted
 from deskgrid.core.reach import EVERYONE
 from deskgrid.core.shares import Standings
+from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec
 from deskgrid.model.machines import Fingerprint, MachineKind, Network
@@ -69,6 +70,8 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     """Owners of PCs: user:NUMBER or group:NAME. Empty: everyone."""
     secrets: bool = False
     """The jobs have secrets."""
+    data: tuple[Sha256, ...] = ()
+    """Blobs that the jobs find as files."""
 
 
 class Queue(Struct, frozen=True):
@@ -93,6 +96,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     free: Capacity
     drivers: tuple[Fingerprint, ...]
     cached: frozenset[Sha256] = frozenset()
+    """Disks and data that it has."""
     ahead: Mapping[int, int] = {}
     """Of these classes, so many jobs more than fit."""
     worker_id: WorkerId = WorkerId(0)
@@ -144,18 +148,26 @@ def need_of(spec: JobSpec) -> Capacity:
 
 
 def requirement_of(
-    spec: JobSpec, disk: Sha256 | None, platforms: tuple[str, ...] = (), trust: tuple[str, ...] = (), *, disk_owner: int = 0
+    spec: JobSpec,
+    disk: Sha256 | None,
+    platforms: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (),
+    *,
+    disk_owner: int = 0,
+    data: Iterable[Blob] = (),
 ) -> Requirement:
     """Return the class key of a job; `platforms`: those that its app has files for, if it has an app; `trust`: the spec's, with users by
-    number: a class is shared between users, and a name may be somebody else's one day."""
+    number: a class is shared between users, and a name may be somebody else's one day; `data`: what its spec's is."""
     need = need_of(spec)
+    sizes = {one.sha256: one.size_bytes for one in data}
     machine = spec.machine
     return Requirement(
         kind=machine.kind,
         network=machine.network,
         cpus=need.cpus,
         memory_bytes=need.memory_bytes,
-        disk_bytes=need.disk_bytes,
+        # A virtual machine has a copy of its data on its context disk; others see what is in the cache.
+        disk_bytes=need.disk_bytes + (sum(sizes.values()) if machine.kind is MachineKind.VM else 0),
         disk=disk or Sha256(""),
         disk_owner=disk_owner,
         platforms=tuple(sorted(platforms or machine.platforms)),
@@ -164,6 +176,7 @@ def requirement_of(
         driver=machine.driver,
         trust=() if EVERYONE in trust else tuple(sorted(set(trust))),
         secrets=bool(spec.secrets),
+        data=tuple(sorted(sizes)),
     )
 
 
@@ -206,11 +219,16 @@ def _lines(ask: Ask, queues: Sequence[Queue]) -> dict[tuple[str, UserId], list[Q
         line.sort(
             key=lambda queue: (
                 -queue.priority,
-                bool(queue.requirement.disk) and queue.requirement.disk not in ask.cached,
+                _missing(queue.requirement, ask.cached),
                 queue.head,
             )
         )
     return lines
+
+
+def _missing(wanted: Requirement, cached: frozenset[Sha256]) -> int:
+    """Return how many of the disk and the data of a class are not in a cache."""
+    return sum(bool(one) and one not in cached for one in (wanted.disk, *wanted.data))
 
 
 class _Taking:

@@ -10,12 +10,23 @@ from deskgrid.core.console import CONSOLE
 from deskgrid.core.reach import check_share, is_trust
 from deskgrid.core.secret_names import check_names
 from deskgrid.errors import InvalidInput
+from deskgrid.model.data import DataFile
 from deskgrid.model.jobs import INSTALLED, JobSpec, Machine
 from deskgrid.model.machines import DriverName, MachineKind, Network
 from deskgrid.model.overlay import API_SERVICE, Offer, Reach, parse_offer, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
-__all__ = ["MOST_JOBS", "MOST_SERVICES", "PLATFORM", "check_array", "check_shares", "check_spec"]
+__all__ = [
+    "MOST_DATA_BYTES",
+    "MOST_DATA_FILES",
+    "MOST_JOBS",
+    "MOST_SERVICES",
+    "PLATFORM",
+    "check_array",
+    "check_data_size",
+    "check_shares",
+    "check_spec",
+]
 
 _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
     ("machine", "scratch_bytes", 16 * MIB, 16 * 1024 * GIB),
@@ -40,8 +51,13 @@ _MOST_NAMES, _MOST_COMMAND_BYTES = 100, 32_000
 _PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_DATA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}(@[0-9]{1,18})?")
 PLATFORM = re.compile(r"(linux|windows|darwin)-[a-z0-9_]{2,20}")
 _ON = re.compile(r"worker:[1-9][0-9]{0,17}|group:[a-z][a-z0-9_.-]{0,62}")
+MOST_DATA_FILES = 100
+"""That one job may have."""
+MOST_DATA_BYTES = 4 * GIB - 2048
+"""Of one, in a virtual machine: what ISO 9660 takes in one piece."""
 _MOST_SHARES = 64
 _MOST_KEYS, _LONGEST_KEY_BYTES = 20, 2048
 _RESERVED_NAMES = ("localhost", "job", "attempt", "cpus", "socks", "services", "secrets")
@@ -70,6 +86,7 @@ def check_spec(spec: JobSpec, *, in_set: bool = False) -> None:
     _check_command(spec)
     _check_network(spec.machine, in_set=in_set)
     _check_secrets(spec)
+    _check_data(spec)
     paths = spec.results.paths
     if (
         (not paths and spec.machine.kind is MachineKind.VM)
@@ -207,6 +224,34 @@ def _check_secrets(spec: JobSpec) -> None:
         raise InvalidInput("whose PCs may see the secrets?", where=where, hint='as in ["mine"]')
     if spec.secrets and spec.machine.warm:
         raise InvalidInput("a program that is kept warm has no secrets", where="secrets.files", hint="warm = false")
+
+
+def _check_data(spec: JobSpec) -> None:
+    if len(spec.data) > MOST_DATA_FILES:
+        raise InvalidInput(f"{len(spec.data)} files of data are too many", where="data", hint=f"at most {MOST_DATA_FILES}")
+    for name, reference in spec.data:
+        if not _WORD.fullmatch(name):
+            raise InvalidInput(
+                f"{name[:60]!r} is not the name of a file",
+                where=f"data.{name}"[:_LONGEST_PATH],
+                hint="1 to 100 letters, digits and _ . + -, the first a letter or digit",
+            )
+        if not _DATA.fullmatch(reference):
+            raise InvalidInput(
+                f"{reference[:60]!r} is no data", where=f"data.{name}", hint="name, name@version or sha256; nothing is filled in"
+            )
+    _check_distinct((name for name, _ in spec.data), "two files of data are called {}", "data")
+
+
+def check_data_size(spec: JobSpec, files: Iterable[DataFile]) -> None:
+    """Check that the machine can be given its data. Raise InvalidInput."""
+    for file in files:
+        if spec.machine.kind is MachineKind.VM and file.blob.size_bytes > MOST_DATA_BYTES:
+            raise InvalidInput(
+                f"{format_size(file.blob.size_bytes)} are too much for a virtual machine's context disk",
+                where=f"data.{file.name}",
+                hint=f"at most {format_size(MOST_DATA_BYTES)} in a file: split it, or run the job as a process",
+            )
 
 
 def _require_as_read(one: Offer | Reach, read: Callable[..., Offer | Reach], where: str) -> None:

@@ -35,7 +35,7 @@ from deskgrid.machines.folders import OutOfBounds, folder_bytes, remove_tree
 from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.process import SandboxDriver, program_version
 from deskgrid.machines.process_machine import FILTER_FD, STATUS_FD
-from deskgrid.machines.process_sandbox import Folders, environment_of, namespace_words, system_mounts
+from deskgrid.machines.process_sandbox import Folders, context_mounts, environment_of, namespace_words, system_mounts
 from deskgrid.model.machines import DiskFormat, DriverName, MachineKind, Network
 
 __all__ = ["ContainerDriver"]
@@ -116,7 +116,7 @@ class ContainerDriver(SandboxDriver):
             *(processes.find_program("bwrap") or "bwrap", *namespace_words(0, network=spec.network is Network.NONE)),
             *("--cap-drop", "ALL", "--bind", str(root), "/"),
             *("--proc", "/proc", "--dev", "/dev", "--bind", str(folders.shared), "/dev/shm"),  # noqa: S108
-            *("--ro-bind", str(folders.context), "/context"),
+            *context_mounts(folders),
             *(("--ro-bind", str(folders.program), "/app") if folders.program is not None else ()),
             *("--bind", str(folders.scratch), "/scratch", "--bind", str(folders.tmp), "/tmp"),  # noqa: S108
             *(word for name in _OWN_FILES for word in ("--ro-bind", str(folders.etc / name), f"/etc/{name}")),

@@ -6,6 +6,7 @@
     /.deskgrid/command        what runs in its place, if the job has a command: `set -- PROGRAM ARGUMENTS`, quoted
     /user-data, /meta-data    cloud-init NoCloud, for disks without our agent; the user's own files go first
 
+    /data/NAME                the job's data
     /secrets/NAME             the job's secrets, for root only; the image itself is for the worker's user only
 
 For CernVM (label CERNVM) all that is in the folder /job, and at the top
@@ -49,9 +50,10 @@ from deskgrid.machines.driver import MachineSpec
 from deskgrid.model.machines import ContextLabel, Network
 
 __all__ = [
+    "DATA_FOLDER",
     "OWN_FOLDER",
     "cernvm_user_data",
-    "check_secrets_place",
+    "check_places",
     "create_context",
     "environment_file",
     "meta_data",
@@ -62,7 +64,7 @@ __all__ = [
 ]
 
 OWN_FOLDER = ".deskgrid"
-APP_FOLDER = "app"
+APP_FOLDER, DATA_FOLDER = "app", "data"
 JOB_FOLDER = "job"
 SOCKS = f"{GATEWAY}:{SOCKS_PORT}"
 HTTP_PROXY = f"{GATEWAY}:{HTTP_PROXY_PORT}"
@@ -76,7 +78,7 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
 
     Sockets and devices are left out, links are kept and never followed. Raise InvalidInput for what an ISO cannot hold.
     """
-    check_secrets_place(spec)
+    check_places(spec)
     image = PyCdlib()
     image.new(interchange_level=4, rock_ridge="1.09", vol_ident=spec.context_label.value)
     writer = _Writer(image, JOB_FOLDER if spec.context_label is ContextLabel.CERNVM else "")
@@ -85,6 +87,7 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
             writer.add_folder(spec.context)
         if spec.program:
             writer.add_program(spec.program)
+        writer.add_data(spec.data)
         for file in _own_files(spec, instance):
             writer.add_own(file)
         if spec.context_label is ContextLabel.CERNVM:
@@ -98,10 +101,11 @@ def create_context(path: Path, spec: MachineSpec, *, instance: str) -> None:
         image.close()
 
 
-def check_secrets_place(spec: MachineSpec) -> None:
-    """Raise InvalidInput if the user's context has something where the job's secrets go."""
-    if spec.secrets is not None and spec.context is not None and os.path.lexists(spec.context / SECRETS_FOLDER):
-        raise InvalidInput(f"the context has {SECRETS_FOLDER!r}, which is where the job's secrets go", hint="give it another name")
+def check_places(spec: MachineSpec) -> None:
+    """Raise InvalidInput if the user's context has something where the job's secrets or data go."""
+    for what, folder, comes in (("secrets", SECRETS_FOLDER, spec.secrets is not None), ("data", DATA_FOLDER, bool(spec.data))):
+        if comes and spec.context is not None and os.path.lexists(spec.context / folder):
+            raise InvalidInput(f"the context has {folder!r}, which is where the job's {what} go", hint="give it another name")
 
 
 def secret_files(spec: MachineSpec) -> Iterator[tuple[str, bytes]]:
@@ -299,6 +303,13 @@ class _Writer:
         places = [_Place(root, self._folders[APP_FOLDER], f"{APP_FOLDER}/")]
         while places:
             places.extend(self._add_entries(places.pop()))
+
+    def add_data(self, files: Iterable[tuple[str, Path]]) -> None:
+        """Add the job's data as files, where nothing of the user's is."""
+        folder = ""
+        for name, path in files:
+            folder = folder or self._directory(self._top, DATA_FOLDER, 0o755)
+            self._image.add_file(str(path), f"{folder}/{self._next('F')}.;1", rr_name=name, file_mode=stat.S_IFREG | 0o444)
 
     def add_own(self, file: _OwnFile) -> None:
         """Add a file of ours, but not if the user's has that name, or a file the name of its folder."""

@@ -92,6 +92,8 @@ class MachineSpec(Struct, frozen=True):
     """A file to appear as /context/grid/credentials.json, readable by root only."""
     secrets: Path | None = None
     """A folder with files to appear as /context/secrets/NAME, readable by root only. What is made of them is written over before it is removed."""
+    data: tuple[tuple[str, Path], ...] = ()
+    """Files in the cache to appear read-only as /context/data/NAME, as (NAME, path); they stay as long as the machine."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables for context.sh, as (name, value)."""
     command: tuple[str, ...] = ()

@@ -43,7 +43,7 @@ from deskgrid.errors import DeskgridError, InvalidInput, MachineFailed
 from deskgrid.machines import cage, process_machine, process_tree, processes, qmp
 from deskgrid.machines.base import CONTEXT_FOLDER, STOPPED_MARK, ProcessDriver
 from deskgrid.machines.clear_secrets import SECRETS_FOLDER
-from deskgrid.machines.context import OWN_FOLDER, check_secrets_place, environment_file, secret_files, services_file
+from deskgrid.machines.context import DATA_FOLDER, OWN_FOLDER, check_places, environment_file, secret_files, services_file
 from deskgrid.machines.driver import ExitCause, Exited, MachineEvent, MachineHandle, MachineSpec, Recovery, Saved
 from deskgrid.machines.probes import probe_folder
 from deskgrid.machines.process_sandbox import (
@@ -187,11 +187,12 @@ class SandboxDriver(ProcessDriver):
         spec, workdir = handle.spec, Path(handle.workdir)
         for name in (OUTCOME, SCRATCH, process_machine.REPORT, _TMP, _SHARED, _ETC, _CONTEXT):
             (workdir / name).mkdir(mode=0o700)
-        check_secrets_place(spec)
+        check_places(spec)
         if spec.context is not None:
             _copy_context(spec.context, workdir / _CONTEXT)
         for name, data in secret_files(spec):
             _add(workdir / _CONTEXT / SECRETS_FOLDER / name, data)
+        _add_data(workdir / _CONTEXT / DATA_FOLDER, spec, bare=self._bare)
         _add_network_files(workdir / _CONTEXT, spec)
         for name, text in system_files(spec).items():
             (workdir / _ETC / name).write_text(text)
@@ -236,6 +237,7 @@ class SandboxDriver(ProcessDriver):
             tmp=workdir / _TMP,
             shared=workdir / _SHARED,
             program=handle.spec.program,
+            data=handle.spec.data,
         )
 
     def _choose_cpus(self, wanted: int) -> list[int]:
@@ -421,6 +423,17 @@ def _copy_file(source: Path, target: Path) -> None:
             os.link(source, target)
         except OSError:  # another file system, or a file of somebody else
             shutil.copy2(source, target)
+
+
+def _add_data(folder: Path, spec: MachineSpec, *, bare: bool) -> None:
+    """Make the places over which the sandbox mounts the job's data; without one, links to it."""
+    if spec.data:
+        folder.mkdir()
+    for name, path in spec.data:
+        if bare:
+            (folder / name).symlink_to(path)
+        else:
+            (folder / name).touch()
 
 
 def _add_network_files(context: Path, spec: MachineSpec) -> None:

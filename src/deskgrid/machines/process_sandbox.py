@@ -27,7 +27,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from deskgrid.machines import processes
-from deskgrid.machines.context import network_environment
+from deskgrid.machines.context import DATA_FOLDER, network_environment
 from deskgrid.machines.driver import MachineSpec
 from deskgrid.machines.process_machine import FILTER_FD, STATUS_FD
 from deskgrid.machines.sandbox import add_rule, load_seccomp
@@ -85,6 +85,7 @@ class Folders(Struct, frozen=True):
     shared: Path
     """For /dev/shm."""
     program: Path | None = None
+    data: tuple[tuple[str, Path], ...] = ()
 
 
 def missing() -> str:
@@ -119,7 +120,7 @@ def sandbox_line(spec: MachineSpec, folders: Folders) -> list[str]:
         *system_mounts(),
         *_etc_mounts(folders.etc),
         *("--proc", "/proc", "--dev", "/dev", "--bind", str(folders.shared), "/dev/shm"),  # noqa: S108 the sandbox's own
-        *("--ro-bind", str(folders.context), "/context"),
+        *context_mounts(folders),
         *(("--ro-bind", str(folders.program), "/app") if folders.program is not None else ("--dir", "/app")),
         *("--bind", str(folders.scratch), "/scratch", "--bind", str(folders.tmp), "/tmp"),  # noqa: S108
         *("--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/etc", "--remount-ro", "/"),
@@ -127,6 +128,12 @@ def sandbox_line(spec: MachineSpec, folders: Folders) -> list[str]:
         *bounds_line(spec),
         *command_of(spec, folders.context),
     ]
+
+
+def context_mounts(folders: Folders) -> list[str]:
+    """Return the words that mount /context, and over its places for data the files in the cache."""
+    data = [(str(path), f"/context/{DATA_FOLDER}/{name}") for name, path in folders.data]
+    return ["--ro-bind", str(folders.context), "/context", *(word for file in data for word in ("--ro-bind", *file))]
 
 
 def namespace_words(user: int, *, network: bool) -> list[str]:

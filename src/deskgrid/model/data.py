@@ -10,7 +10,7 @@ from msgspec import Meta, Struct
 from deskgrid.model.ids import DataId, Sha256, UserId
 from deskgrid.model.machines import ContextLabel, DiskFormat
 
-__all__ = ["Blob", "Data", "DataKind", "DataRef", "Delta", "Disk", "Visibility"]
+__all__ = ["Blob", "Data", "DataFile", "DataKind", "DataRef", "Delta", "Disk", "Visibility"]
 
 
 class DataKind(StrEnum):
@@ -83,6 +83,14 @@ class Data(Struct, frozen=True, kw_only=True):
     created_at: float
     disk: Disk | None = None
     delta: Delta | None = None
+
+
+class DataFile(Struct, frozen=True, kw_only=True):
+    """Data that a job finds as a file."""
+
+    name: str
+    """Of the file in /context/data."""
+    blob: Blob
 
 
 class DataRef(Struct, frozen=True, kw_only=True):

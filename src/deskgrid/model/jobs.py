@@ -132,6 +132,8 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     """Variables of the command, as (name, value), filled in likewise."""
     fill: tuple[str, ...] = ()
     """Files of the context that are filled in likewise."""
+    data: tuple[tuple[str, str], ...] = ()
+    """Files /context/data/NAME, as (NAME, data: its name, name@version or sha256). All jobs of an array have the same."""
     group: str = ""
     """The group that it is done for: its share counts. Empty: the user's own."""
     priority: int = 0

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from deskgrid.model.data import Blob, DataRef
+from deskgrid.model.data import Blob, DataFile, DataRef
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, JobSpec
 from deskgrid.model.machines import Fingerprint
@@ -86,6 +86,8 @@ class Assignment(Struct, frozen=True, kw_only=True):
     disk: DataRef | None
     """None for a process."""
     context: Blob | None
+    data: tuple[DataFile, ...] = ()
+    """Of its spec, as files."""
     program: Blob | None = None
     """The files of the job's app for this worker's platform."""
     programs: dict[str, Blob] = {}

@@ -247,7 +247,7 @@ def _ask_of(worker_id: WorkerId, request: Sync, known: workers.Known) -> Ask:
     return Ask(
         free=request.free,
         drivers=profile.drivers,
-        cached=frozenset(request.cached),
+        cached=frozenset((*request.cached, *request.held[:1000])),
         ahead=request.ahead,
         worker_id=worker_id,
         platform=f"{profile.os}-{profile.arch}",

@@ -124,13 +124,14 @@ BROKEN = ContractJob(
         "printf 'first\\n\\nthird without end'\n"
         "printf 'trouble: \\303\\274\\n' >&2\n"
         "mkdir out; echo result >out/file\n"
+        'words=${DESKGRID_CONTEXT:-/context}/data/words.txt; if test -e "$words"; then cat "$words" >out/data; fi\n'
         "test $PWD = /scratch || exit 99\n"
         "exit 7\n"
     ),
     plan={
         "stdout": "first\n\nthird without end",
         "stderr": "trouble: ü\n",
-        "files": {"out/file": "result\n"},
+        "files": {"out/file": "result\n", "out/data": "some words\n"},
         "exit_code": 7,
     },
 )
@@ -320,9 +321,12 @@ class DriverContract:
     # ---- a job from beginning to end
 
     async def test_job_runs_is_told_in_order_and_leaves_its_result(
-        self, driver: SuspendableDriver, new_driver: Callable[[], SuspendableDriver], prepare: Prepare
+        self, driver: SuspendableDriver, new_driver: Callable[[], SuspendableDriver], prepare: Prepare, tmp_path: Path
     ) -> None:
-        handle = await prepare(BROKEN)
+        words = tmp_path / "words"
+        words.write_text("some words\n")
+        words.chmod(0o444)
+        handle = await prepare(BROKEN, data=(("words.txt", words),))
         await driver.start(handle)
         events = await events_until_exit(driver, handle)
         told = [event for event in events if not isinstance(event, Output)]
@@ -335,6 +339,7 @@ class DriverContract:
         assert read_scratch(scratch, "/.deskgrid/stdout") == b"first\n\nthird without end"
         assert read_scratch(scratch, "/.deskgrid/stderr") == "trouble: ü\n".encode()
         assert read_scratch(scratch, "/out/file") == b"result\n"
+        assert read_scratch(scratch, "/out/data") == words.read_bytes()
         # A worker that was away sees the same, in its own time.
         later = new_driver()
         assert await later.recover(handle) == Exited(ExitCause.POWERED_OFF)

@@ -113,7 +113,8 @@ class Runner:
         self._machine_lock = asyncio.Lock()
         self._journal_lock = asyncio.Lock()
         self._forgotten = False
-        self._let_go: Callable[[], None] | None = None
+        self._holds: list[Callable[[], None]] = []
+        """What lets go of its disk and data in the cache."""
         self._released = asyncio.Event()
         if not entry.assignment.hold or entry.phase not in (Phase.FETCHING, Phase.PREPARED):
             self._released.set()
@@ -126,7 +127,7 @@ class Runner:
         self._tried_s = entry.kept_s
         """When the last checkpoint was made or tried, in seconds of its running."""
         if entry.phase in _WITH_MACHINE:
-            self._hold_disk()
+            self._hold()
         self._ran_s = entry.ran_s
         self._since: float | None = None
         """Monotonic time since when the machine runs, which `_ran_s` does not have yet."""
@@ -391,11 +392,11 @@ class Runner:
         else:
             # It never ran, so it can be made again.
             await driver.destroy(self._handle())
-            self._release_disk()
+            self._release()
             await self._note(phase=Phase.FETCHING, handle=None)
 
     async def _prepare(self) -> None:
-        """Fetch disk and context, and make the machine's files."""
+        """Fetch disk, context and data, and make the machine's files."""
         if self._kit.owner.paused:
             await self.settle(AttemptState.REFUSED, "", rests=False)
             return
@@ -403,15 +404,16 @@ class Runner:
         driver = self._kit.drivers.choose(assignment.spec.machine)
         await in_thread(remove_attempt, self._folder)
         await in_thread(make_empty, self._folder)
+        self._hold()
         context = await self._supplies.fetch_context()
         program = await self._supplies.fetch_program()
+        data = await self._supplies.fetch_data()
         async with self._disk() as disk:
             try:
-                spec = self._supplies.machine_spec(disk, context, program, await self._supplies.open_secrets())
+                spec = self._supplies.machine_spec(disk, context, program, await self._supplies.open_secrets(), data)
                 handle = await driver.prepare(spec, self._folder / MACHINE)
                 # At once, so that whoever cancels us now knows what to remove.
                 self.entry = msgspec.structs.replace(self.entry, handle=handle)
-                self._hold_disk()
             finally:
                 await in_thread(wipe, self._folder / SECRETS)
         await self._note(needed=True, phase=Phase.PREPARED)
@@ -449,7 +451,7 @@ class Runner:
         """Follow the machine until it is off, and what it sent last has arrived."""
         await beside(self._await_end(), self._serve(), self._show())
         if self.entry.phase is not Phase.SAVED:
-            self._release_disk()
+            self._release()
 
     async def _await_end(self) -> None:
         exited = await beside(self._follow(), self._keep_limits(), self._keep_checkpoints(), self._output.run())
@@ -468,7 +470,7 @@ class Runner:
         await self._awake.wait()
         if self.entry.verdict is not None:
             await self._note(phase=Phase.EXITED, exited=Exited(ExitCause.STOPPED))
-            self._release_disk()
+            self._release()
             return
         if self.entry.restores >= _MOST_RESTORES:
             await self.settle(AttemptState.REFUSED, "the machine was killed again and again")
@@ -741,7 +743,7 @@ class Runner:
         except (DeskgridError, OSError) as error:
             _log.error("machine_not_removed", **self._names(), error=str(error))
             return False
-        self._release_disk()
+        self._release()
         return True
 
     async def _pause(self, failures: int) -> None:
@@ -751,16 +753,14 @@ class Runner:
     def _stop_watch(self) -> None:
         self._ran_s, self._since = self.ran_s(), None
 
-    def _hold_disk(self) -> None:
-        ref = self.entry.assignment.disk
-        disk = ref.disk if ref is not None else None
-        if disk is not None and self._let_go is None:
-            self._let_go = self._kit.cache.hold(disk.sha256)
+    def _hold(self) -> None:
+        """Keep in the cache what its machine is made from. Idempotent."""
+        if not self._holds:
+            self._holds = [self._kit.cache.hold(content) for content in self._supplies.contents()]
 
-    def _release_disk(self) -> None:
-        if self._let_go is not None:
-            self._let_go()
-            self._let_go = None
+    def _release(self) -> None:
+        while self._holds:
+            self._holds.pop()()
 
     def _handle(self) -> MachineHandle:
         if self.entry.handle is None:

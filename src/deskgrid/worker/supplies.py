@@ -1,4 +1,4 @@
-"""What a machine is made from: the disk through the cache, the user's context, the app's files, the spec for the driver.
+"""What a machine is made from: disk and data through the cache, the user's context, the app's files, the spec for the driver.
 
 The context of an array's job is its own: {index} and the columns of the array's table are filled in, in the command, in the variables and in the
 files that the spec names (core/arrays.py). A warm program serves many jobs: it is told them with each (conversation.py), and nothing is filled in.
@@ -7,6 +7,7 @@ files that the spec names (core/arrays.py). A warm program serves many jobs: it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from deskgrid import archive
@@ -14,7 +15,7 @@ from deskgrid.core.arrays import fill, values_of
 from deskgrid.errors import BadImage, InvalidInput
 from deskgrid.machines.driver import MachineSpec
 from deskgrid.model.data import Blob, Disk
-from deskgrid.model.ids import attempt_name
+from deskgrid.model.ids import Sha256, attempt_name
 from deskgrid.model.machines import ContextLabel, DiskFormat, MachineKind
 from deskgrid.model.workers import Assignment
 from deskgrid.units import GIB
@@ -96,12 +97,23 @@ class Supplies:
     def _values(self) -> dict[str, str]:
         return values_of(self._assignment.index, self._assignment.parameters)
 
-    async def fetch_disk(self, partial: Path, output: Path) -> None:
+    async def fetch_data(self) -> tuple[tuple[str, Path], ...]:
+        """Return the files with the job's data, by name, in the cache: hold `contents` before. Raise NoSpace, or as download does."""
+        fetch, bring = self._transfer.fetch, self._kit.cache.bring
+        return tuple([(file.name, await bring(file.blob, partial(fetch, file.blob))) for file in self._assignment.data])
+
+    def contents(self) -> tuple[Sha256, ...]:
+        """Return what the machine is made from in the cache: disk and data, by their sha256."""
+        ref = self._assignment.disk
+        disk = (ref.disk.sha256,) if ref is not None and ref.disk is not None else ()
+        return (*disk, *(file.blob.sha256 for file in self._assignment.data))
+
+    async def fetch_disk(self, part: Path, output: Path) -> None:
         """Make the disk appear at `output`, verified: the `fetch` of swarm.cache. Raise BadImage, or as download does."""
         ref = self._assignment.disk
         if ref is None:
             raise BadImage("this data is not a disk")
-        await self._transfer.fetch_disk(ref, partial, output)
+        await self._transfer.fetch_disk(ref, part, output)
 
     @property
     def credentials(self) -> Path:
@@ -115,7 +127,12 @@ class Supplies:
         return job_credentials(self.credentials, self._assignment.spec.machine, self._kit.overlay.credentials, name)
 
     def machine_spec(
-        self, disk: Path | None, context: Path | None, program: Path | None = None, secrets: Path | None = None
+        self,
+        disk: Path | None,
+        context: Path | None,
+        program: Path | None = None,
+        secrets: Path | None = None,
+        data: tuple[tuple[str, Path], ...] = (),
     ) -> MachineSpec:
         """Return what the driver is asked to make. Raise BadImage if the job's disk is none, InvalidInput for what cannot be filled in."""
         assignment = self._assignment
@@ -144,9 +161,11 @@ class Supplies:
             ssh_keys=machine.ssh_keys,
             credentials=self._job_credentials(),
             secrets=secrets,
+            data=data,
             environment=(
                 ("DESKGRID_CPUS", str(machine.cpus)),
                 *((("DESKGRID_SECRETS", "/context/secrets"),) if secrets is not None else ()),
+                *((("DESKGRID_DATA", "/context/data"),) if data else ()),
                 *(() if machine.warm else self._names_of_job()),
                 *((name, self._filled(value, f"environment.{name}")) for name, value in assignment.spec.environment),
             ),

@@ -2,7 +2,7 @@
 
 Rules:
 
-1. A program serves the jobs of one owner, spec, context and app (`WarmLine`): nothing of one user's ever comes to another's.
+1. A program serves the jobs of one owner, spec, context, data and app (`WarmLine`): nothing of one user's ever comes to another's.
 2. Its machine is journalled before it starts, its jobs nowhere: those of a killed worker are not listed any more, so the server has them back.
 3. Each job is handed to one program once. When a program ends, the job at its head is to blame; those handed over behind it, which it may or may not
    have read, go back to the server as not started.
@@ -293,7 +293,7 @@ class WarmPool:
     def _line_of(self, assignment: Assignment) -> WarmLine:
         # Without an owner there is no telling who may share a program with whom.
         single = not assignment.owner_id
-        key: Hashable = assignment.owner_id, assignment.spec, assignment.context, assignment.program
+        key: Hashable = assignment.owner_id, assignment.spec, assignment.context, assignment.data, assignment.program
         if single:
             key = assignment.attempt_id
         line = self._lines.get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 import structlog
@@ -87,6 +87,8 @@ class WarmProgram:
         self._strays = 0
         self._words = b""
         self._handle: MachineHandle | None = None
+        self._holds: list[Callable[[], None]] = []
+        """What lets go of its data in the cache."""
         self._conversation: Conversation | None = None
         self._silent = asyncio.Event()
         """Nothing more comes from it."""
@@ -242,9 +244,11 @@ class WarmProgram:
     async def _prepare(self, driver: Driver) -> None:
         await in_thread(make_empty, self.folder)
         supplies = Supplies(self._kit, self.line.assignment, self.folder)
+        self._holds = [self._kit.cache.hold(content) for content in supplies.contents()]
         context = await supplies.fetch_context()
         program = await supplies.fetch_program()
-        self._handle = await driver.prepare(supplies.machine_spec(None, context, program), self.folder / MACHINE)
+        spec = supplies.machine_spec(None, context, program, data=await supplies.fetch_data())
+        self._handle = await driver.prepare(spec, self.folder / MACHINE)
         await in_thread(self._kit.journal.write_machine, self.name, self._handle)
         await in_thread(remove, *supplies.files())
 
@@ -310,6 +314,9 @@ class WarmProgram:
             await in_thread(self._kit.journal.remove_machine, self.name)
         except (DeskgridError, OSError) as error:
             _log.error("program_not_removed", name=self.name, error=str(error))
+            return
+        while self._holds:
+            self._holds.pop()()
 
     # ---- what it says
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from deskgrid.core.matching import Ask, Person, Queue, Requirement, Share, requirement_of, suiting, suits
 from deskgrid.core.matching import match as match_suiting
 from deskgrid.core.shares import Standings
+from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobSpec, Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Capacity
 from deskgrid.units import GIB
 
-DISKS = [Sha256(letter * 64) for letter in "abc"]
+DISKS = [Sha256(letter * 64) for letter in "abcd"]
 QEMU = Fingerprint(driver=DriverName.QEMU, kinds=(MachineKind.VM,), usable=True)
 PEOPLE = {UserId(1): Person("ann", frozenset({"hep"})), UserId(2): Person("bob"), UserId(3): Person("eve", may_run=2)}
 requirements = st.builds(
@@ -119,9 +120,18 @@ def test_ahead_gives_so_many_more_of_a_class_and_no_other(ask: Ask, waiting: lis
 
 
 def _queue(
-    number: int, owner: int, *, disk: Sha256 = DISKS[0], head: int = 1, waiting: int = 10, team: str = "", priority: int = 0
+    number: int,
+    owner: int,
+    *,
+    disk: Sha256 = DISKS[0],
+    data: tuple[Sha256, ...] = (),
+    head: int = 1,
+    waiting: int = 10,
+    team: str = "",
+    priority: int = 0,
 ) -> Queue:
-    wanted = requirement_of(JobSpec(machine=Machine(disk="d")), disk)
+    blobs = [Blob(sha256=one, size_bytes=1) for one in data]
+    wanted = requirement_of(JobSpec(machine=Machine(disk="d")), disk, data=blobs)
     return Queue(number, number, UserId(owner), wanted, waiting, head, team, priority)
 
 
@@ -160,6 +170,23 @@ def test_higher_priority_goes_first_within_a_user_only():
 def test_cached_disk_comes_first_within_a_user():
     ask = msgspec.structs.replace(ROOMY, cached=frozenset({DISKS[1]}))
     assert match(ask, [_queue(1, 1, disk=DISKS[0], head=1), _queue(2, 1, disk=DISKS[1], head=9)], _even(), limit=1) == [Share(2, 1)]
+
+
+def test_jobs_of_whose_disk_and_data_least_is_missing_come_first_within_a_user():
+    ask = msgspec.structs.replace(ROOMY, cached=frozenset({DISKS[0], DISKS[1]}))
+    most = _queue(1, 1, disk=DISKS[0], data=(DISKS[2], DISKS[3]), head=1)
+    less = _queue(2, 1, disk=DISKS[0], data=(DISKS[1], DISKS[2]), head=2)
+    nothing = _queue(3, 1, disk=DISKS[0], data=(DISKS[1],), head=3)
+    assert match(ask, [most, less, nothing], _even(), limit=1) == [Share(3, 1)]
+    assert match(ask, [most, less], _even(), limit=1) == [Share(2, 1)]
+
+
+def test_data_makes_a_class_and_takes_room_in_a_virtual_machine_only():
+    blobs = [Blob(sha256=DISKS[1], size_bytes=GIB), Blob(sha256=DISKS[0], size_bytes=1), Blob(sha256=DISKS[1], size_bytes=GIB)]
+    for kind, more in ((MachineKind.VM, GIB + 1), (MachineKind.PROCESS, 0)):
+        spec = JobSpec(name="j", machine=Machine(disk="d", kind=kind))
+        plain, wanted = requirement_of(spec, disk=None), requirement_of(spec, disk=None, data=blobs)
+        assert wanted.data == tuple(sorted(DISKS[:2])) and wanted.disk_bytes == plain.disk_bytes + more
 
 
 def test_job_that_asks_for_a_driver_goes_to_no_other():

@@ -61,6 +61,21 @@ def test_command_and_files_of_the_app_are_on_it(tmp_path: Path) -> None:
     assert read(image, "/app/bin/tool") == b"tool"
 
 
+def test_data_is_on_it_and_nothing_of_the_users_may_be_in_its_place(tmp_path: Path) -> None:
+    for name in ("cached", "context"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cached" / "sha256").write_bytes(b"events")
+    data = (("events.root", tmp_path / "cached" / "sha256"), ("again", tmp_path / "cached" / "sha256"))
+    spec = msgspec.structs.replace(spec_with(tmp_path / "context"), data=data)
+    create_context(tmp_path / "context.iso", spec, instance="token")
+    image = PyCdlib()
+    image.open(str(tmp_path / "context.iso"))
+    assert read(image, "/data/events.root") == read(image, "/data/again") == b"events"
+    (tmp_path / "context" / "data").mkdir()
+    with pytest.raises(InvalidInput, match="'data'"):
+        create_context(tmp_path / "context.iso", spec, instance="token")
+
+
 def test_context_with_a_file_where_the_app_goes_is_refused(tmp_path: Path) -> None:
     for name in ("program", "context"):
         (tmp_path / name).mkdir()

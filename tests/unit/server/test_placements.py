@@ -14,12 +14,13 @@ import pytest
 from deskgrid.client.grid import Grid, describe_file
 from deskgrid.client.transport import Transport
 from deskgrid.clock import FakeClock
-from deskgrid.errors import DeskgridError, Forbidden, InvalidInput, NotFound
+from deskgrid.errors import Conflict, DeskgridError, Forbidden, InvalidInput, NotFound
+from deskgrid.link import hash_secret, make_secret
 from deskgrid.model import wire
-from deskgrid.model.data import Data, DataKind, Disk, Visibility
+from deskgrid.model.data import Data, DataFile, DataKind, Disk, Visibility
 from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import JobSpec, Machine
-from deskgrid.model.machines import DiskFormat
+from deskgrid.model.machines import DiskFormat, DriverName, Fingerprint, MachineKind
 from deskgrid.model.placement import ALL, Attributes, CopyState, Holder
 from deskgrid.model.swarm import Turn
 from deskgrid.server.chores import do_chores
@@ -38,8 +39,9 @@ class Pc:
         self.cached: list[Sha256] = []
         self._profile = {"shares": True, "keeps_bytes": GIB, **profile}
 
-    async def sync(self, **more: Any) -> wire.SyncAnswer:
+    async def sync(self, *, cpus: int = 64, **more: Any) -> wire.SyncAnswer:
         asked = played_sync(**more)
+        asked = msgspec.structs.replace(asked, free=msgspec.structs.replace(asked.free, cpus=min(cpus, asked.free.cpus)))
         profile = msgspec.structs.replace(asked.profile, **self._profile)
         return await self.transport.call(
             wire.SYNC, msgspec.structs.replace(asked, profile=profile, held=tuple(self.held), cached=tuple(self.cached))
@@ -266,7 +268,7 @@ async def test_of_what_no_torrent_is_made_nobody_waits_for_one(play: Play) -> No
     data = await play.put(user, "small")
     await user.place("small", Attributes(replicas=1))
     await pc.sync()
-    with pytest.raises(NotFound, match="torrent"):
+    with pytest.raises(Conflict, match="torrent"):
         await pc.transport.call(wire.TAKE_TURN, Turn(torrent=True), path={"sha256": data.blob.sha256})
 
 
@@ -367,6 +369,77 @@ async def test_a_disk_that_many_jobs_wait_for_is_spread_before_they_come(play: P
     pcs[0].cached = [data.blob.sha256]
     assert not (await pcs[0].sync()).fetch
     assert not (await pcs[2].sync()).fetch
+
+
+async def test_data_of_many_jobs_is_spread_before_they_come(play: Play) -> None:
+    user, pcs = await play.user(), [await play.pc(drivers=RUNS_PROCESSES) for _ in range(2)]
+    data = await play.put(user, "events")
+    await user.submit_array(process(data=(("e", "events"),), on="worker:99"), count=1)
+    first = await user.submit(process(on="worker:99"))
+    await user.submit_array(process(data=(("e", "events"),), after=(f"job-{first.id}",)), count=1)
+    await do_chores(play.grid.services)
+    await play.later()
+    [told], nobody = [(await pc.sync()).fetch for pc in pcs]
+    assert (told.ref.blob, told.content, told.ref.disk) == (data.blob, data.blob.sha256, None) and not nobody
+    assert await pcs[0].transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256})
+    with pytest.raises(NotFound):
+        await pcs[1].transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256})
+
+
+def process(*, data: tuple[tuple[str, str], ...] = (), after: tuple[str, ...] = (), on: str = "") -> JobSpec:
+    return JobSpec(machine=Machine(kind=MachineKind.PROCESS, on=on), command=("run",), data=data, after=after)
+
+
+RUNS_PROCESSES = (Fingerprint(driver=DriverName.PROCESS, kinds=(MachineKind.PROCESS,), usable=True),)
+
+
+async def test_job_gets_the_data_that_it_names_as_it_was_then(play: Play) -> None:
+    user, pc, other = await play.user(), await play.pc(drivers=RUNS_PROCESSES), await play.pc()
+    data = await play.put(user, "events")
+    await user.submit(process(data=(("in.root", "events"), ("again", "events@1"))))
+    await play.put(user, "events")
+    await user.remove_data("events@1")
+    [assignment] = (await pc.sync(room=True)).assignments
+    assert assignment.data == (DataFile(name="again", blob=data.blob), DataFile(name="in.root", blob=data.blob))
+    assert await pc.transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256})
+    with pytest.raises(NotFound):
+        await other.transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256})
+
+
+async def test_jobs_go_first_to_who_has_their_data(play: Play) -> None:
+    user, pc = await play.user(), await play.pc(drivers=RUNS_PROCESSES)
+    await play.put(user, "missing")
+    there = await play.put(user, "there")
+    await user.submit(process(data=(("e", "missing"),)))
+    second = await user.submit(process(data=(("e", "there"),)))
+    pc.held = [there.blob.sha256]
+    await pc.sync()
+    [assignment] = (await pc.sync(room=True, cpus=1)).assignments
+    assert assignment.job_id == second.id
+
+
+async def test_who_may_not_have_data_gets_no_job_with_it(play: Play) -> None:
+    user = await play.user()
+    await user.add_user("bob")
+    bob = await play.user("bob")
+    await play.put(user, "secret")
+    with pytest.raises(NotFound, match=r"data\.e"):
+        await bob.submit(process(data=(("e", "secret"),)))
+    token = make_secret()
+    request = wire.AddToken(token_hash=Sha256(hash_secret(token)), rights=("jobs",), lifetime_s=60.0)
+    await user.transport.call(wire.ADD_TOKEN, request)
+    async with Grid(msgspec.structs.replace(user.transport.credentials, token=token)) as jobs_only:
+        await jobs_only.submit(process())
+        with pytest.raises(Forbidden, match="data"):
+            await jobs_only.submit(process(data=(("e", "secret"),)))
+
+
+@pytest.mark.parametrize(
+    "name, reference", [("", "events"), ("../x", "events"), ("a/b", "events"), ("a", ""), ("a", "run-{index}")]
+)
+async def test_files_of_data_have_plain_names(play: Play, name: str, reference: str) -> None:
+    with pytest.raises(InvalidInput, match="data"):
+        await (await play.user()).submit(process(data=((name, reference),)))
 
 
 async def test_the_last_worker_that_has_something_wanted_does_not_evict_it(play: Play) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from deskgrid.archive import pack_folder
 from deskgrid.machines.driver import ExitCause
+from deskgrid.model.data import DataFile
 from deskgrid.model.jobs import AttemptState, JobSpec, Machine, Results
 from deskgrid.model.machines import MachineKind
 from deskgrid.units import GIB, MIB
@@ -94,6 +95,37 @@ async def test_files_of_an_app_are_there_while_a_process_runs_and_go_with_it(rig
         await rig.pc.machine.finish()
         assert (await rig.ended(attempt)).state is AttemptState.SUCCEEDED
         await rig.until(rig.nothing_left)
+
+
+async def test_data_comes_once_stays_while_its_machine_needs_it_and_may_go_then(rig: Rig) -> None:
+    events = b"many events"
+    rig.server.blobs[blob_of(events).sha256] = events
+    spec, files = JobSpec(machine=PROCESS, command=("run",), results=Results(paths=())), (DataFile(name="e", blob=blob_of(events)),)
+    async with rig.working() as worker:
+        for _ in range(2):
+            attempt = await rig.running(spec=spec, data=files)
+            [(name, path)] = rig.pc.machine.spec.data
+            assert (name, path.read_bytes(), path.stat().st_mode & 0o777) == ("e", events, 0o444)
+            assert dict(rig.pc.machine.spec.environment)["DESKGRID_DATA"] == "/context/data"
+            assert not worker._cache.discard(blob_of(events).sha256)
+            await rig.pc.machine.finish()
+            await rig.ended(attempt)
+        assert rig.server.downloads == [blob_of(events).sha256]
+        await rig.until(lambda: blob_of(events).sha256 in rig.server.syncs[-1].held)
+        assert worker._cache.discard(blob_of(events).sha256)
+
+
+async def test_restarted_worker_keeps_the_data_of_what_runs(rig: Rig) -> None:
+    events = b"many events"
+    rig.server.blobs[blob_of(events).sha256] = events
+    spec = JobSpec(machine=PROCESS, command=("run",), results=Results(paths=()))
+    async with rig.working(keep=True):
+        attempt = await rig.running(spec=spec, data=(DataFile(name="e", blob=blob_of(events)),))
+    async with rig.working() as worker:
+        await rig.until(lambda: attempt in worker._runners)
+        assert not worker._cache.discard(blob_of(events).sha256)
+        await rig.pc.machine.finish()
+        await rig.ended(attempt)
 
 
 async def test_job_that_wants_no_files_brings_none(rig: Rig) -> None:

@@ -9,11 +9,11 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 
 from deskgrid.core.lifecycle import LIVE_STATES
-from deskgrid.core.rights import check_job_token
-from deskgrid.core.submission import check_array, check_spec
-from deskgrid.errors import InvalidInput
+from deskgrid.core.rights import Right, check_job_token, holds
+from deskgrid.core.submission import check_array, check_data_size, check_spec
+from deskgrid.errors import Forbidden, InvalidInput, NotFound
 from deskgrid.model import wire
-from deskgrid.model.data import DataRef
+from deskgrid.model.data import DataFile, DataRef
 from deskgrid.model.ids import ArrayId, JobId, UserId
 from deskgrid.model.jobs import Array, Job, JobSpec, JobState
 from deskgrid.model.overlay import API_SERVICE
@@ -76,8 +76,11 @@ def resolved(tx: Transaction, call: Call[Any], wanted: Submitted, *, in_set: boo
         data.require_upload(tx, caller, context)
     _check_secrets(call, spec, wanted.secrets)
     trust = accounts.trusted(tx, caller, spec.trust)
+    files = tuple(_data_file(tx, caller, name, reference) for name, reference in spec.data)
+    check_data_size(spec, files)
     new = NewSubmission(
         spec=spec,
+        data=files,
         disk=DataRef(blob=found.blob, disk=found.disk, delta=found.delta) if found is not None else None,
         disk_owner=found.owner_id if found is not None else 0,
         context=context,
@@ -88,6 +91,17 @@ def resolved(tx: Transaction, call: Call[Any], wanted: Submitted, *, in_set: boo
         return new
     app = apps.find_app(tx, caller, spec.app)
     return msgspec.structs.replace(new, app_id=app.id, programs=app.files)
+
+
+def _data_file(tx: Transaction, caller: accounts.Caller, name: str, reference: str) -> DataFile:
+    """Find the data of a file of a job. Raise NotFound; Forbidden if the caller's token may not read data: the job would do so for him."""
+    if not holds(caller.rights, Right.DATA_READ):
+        raise Forbidden("this token may not read data, so its jobs may not, either", hint="one with the right data:read")
+    try:
+        found = data.find_data(tx, caller, reference)
+    except NotFound as error:
+        raise NotFound(f"data.{name}: {error.message}", hint=error.hint) from error
+    return DataFile(name=name, blob=found.blob)
 
 
 def _check_secrets(call: Call[Any], spec: JobSpec, sealed: bytes) -> None:

@@ -14,13 +14,13 @@ import sqlalchemy as sa
 from msgspec import Struct
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, applies, job_state, sources
-from deskgrid.model.data import Blob, DataRef
-from deskgrid.model.ids import AttemptId, JobId, UserId, WorkerId
+from deskgrid.model.data import Blob, DataFile, DataRef
+from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import AttemptState, JobSpec, JobState
 from deskgrid.model.workers import Assignment
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import come_back, count, note_use, revoked_queues
-from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, attempt, job, queue, submission, worker
+from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, attempt, job, queue, submission, submission_data, worker
 from deskgrid.server.store.statement import Statement, constant
 from deskgrid.server.store.submissions import WORK, array_topic, forget_secrets, held_until_started, job_topic, tell_dependants
 
@@ -101,6 +101,7 @@ class Common(Struct, frozen=True):
     spec: JobSpec
     disk: DataRef | None
     context: Blob | None
+    data: tuple[DataFile, ...]
     programs: dict[str, Blob]
     names: tuple[str, ...]
     set_id: int | None
@@ -115,11 +116,13 @@ def common(tx: Transaction, submission_id: int) -> Common:
     found = known.get(submission_id)
     if found is None:
         row: Any = tx.row(sa.select(*WITHOUT_SECRETS).where(submission.c.id == submission_id))
+        spec = msgspec.json.decode(row.spec, type=JobSpec)
         found = Common(
             owner_id=UserId(row.owner_id),
-            spec=msgspec.json.decode(row.spec, type=JobSpec),
+            spec=spec,
             disk=msgspec.json.decode(row.disk, type=DataRef) if row.disk else None,
             context=Blob(sha256=row.context, size_bytes=row.context_bytes) if row.context else None,
+            data=_data_of(tx, submission_id) if spec.data else (),
             programs=msgspec.json.decode(row.programs, type=dict[str, Blob]) if row.programs else {},
             names=msgspec.json.decode(row.names, type=tuple[str, ...]) if row.names else (),
             set_id=row.set_id,
@@ -128,6 +131,12 @@ def common(tx: Transaction, submission_id: int) -> Common:
             known.pop(next(iter(known)))
         known[submission_id] = found
     return found
+
+
+def _data_of(tx: Transaction, submission_id: int) -> tuple[DataFile, ...]:
+    mine = submission_data.c.submission_id == submission_id
+    rows = tx.rows(sa.select(submission_data).where(mine).order_by(submission_data.c.name))
+    return tuple(DataFile(name=row.name, blob=Blob(sha256=Sha256(row.sha256), size_bytes=row.size_bytes)) for row in rows)
 
 
 # Leasing
@@ -216,6 +225,7 @@ def _assignment(
         spec=shared.spec,
         disk=shared.disk,
         context=shared.context,
+        data=shared.data,
         programs=shared.programs,
         hold=held_until_started(tx, shared.set_id),
         secrets=_sealed(tx, submission_id) if shared.spec.secrets else b"",

@@ -37,6 +37,7 @@ from deskgrid.server.store.schema import (
     job,
     queue,
     submission,
+    submission_data,
     upload,
 )
 from deskgrid.server.store.storage import kept_bytes
@@ -225,9 +226,11 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         placed = of_placed.where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256)).limit(1)
         told = sa.exists().where(copy.c.content == submission.c.disk_sha256, copy.c.worker_id == caller.worker_id)
         ahead = sa.select(submission.c.id).where(submission.c.disk_blob == sha256, told).limit(1)
+        told = sa.exists().where(copy.c.content == submission_data.c.sha256, copy.c.worker_id == caller.worker_id)
+        ahead_file = sa.select(submission_data.c.submission_id).where(submission_data.c.sha256 == sha256, told).limit(1)
         mine = sa.exists().where(copy.c.content == data.c.disk_sha256, copy.c.worker_id == caller.worker_id)
         delta = sa.select(data.c.id).where(data.c.delta_sha256 == sha256, mine).limit(1)
-        return any(tx.row(found) is not None for found in (of_live, of_lost, placed, ahead, delta))
+        return any(tx.row(found) is not None for found in (of_live, of_lost, placed, ahead, ahead_file, delta))
     if caller.role is Role.ADMIN and caller.rights is None:
         return True
     named = sa.select(data.c.id).where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256), _visible(tx, caller))
@@ -246,7 +249,8 @@ def _needs(sha256: str) -> sa.ColumnElement[bool]:
     """Tell whether a worker needs a blob for a job of a submission."""
     program = sa.exists().where(app_file.c.app_id == submission.c.app_id, app_file.c.sha256 == sha256)
     of_disk = sa.exists().where(data.c.sha256 == submission.c.disk_blob, data.c.delta_sha256 == sha256)
-    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program, of_disk)
+    file = sa.exists().where(submission_data.c.submission_id == submission.c.id, submission_data.c.sha256 == sha256)
+    return sa.or_(submission.c.disk_blob == sha256, submission.c.context == sha256, program, of_disk, file)
 
 
 # Removing
@@ -260,6 +264,7 @@ def _is_used() -> sa.ColumnElement[bool]:
         sa.exists().where(data.c.sha256 == column),
         sa.exists().where(data.c.delta_sha256 == column),
         sa.exists().where(submission.c.disk_blob == column),
+        sa.exists().where(submission_data.c.sha256 == column),
         sa.exists().where(submission.c.context == column),
         sa.exists().where(submission.c.parameters == column),
         sa.exists().where(app_file.c.sha256 == column),

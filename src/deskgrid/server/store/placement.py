@@ -19,7 +19,7 @@ from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.core.matching import Ask, Person, Queue, Requirement, suits
 from deskgrid.core.placement import ORDER_S, Hold, Host, Wanted, decide, is_over, may_hold
 from deskgrid.errors import InvalidInput, NotFound
-from deskgrid.model.data import Data, DataRef
+from deskgrid.model.data import Blob, Data, DataRef
 from deskgrid.model.ids import DataId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import JobState
 from deskgrid.model.placement import ALL, Attributes, CopyState, Holder, Keep, Placement
@@ -38,6 +38,7 @@ from deskgrid.server.store.schema import (
     queue,
     requirement,
     submission,
+    submission_data,
     worker,
 )
 from deskgrid.server.store.submissions import SubmissionState
@@ -382,46 +383,56 @@ def _take_place(tx: Transaction, worker_id: WorkerId, one: Wanted) -> bool:
     return True
 
 
-# Disks that jobs wait for
+# What jobs wait for
 
 
 class _Demand(Struct, frozen=True):
-    """A disk that the jobs of arrays wait for."""
+    """A disk or a file that the jobs of arrays wait for."""
 
     queues: tuple[tuple[Queue, Person], ...]
     keep: Keep
 
 
 def _demand(tx: Transaction) -> dict[Sha256, _Demand]:
-    """Return the disks that jobs of arrays wait for, also of those that come after others, by what they are; at most some seconds old."""
+    """Return the disks and files that jobs of arrays wait for, also of those that come after others, by what they are; at most some seconds old."""
     known: tuple[float, dict[Sha256, _Demand]] | None = tx.memo.get(_DEMAND)
     if known is None or not tx.now < known[0] <= tx.now + _BOARD_S:
         known = tx.memo[_DEMAND] = (tx.now + _BOARD_S, _read_demand(tx))
     return known[1]
 
 
-_DEMAND = "disks that jobs wait for"
+_DEMAND = "what jobs wait for"
 
 
 def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
     rows = tx.rows(
-        sa.select(queue, requirement.c.key, submission.c.disk, (queue.c.blocked + queue.c.waiting).label("jobs"))
+        sa.select(
+            queue,
+            requirement.c.key,
+            submission.c.disk,
+            submission.c.id.label("of"),
+            (queue.c.blocked + queue.c.waiting).label("jobs"),
+        )
         .select_from(queue.join(requirement).join(submission, submission.c.id == queue.c.array_id))
-        .where(IS_UNSTARTED, submission.c.disk.is_not(None))
+        .where(IS_UNSTARTED)
         .limit(_MOST_QUEUES)
     )
+    files: dict[int, list[DataRef]] = {}
+    of_these = submission_data.c.submission_id.in_([row.of for row in rows])
+    for row in tx.rows(sa.select(submission_data).where(of_these)) if rows else ():
+        blob = Blob(sha256=Sha256(row.sha256), size_bytes=row.size_bytes)
+        files.setdefault(row.submission_id, []).append(DataRef(blob=blob))
     found: dict[Sha256, _Demand] = {}
     people = {owner_id: _person(tx, owner_id) for owner_id in {UserId(row.owner_id) for row in rows}}
     for row in rows:
-        ref = msgspec.json.decode(row.disk, type=DataRef)
-        if ref.disk is None:
-            continue
-        content = ref.disk.sha256
+        disk = (msgspec.json.decode(row.disk, type=DataRef),) if row.disk else ()
         wanted = msgspec.json.decode(row.key, type=Requirement)
         one = Queue(id=row.id, class_id=row.class_id, owner_id=UserId(row.owner_id), requirement=wanted, waiting=row.jobs)
-        before = found.get(content)
-        keep = Keep(data_id=DataId(0), content=content, name=content[:12], ref=ref)
-        found[content] = _Demand((*(before.queues if before is not None else ()), (one, people[one.owner_id])), keep)
+        for ref in (*disk, *files.get(row.of, ())):
+            content = ref.disk.sha256 if ref.disk is not None else ref.blob.sha256
+            before = found.get(content)
+            keep = Keep(data_id=DataId(0), content=content, name=content[:12], ref=ref)
+            found[content] = _Demand((*(before.queues if before is not None else ()), (one, people[one.owner_id])), keep)
     return found
 
 
@@ -429,13 +440,14 @@ _MOST_QUEUES = 1000
 
 
 def _fetched_ahead(tx: Transaction, host: Host, ask: Ask, demand: dict[Sha256, _Demand]) -> tuple[Keep, ...]:
-    """Return which disks a worker is to fetch before it is leased a job with one: as many workers as jobs wait are to have it."""
+    """Return what a worker is to fetch before it is leased a job with it: as many workers as jobs wait are to have it."""
     found: list[Keep] = []
     for content, one in demand.items():
         ref = one.keep.ref
         if len(found) >= _MOST_AHEAD:
             break
-        if content in host.has or ref.disk is None or ref.disk.size_bytes > host.lends_bytes:
+        size_bytes = ref.disk.size_bytes if ref.disk is not None else ref.blob.size_bytes
+        if content in host.has or size_bytes > host.lends_bytes:
             continue
         jobs = sum(each.waiting for each, person in one.queues if suits(ask, each, person))
         if not jobs:

@@ -361,6 +361,15 @@ submission = _numbered(
 """What one call submitted: a job, or an array of `size` jobs. All that its jobs have in common is here. An array is filled little by
 little: `filled` jobs are there; of its table (the blob `parameters`, columns `names`) `reads_at` bytes were read. `programs`: its app's
 files by platform, JSON. `secrets`: sealed to the server (core/sealing.py)."""
+submission_data = Table(
+    "submission_data",
+    metadata,
+    Column("submission_id", ForeignKey("submission.id", ondelete="CASCADE"), primary_key=True),
+    Column("name", String(100), primary_key=True),
+    Column("sha256", String(64), nullable=False, index=True),
+    Column("size_bytes", BigInteger, nullable=False),
+)
+"""Data that the jobs of a submission find as files of these names."""
 WITHOUT_SECRETS = tuple(column for column in submission.c if column.name != "secrets")
 """All of a submission but what is long and needed only where its jobs are leased."""
 _unfinished = submission.c.state.in_(("filling", "cancelling"))

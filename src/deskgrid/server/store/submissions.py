@@ -23,13 +23,13 @@ from deskgrid.core.matching import requirement_of
 from deskgrid.core.rights import thing_of_job
 from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.apps import ANY_PLATFORM
-from deskgrid.model.data import Blob, DataRef
+from deskgrid.model.data import Blob, DataFile, DataRef
 from deskgrid.model.ids import ArrayId, JobId, UserId
 from deskgrid.model.jobs import Array, ArrayState, JobSpec, JobState
 from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import ARRAY_RAN_OUT, come_back, count, find_queue, open_queue, queue_counts, waiting_of
-from deskgrid.server.store.schema import WITHOUT_SECRETS, account, dependency, job, job_set, queue, submission
+from deskgrid.server.store.schema import WITHOUT_SECRETS, account, dependency, job, job_set, queue, submission, submission_data
 from deskgrid.server.store.statement import Statement
 
 __all__ = [
@@ -82,6 +82,7 @@ class NewSubmission(Struct, frozen=True, kw_only=True):
     disk: DataRef | None = None
     disk_owner: int = 0
     context: Blob | None = None
+    data: tuple[DataFile, ...] = ()
     app_id: int | None = None
     programs: dict[str, Blob] = {}
     """The files of its app by platform."""
@@ -193,7 +194,8 @@ def _owner(caller: Caller) -> UserId:
 def _add_queue(tx: Transaction, owner_id: UserId, new: NewSubmission, array_id: int, *, is_open: bool) -> int:
     disk = new.disk.disk.sha256 if new.disk is not None and new.disk.disk is not None else None
     platforms = () if ANY_PLATFORM in new.programs else tuple(new.programs)
-    wanted = requirement_of(new.spec, disk, platforms, new.trust, disk_owner=new.disk_owner)
+    blobs = [one.blob for one in new.data]
+    wanted = requirement_of(new.spec, disk, platforms, new.trust, disk_owner=new.disk_owner, data=blobs)
     return find_queue(tx, wanted, owner_id, new.spec.group, new.spec.priority, array_id=array_id, is_open=is_open)
 
 
@@ -232,7 +234,11 @@ def _insert(tx: Transaction, owner_id: UserId, queue_id: int | None, new: NewSub
             **values,
         )
     )
-    return int(added.inserted_primary_key[0])  # type: ignore[index]
+    submission_id = int(added.inserted_primary_key[0])  # type: ignore[index]
+    for one in new.data:
+        values = {"name": one.name, "sha256": one.blob.sha256, "size_bytes": one.blob.size_bytes}
+        tx.run(sa.insert(submission_data).values(submission_id=submission_id, **values))
+    return submission_id
 
 
 # What comes after what

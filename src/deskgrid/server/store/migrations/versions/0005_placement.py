@@ -33,6 +33,18 @@ def upgrade() -> None:
     op.create_index(op.f("ix_swarm_member_member"), "swarm_member", ["member"], unique=False)
     op.create_index("ix_swarm_member_seen", "swarm_member", ["sha256", "seen_at"], unique=False)
     op.create_table(
+        "submission_data",
+        sa.Column("submission_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("name", sa.String(length=100), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["submission_id"], ["submission.id"], name=op.f("fk_submission_data_submission_id"), ondelete="CASCADE"
+        ),
+        sa.PrimaryKeyConstraint("submission_id", "name", name=op.f("pk_submission_data")),
+    )
+    op.create_index(op.f("ix_submission_data_sha256"), "submission_data", ["sha256"], unique=False)
+    op.create_table(
         "placement",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("owner_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
