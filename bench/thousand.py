@@ -25,7 +25,19 @@ from deskgrid.units import MIB
 
 _SERVER_BYTES_PER_S = 20e6
 _STEP_S = 0.25
-_LONGEST_S = 3600.0
+_LONGEST_S = 7200.0
+_CASES = (
+    (1000, 10e6, 1, 0.1, False),
+    (1000, 1e6, 1, 0.1, False),
+    (1000, 10e6, 50, 0.1, False),
+    (1000, 10e6, 50, 0.1, True),
+    (200, 1e6, 200, 0.1, False),
+    (200, 1e6, 200, 0.1, True),
+    (200, 1e6, 200, 0.0, False),
+    (200, 1e6, 200, 0.0, True),
+)
+"""Workers, what each gives in a second, how many sites, which part of the workers can be reached from other sites, and whether the others are through
+the overlay. The last four are PCs at home."""
 
 
 class Worker:
@@ -38,16 +50,32 @@ class Worker:
         self.near: list[int] = []
         self.call_at, self.gained_at = starts_at, starts_at
         self.done_at: float | None = None
+        self.reachable = self.joined = False
 
 
 def spread(
-    workers: int, size_bytes: int, *, up_bytes_per_s: float, down_bytes_per_s: float, sites: int, rng: Random
+    workers: int,
+    size_bytes: int,
+    *,
+    up_bytes_per_s: float,
+    down_bytes_per_s: float,
+    sites: int,
+    reachable: float,
+    joined: bool,
+    rng: Random,
 ) -> tuple[float, float]:
-    """Return the seconds until all have it, and the copies that the server sent. At each site workers are behind one router and can reach each
-    other; one worker of each has a public address."""
+    """Return the seconds until all have it, and the copies that the server sent.
+
+    At each site workers are behind one router and can reach each other; of all workers this part can be reached from elsewhere. `joined`: the others
+    are reached through the overlay, whose hole punching always succeeds here.
+    """
     count, piece = piece_count(size_bytes), piece_bytes(size_bytes)
     whole = all_pieces(count)
     crowd = [Worker(number, number % sites, rng.uniform(0, 2)) for number in range(workers)]
+    for one in rng.sample(crowd, round(reachable * workers)):
+        one.reachable = True
+    for one in crowd:
+        one.joined = joined
     members: dict[int, Member] = {}
     sent = budget = 0.0
     left, room = [0.0] * workers, [0.0] * workers
@@ -102,7 +130,8 @@ def _call(one: Worker, members: dict[int, Member], crowd: list[Worker], count: i
         seen_at=now,
         public=public,
         private=(str(one.number),),
-        reachable=one.number < 1 << 30 and one.number % 10 == 0,
+        reachable=one.reachable,
+        peer=f"worker-{one.number}" if one.joined else "",
         port=one.number + 1,
     )
     others = [other for number, other in members.items() if number != one.number]
@@ -110,10 +139,13 @@ def _call(one: Worker, members: dict[int, Member], crowd: list[Worker], count: i
     one.queue = [*one.queue, *pieces_of(take)]
     one.fetching |= take
     members[one.number] = Member(
-        **{name: getattr(me, name) for name in ("have", "seen_at", "public", "private", "reachable", "port")},
+        **{name: getattr(me, name) for name in ("have", "seen_at", "public", "private", "reachable", "port", "peer")},
         taken=me.taken | take,
     )
-    found = {place.port - 1 for place in neighbours(me, others, rng=rng)}
+    found = {
+        int(place.peer.removeprefix("worker-")) if place.peer else place.port - 1
+        for place in neighbours(me, others, count=count, rng=rng)
+    }
     one.near = sorted({*one.near, *found})[-60:]
     for at in found:  # a connection is one in both directions
         if one.number not in crowd[at].near:
@@ -132,12 +164,17 @@ def _any(pieces: int, count: int, rng: Random) -> int:
 
 def main() -> None:
     options = arguments(__doc__)
-    workers, size_bytes = (100, 32 * MIB) if options.quick else (1000, 256 * MIB)
+    size_bytes = (32 if options.quick else 256) * MIB
     figures = []
-    for up, sites in ((10e6, 1), (1e6, 1), (10e6, 50)):
-        seconds, copies = spread(workers, size_bytes, up_bytes_per_s=up, down_bytes_per_s=50e6, sites=sites, rng=Random(1))
+    for most, up, sites, reachable, joined in _CASES:
+        workers = min(most, 100) if options.quick else most
+        links = {"up_bytes_per_s": up, "down_bytes_per_s": 50e6}
+        seconds, copies = spread(
+            workers, size_bytes, **links, sites=min(sites, workers), reachable=reachable, joined=joined, rng=Random(1)
+        )
         bound = max(size_bytes / _SERVER_BYTES_PER_S, workers * size_bytes / (_SERVER_BYTES_PER_S + workers * up))
-        what = f"{workers} workers, {up / 1e6:g} MB/s up, {sites} {'site' if sites == 1 else 'sites'}"
+        what = f"{workers} workers, {up / 1e6:g} MB/s up, {sites} {'site' if sites == 1 else 'sites'}, {reachable:.0%} reachable"
+        what += ", the others through the overlay" if joined else ""
         figures.append(Figure(f"{what}: all have it", seconds, "s", bound, seconds / bound, None))
         figures.append(Figure(f"{what}: copies sent by the server", copies, "copies", 1.0, copies, 1.2))
         print(f"{what}: {seconds:.1f} s, bound {bound:.1f} s, {copies:.2f} copies", flush=True)

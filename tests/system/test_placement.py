@@ -80,6 +80,18 @@ def test_workers_behind_routers_fetch_a_disk_together_and_a_job_runs_on_it(tmp_p
             grid.nothing_left(name)
 
 
+def test_pcs_behind_routers_of_their_own_give_to_each_other_through_the_overlay(tmp_path: Path):
+    with distribution(tmp_path, {"a": Nat.MASQUERADE, "b": Nat.MASQUERADE}) as grid:
+        for site in "ab":
+            grid.add_worker_at(grid.lab.sites[site][0], site, **SHARES)
+        grid.publish_large()
+        grid.slow_down(2)
+        grid.cli("data", "place", "large", "--replicas", "all")
+        until(lambda: list(grid.holders().values()) == ["held"] * 2, what="both hold it")
+        assert grid.server_bytes() < 1.5 * SIZE, grid.logs()
+        assert any("service=swarm" in grid.workers[site].said() and "path=punched" in grid.workers[site].said() for site in "ab")
+
+
 def test_where_bittorrent_is_blocked_the_disk_comes_from_the_server(tmp_path: Path):
     with distribution(tmp_path, {"a": Nat.NONE, "b": Nat.NONE}) as grid:
         for site in "ab":

@@ -5,7 +5,7 @@
 3. `share` widens that: group:NAME to members, user:NAME to one user, everyone to all. A job counts as its owner.
 4. Who may not reach a job is told the same as if there were none; who may not reach a program's service, as if nobody offered it.
 5. The console of a job (console.py) is never shared, and no job reaches it: only its owner's programs do.
-6. Workers reach nothing and are reached by nobody.
+6. Workers reach each other's engines while they are in one swarm (transfer.py), and nothing else, and are reached by nobody else.
 
 An admin has no more rights here than another user: what goes on in jobs is their owners' affair.
 """

@@ -10,7 +10,8 @@ The members of a blob's swarm are workers that have it or fetch it. Each says ag
 4. A member counts for what `lifetime_s` says after its last word; what it fetches, for TAKEN_S. One that has all counts for much longer: it has no
    reason to call often.
 5. A member is told at most MOST_NEIGHBOURS others: those at the same public address first, by their private addresses; then members that can be
-   reached from anywhere. It is not told of members that it cannot reach.
+   reached from anywhere; then, if it lacks something, MOST_JOINED of those that cannot, through the overlay, if both take part in it. There the one
+   with the smaller name calls, or the only one that lacks something. A member is not told of others that it cannot reach.
 
 Sets of pieces are whole numbers, piece 0 in the lowest bit; they travel as bytes, 8 pieces each, the lowest bit first.
 """
@@ -28,8 +29,10 @@ from deskgrid.model.swarm import Neighbour
 __all__ = [
     "LONGEST_LIFETIME_S",
     "MOST_FEEDS",
+    "MOST_JOINED",
     "MOST_NEIGHBOURS",
     "STUCK_S",
+    "SWARM",
     "TAKEN_S",
     "Member",
     "all_pieces",
@@ -45,6 +48,10 @@ __all__ = [
 
 MOST_FEEDS = 8
 MOST_NEIGHBOURS = 30
+MOST_JOINED = 12
+"""Each costs both sides a try to get through their routers."""
+SWARM = "swarm"
+"""The service of a worker in the overlay by which others reach its engine."""
 STUCK_S = 6.0
 TAKEN_S = 30.0
 _CALLS_PER_S = 50.0
@@ -69,6 +76,8 @@ class Member(Struct, frozen=True, kw_only=True):
     """`public` is its own: no router is between."""
     port: int = 0
     """Where it takes others' connections; 0: nowhere."""
+    peer: str = ""
+    """Its name in the overlay, if it takes part."""
 
 
 def hand_out(count: int, me: Member, others: Iterable[Member], *, wanted: int, stuck: bool, now: float) -> int:
@@ -103,8 +112,8 @@ def lifetime_s(members: int, *, complete: bool) -> float:
     return LONGEST_LIFETIME_S if complete else 3 * interval_s(members) + 10.0
 
 
-def neighbours(me: Member, others: Sequence[Member], *, rng: Chance) -> tuple[Neighbour, ...]:
-    """Return whom a member may connect to."""
+def neighbours(me: Member, others: Sequence[Member], *, count: int, rng: Chance) -> tuple[Neighbour, ...]:
+    """Return whom a member may connect to, of a blob with `count` pieces."""
     near = [one for one in others if one.port and one.public == me.public]
     far = [one for one in others if one.port and one.public != me.public and one.reachable]
     chosen = [*_shuffled(near, rng), *_shuffled(far, rng)]
@@ -112,6 +121,11 @@ def neighbours(me: Member, others: Sequence[Member], *, rng: Chance) -> tuple[Ne
     for one in chosen[:MOST_NEIGHBOURS]:
         addresses = (one.public,) if one.reachable else one.private
         found |= dict.fromkeys(Neighbour(address, one.port) for address in addresses)
+    whole = all_pieces(count)
+    if me.peer and me.have != whole:
+        hidden = [one for one in others if one.peer and not one.reachable and one.public != me.public]
+        mine = [one for one in hidden if one.have == whole or me.peer < one.peer]
+        found |= dict.fromkeys(Neighbour(peer=one.peer) for one in _shuffled(mine, rng)[:MOST_JOINED])
     return tuple(found)
 
 

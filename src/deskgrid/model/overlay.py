@@ -36,11 +36,14 @@ __all__ = [
     "parse_offer",
     "parse_reach",
     "parse_service",
+    "parse_worker",
     "user_peer",
+    "worker_name",
     "worker_peer",
 ]
 
 API_PORT = 8470
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _SERVICE = re.compile(r"[a-z][a-z0-9-]{0,30}")
 _PEER = re.compile(r"job-[1-9][0-9]{0,17}|user|user-[a-z][a-z0-9_.-]{0,62}|server|[a-z][a-z0-9-]{0,30}\.set")
 
@@ -181,7 +184,18 @@ def user_peer(user_id: UserId) -> str:
 
 def worker_peer(worker_id: WorkerId) -> str:
     """Return the name of a worker as a peer."""
-    return f"worker-{worker_id}.deskgrid"
+    return f"{worker_name(worker_id)}.deskgrid"
+
+
+def worker_name(worker_id: WorkerId) -> str:
+    """Return by what name workers call each other."""
+    return f"worker-{worker_id}"
+
+
+def parse_worker(name: str) -> WorkerId | None:
+    """Read `worker_name`; None for anything else."""
+    kind, _, number = name.partition("-")
+    return WorkerId(int(number)) if kind == "worker" and _NUMBER.fullmatch(number) else None
 
 
 def hub_peer(hub_id: int) -> str:

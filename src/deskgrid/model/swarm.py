@@ -10,8 +10,10 @@ __all__ = ["Neighbour", "Turn", "TurnAnswer"]
 class Neighbour(Struct, frozen=True, order=True):
     """Where another member of a swarm takes connections."""
 
-    address: str
-    port: int
+    address: str = ""
+    port: int = 0
+    peer: str = ""
+    """Instead: a worker that is reached through the overlay, worker-NUMBER."""
 
 
 class Turn(Struct, frozen=True, kw_only=True):
@@ -29,6 +31,8 @@ class Turn(Struct, frozen=True, kw_only=True):
     """Where it takes connections of others; 0: nowhere."""
     addresses: tuple[str, ...] = ()
     """Its own addresses: by them the server sees whether a router is between, and its neighbours reach it."""
+    joined: bool = False
+    """It takes part in the overlay: it can be reached through it, and reaches others."""
     key: str = ""
     """A public key for which it wants a certificate; empty: none."""
     torrent: bool = False

@@ -12,15 +12,16 @@ from deskgrid.core.console import RENEW_S
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.core.reach import Source, TargetJob, check_job, check_named, is_console, may_use
 from deskgrid.core.rights import Right, holds
+from deskgrid.core.transfer import SWARM
 from deskgrid.core.trust import Grant
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
 from deskgrid.model.jobs import JobSpec, JobState
 from deskgrid.model.machines import MachineKind, Network
-from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, ServiceRef, hub_peer, parse_service
+from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, ServiceRef, hub_peer, parse_service, parse_worker
 from deskgrid.model.wire import AskGrant
 from deskgrid.model.workers import Profile
-from deskgrid.server.store import accounts, peers
+from deskgrid.server.store import accounts, peers, swarm
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.hubs import HUBS
@@ -61,16 +62,24 @@ class _Target(Struct, frozen=True):
 
 def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float, max_peers: int, nonce: str) -> Way | Waiting:
     """Decide a wish. Raise NotFound, Forbidden, Conflict or InvalidInput if waiting is of no use."""
+    own = peers.find_own(tx, caller, wish.peer_id)
+    if own.kind == PeerKind.WORKER.value:
+        service = _of_swarm(tx, caller, wish.service)
+        return _decide(tx, own, service.service, _engine(tx, service), grant_s=grant_s, nonce=nonce)
     service = parse_service(wish.service, "service")
     if service.peer == API_SERVICE.peer:
         raise InvalidInput(f"{service} is not reached through the overlay", where="service", hint="dial the server")
     if is_console(service) and not holds(caller.rights, Right.JOBS):
         raise Forbidden("this token may not see the screens of jobs", hint="it needs the right: jobs")
-    own = peers.find_own(tx, caller, wish.peer_id)
     source = _source(tx, own)
     check_named(source, service)
     job_id = service.job_id
     target = _program(tx, source, service) if job_id is None else _attempt(tx, source, service, job_id, max_peers)
+    return _decide(tx, own, service.service, target, grant_s=grant_s, nonce=nonce)
+
+
+def _decide(tx: Transaction, own: Any, service: str, target: _Target, *, grant_s: float, nonce: str) -> Way | Waiting:
+    """Grant what may be reached, if it is there."""
     if target.row is None:
         return Waiting(target.absent, target.topics, target.console)
     if target.row.id == own.id:
@@ -82,7 +91,7 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
         source_key=Sha256(own.key),
         target=target.row.name,
         target_key=Sha256(target.row.key),
-        service=service.service,
+        service=service,
         expires_at=tx.now + grant_s,
         nonce=nonce,
     )
@@ -90,9 +99,7 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
 
 
 def _source(tx: Transaction, own: Any) -> Source:
-    """Return whom a peer acts for. Raise Forbidden for a worker's own."""
-    if own.kind == PeerKind.WORKER.value:
-        raise Forbidden("a worker reaches nothing for itself")
+    """Return whom a user's peer or a job's acts for."""
     user_id = UserId(own.account_id)
     groups = accounts.groups_of(tx, user_id)
     if own.kind == PeerKind.USER.value:
@@ -100,6 +107,20 @@ def _source(tx: Transaction, own: Any) -> Source:
     spec = msgspec.json.decode(own.spec, type=JobSpec)
     reach = tuple(reach.service for reach in spec.machine.reach)
     return Source(user_id=user_id, user=own.owner, groups=groups, job_id=JobId(own.job_id), reach=reach)
+
+
+def _of_swarm(tx: Transaction, caller: Caller, wanted: str) -> ServiceRef:
+    """Read what a worker wants to reach for itself. Raise Forbidden for anything but the engine of a worker that is in a swarm with it."""
+    service, _, name = wanted.partition(".")
+    other = parse_worker(name)
+    if service != SWARM or other is None or not swarm.share_a_swarm(tx, caller, other):
+        raise Forbidden("a worker reaches nothing for itself but who fetches the same data through the overlay")
+    return ServiceRef(service, name)
+
+
+def _engine(tx: Transaction, service: ServiceRef) -> _Target:
+    found = peers.peer_of_worker(tx, parse_worker(service.peer))
+    return _Target(found, f"{service.peer} to take part in the overlay", (peers.user_peers_topic(0),))
 
 
 def _attempt(tx: Transaction, source: Source, service: ServiceRef, job_id: JobId, max_peers: int) -> _Target:

@@ -65,12 +65,22 @@ class Swarm:
     """This PC's part in the swarm of one blob. `file` is its file's name in the engine's folder."""
 
     def __init__(
-        self, blob: Blob, name: str, engine: Engine, identity: Identity, take_turn: TakeTurn, source: Source, clock: Clock
+        self,
+        blob: Blob,
+        name: str,
+        engine: Engine,
+        identity: Identity,
+        take_turn: TakeTurn,
+        source: Source,
+        clock: Clock,
+        *,
+        door: Callable[[str], int] | None = None,
     ) -> None:
+        """`door` returns the port on loopback that leads to a worker through the overlay, 0 if none does."""
         self.blob = blob
         self.name = name
         self._engine, self._identity = engine, identity
-        self._take_turn, self._source, self._clock = take_turn, source, clock
+        self._take_turn, self._source, self._clock, self._door = take_turn, source, clock, door
         self._count = piece_count(blob.size_bytes)
         self._piece_bytes = piece_bytes(blob.size_bytes)
         self._whole = all_pieces(self._count)
@@ -214,8 +224,11 @@ class Swarm:
 
     def _follow(self, answer: TurnAnswer) -> None:
         self.lacking = answer.lacking
-        if answer.neighbours:
-            self._engine.tell(Connect(self.name, tuple((one.address, one.port) for one in answer.neighbours)))
+        found = [(one.address, one.port) for one in answer.neighbours if not one.peer]
+        if self._door is not None:
+            found += [("127.0.0.1", self._door(one.peer)) for one in answer.neighbours if one.peer]
+        if reached := tuple((address, port) for address, port in found if port):
+            self._engine.tell(Connect(self.name, reached))
 
     async def _keep_turning(self) -> None:
         """Tell the server what is here, also while nothing is fetched from it."""

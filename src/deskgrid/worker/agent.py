@@ -48,6 +48,7 @@ from deskgrid.worker.control import AttemptStatus, StatusAnswer, control_server
 from deskgrid.worker.drivers import Drivers, make_driver, make_drivers
 from deskgrid.worker.home import Home, locked
 from deskgrid.worker.installed import InstalledDisks
+from deskgrid.worker.joining import Joining
 from deskgrid.worker.journal import Entry, Journal, Phase, Verdict
 from deskgrid.worker.keeping import Keeper
 from deskgrid.worker.kit import Kit, Overlay
@@ -111,6 +112,7 @@ class Agent:
         address: str = "",
         free_bytes: Callable[[Path], int] | None = None,
         sight: Watcher | None = None,
+        joining: Joining | None = None,
         **kit: Any,
     ) -> None:
         self._home = home
@@ -134,7 +136,7 @@ class Agent:
         self._cache = Cache(
             home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=free_bytes
         )
-        self._sharing = Sharing(settings, self._cache, connection, clock, paused=lambda: self._owner.paused)
+        self._sharing = Sharing(settings, self._cache, connection, clock, paused=lambda: self._owner.paused, joining=joining)
         self._kit = Kit(
             home=home,
             settings=settings,
@@ -701,6 +703,7 @@ async def run_worker(
                 address=credentials.address,
                 authority_pem=credentials.authority_pem,
                 overlay=overlay,
+                joining=_joining(place, connection, credentials, clock, rng),
             )
             _log.info("worker_starts", home=str(place.folder), address=credentials.address, name=credentials.name)
             with _signals(lambda: agent.stop(keep=keep)):
@@ -722,10 +725,19 @@ async def _overlay(
     if not settings.overlay:
         yield None
         return
-    chosen = load_settings(PeerSettings, home.folder / "peer.toml", "DESKGRID_PEER")
+    chosen = _peer_settings(home)
     spend = pace.spend if pace is not None else None
     async with Endpoint(chosen, clock=clock, rng=rng, authority_pem=credentials.authority_pem, pace=spend) as endpoint:
         yield Overlay(endpoint=endpoint, calls=ServerCalls(connection), credentials=credentials)
+
+
+def _joining(home: Home, connection: Connection, credentials: Credentials, clock: Clock, rng: random.Random) -> Joining:
+    calls = ServerCalls(connection)
+    return Joining(_peer_settings(home), calls, authority_pem=credentials.authority_pem, clock=clock, rng=rng)
+
+
+def _peer_settings(home: Home) -> PeerSettings:
+    return load_settings(PeerSettings, home.folder / "peer.toml", "DESKGRID_PEER")
 
 
 @contextlib.asynccontextmanager

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from deskgrid.client.download import sha256_of
@@ -33,6 +34,7 @@ from deskgrid.swarm.engine import Engine
 from deskgrid.swarm.engine_words import Limit, Rename
 from deskgrid.swarm.fetch import Identity, Swarm
 from deskgrid.worker.connection import Connection
+from deskgrid.worker.joining import Joining
 from deskgrid.worker.tasks import in_thread, wait_for_event
 
 __all__ = ["Sharing", "engine_bounds", "own_bound"]
@@ -48,10 +50,17 @@ class Sharing:
     """A worker's part in all swarms. `run` it beside the rest."""
 
     def __init__(
-        self, settings: WorkerSettings, cache: Cache, connection: Connection, clock: Clock, *, paused: Callable[[], bool]
+        self,
+        settings: WorkerSettings,
+        cache: Cache,
+        connection: Connection,
+        clock: Clock,
+        *,
+        paused: Callable[[], bool],
+        joining: Joining | None = None,
     ) -> None:
         self._settings, self._cache, self._connection, self._clock = settings, cache, connection, clock
-        self._paused = paused
+        self._paused, self._joining = paused, joining
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._identity: Identity | None = None
@@ -116,9 +125,12 @@ class Sharing:
         if self._identity is None:
             self._identity = make_identity()
         turn = partial(self._take_turn, blob.sha256)
-        return Swarm(blob, torrent_name(blob.sha256), engine, self._identity, turn, self._connection.read, self._clock)
+        door = self._joining.door if self._joining is not None else None
+        return Swarm(blob, torrent_name(blob.sha256), engine, self._identity, turn, self._connection.read, self._clock, door=door)
 
     async def _take_turn(self, sha256: Sha256, turn: Turn) -> TurnAnswer:
+        if self._joining is not None and self._joining.joined:
+            turn = msgspec.structs.replace(turn, joined=True)
         return await self._connection.call(wire.TAKE_TURN, turn, path={"sha256": sha256})
 
     async def _started(self) -> Engine:
@@ -134,6 +146,8 @@ class Sharing:
                 )
                 await engine.start()
                 self._engine = engine
+                if self._joining is not None:
+                    await self._joining.start(lambda: self._engine.port if self._engine is not None else 0)
                 self.obey()
             return self._engine
 
@@ -216,6 +230,8 @@ class Sharing:
         engine, self._engine = self._engine, None
         self._shared.clear()
         self._due.clear()
+        if self._joining is not None:
+            await self._joining.close()
         if engine is not None:
             await engine.close()
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deskgrid.core.transfer import (
     MOST_FEEDS,
+    MOST_JOINED,
     MOST_NEIGHBOURS,
     TAKEN_S,
     Member,
@@ -119,14 +120,46 @@ ME = Member(public="9.9.9.9", private=("192.168.1.2",), port=1000)
 
 def test_neighbours_behind_the_same_router_are_met_by_their_private_addresses() -> None:
     beside = Member(public="9.9.9.9", private=("192.168.1.3", "10.0.0.3"), port=2000)
-    assert set(neighbours(ME, [beside], rng=Random(1))) == {Neighbour("192.168.1.3", 2000), Neighbour("10.0.0.3", 2000)}
+    assert set(neighbours(ME, [beside], count=8, rng=Random(1))) == {Neighbour("192.168.1.3", 2000), Neighbour("10.0.0.3", 2000)}
 
 
 def test_who_cannot_be_reached_is_not_told_of() -> None:
     elsewhere = Member(public="8.8.8.8", private=("192.168.1.3",), port=2000)
     deaf = Member(public="9.9.9.9", private=("192.168.1.4",), port=0)
     open_ = Member(public="8.8.4.4", reachable=True, port=4000)
-    assert neighbours(ME, [elsewhere, deaf, open_], rng=Random(1)) == (Neighbour("8.8.4.4", 4000),)
+    assert neighbours(ME, [elsewhere, deaf, open_], count=8, rng=Random(1)) == (Neighbour("8.8.4.4", 4000),)
+
+
+members = st.builds(
+    Member,
+    have=st.sampled_from([0, 3, all_pieces(8)]),
+    public=st.sampled_from(["9.9.9.9", "8.8.8.8", "8.8.4.4"]),
+    private=st.just(("192.168.1.3",)),
+    reachable=st.booleans(),
+    port=st.just(5),
+    peer=st.sampled_from(["", "worker-1", "worker-2", "worker-3"]),
+)
+
+
+@given(members, members)
+def test_of_two_that_need_the_overlay_one_calls_the_other(one: Member, other: Member) -> None:
+    told = [neighbours(me, [them], count=8, rng=Random(1)) for me, them in ((one, other), (other, one))]
+    callers = [any(neighbour.peer for neighbour in found) for found in told]
+    hidden = not one.reachable and not other.reachable and one.public != other.public
+    lacking = [one.have != all_pieces(8), other.have != all_pieces(8)]
+    if not hidden or not one.peer or not other.peer or one.peer == other.peer or not any(lacking):
+        assert not (callers[0] and callers[1]) and (any(callers) <= (one.public != other.public))
+    else:
+        assert callers.count(True) == 1
+        assert lacking[callers.index(True)]
+
+
+@given(st.integers(0, 100), st.integers(0, 1000))
+def test_through_the_overlay_few_are_called(count: int, seed: int) -> None:
+    others = [Member(public=f"8.8.8.{at}", port=5, peer=f"worker-{at + 2}") for at in range(count)]
+    me = Member(public="9.9.9.9", port=5, peer="worker-1")
+    assert len(neighbours(me, others, count=8, rng=Random(seed))) == min(count, MOST_JOINED)
+    assert not neighbours(Member(public="9.9.9.9", port=5), others, count=8, rng=Random(seed))
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 1000))
@@ -135,7 +168,7 @@ def test_near_neighbours_come_first_and_all_are_few(near: int, far: int, seed: i
         *(Member(public="9.9.9.9", private=(f"192.168.2.{at}",), port=5) for at in range(near)),
         *(Member(public=f"8.8.8.{at}", reachable=True, port=5) for at in range(far)),
     ]
-    found = neighbours(ME, others, rng=Random(seed))
+    found = neighbours(ME, others, count=8, rng=Random(seed))
     assert len(found) == min(near + far, MOST_NEIGHBOURS)
     assert sum(one.address.startswith("192.168.2.") for one in found) == min(near, MOST_NEIGHBOURS)
 

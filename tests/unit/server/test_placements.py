@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.unit.overlay.small_grid import key_pair
 
 from deskgrid.client.grid import Grid, describe_file
 from deskgrid.client.transport import Transport
@@ -27,7 +28,7 @@ from deskgrid.server.chores import do_chores
 from deskgrid.server.store.placement import GONE_S
 from deskgrid.server.torrents import make_torrents
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
-from deskgrid.units import GIB
+from deskgrid.units import GIB, MIB
 
 
 class Pc:
@@ -261,6 +262,42 @@ async def test_what_others_fetch_is_to_be_given_to_them(play: Play) -> None:
     await second.transport.call(wire.TAKE_TURN, Turn(port=7000, have=b"\xff" * 9), path=path)
     await play.later()
     assert (await first.sync()).share == ()
+
+
+async def test_workers_of_a_swarm_reach_each_others_engine_and_nobody_elses(play: Play) -> None:
+    user, pcs = await play.user(), [await play.pc() for _ in range(3)]
+    file = play._folder / "large"
+    file.write_bytes(bytes(8 * MIB))
+    data = await user.put(file, "large")
+    await make_torrents(play.grid.services)
+    await user.place("large", Attributes(replicas=ALL))
+    peers, names = [], []
+    for pc in pcs:
+        await pc.sync()
+        answer = await pc.transport.call(wire.REGISTER_PEER, wire.RegisterPeer(key=key_pair()[1]))
+        peers.append(answer.peer_id)
+        names.append(answer.name.removesuffix(".deskgrid"))
+    first, second, third = pcs
+    for pc in (first, second):
+        answer = await pc.transport.call(wire.TAKE_TURN, Turn(port=5, joined=True), path={"sha256": data.blob.sha256})
+        assert not any(one.peer for one in answer.neighbours)  # they have the same public address
+    wish = wire.AskGrant(peer_id=peers[0], service=f"swarm.{names[1]}")
+    assert "hub" in (await first.transport.call(wire.ASK_GRANT, wish)).waiting_for
+    for service in (
+        f"swarm.{names[2]}",
+        f"web.{names[1]}",
+        "swarm.worker-0",
+        "web.user",
+        "swarm.job-1",
+        "swarm.worker-" + "9" * 30,
+    ):
+        with pytest.raises(Forbidden):
+            await first.transport.call(wire.ASK_GRANT, wire.AskGrant(peer_id=peers[0], service=service))
+    with pytest.raises(Forbidden):
+        await third.transport.call(wire.ASK_GRANT, msgspec.structs.replace(wish, peer_id=peers[2]))
+    await play.later(1000.0)
+    with pytest.raises((Forbidden, NotFound)):
+        await first.transport.call(wire.ASK_GRANT, wish)
 
 
 async def test_of_what_no_torrent_is_made_nobody_waits_for_one(play: Play) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "job_peers_topic",
     "list_peers",
     "peer_of_attempt",
+    "peer_of_worker",
     "programs_that_offer",
     "register",
     "remove",
@@ -158,6 +159,11 @@ def remove(tx: Transaction, caller: Caller, peer_id: int) -> None:
 def peer_of_attempt(tx: Transaction, attempt_id: AttemptId) -> Any | None:
     """Return the peer of a live attempt, with its hub."""
     return tx.row(_peers(tx).where(peer.c.attempt_id == attempt_id))
+
+
+def peer_of_worker(tx: Transaction, worker_id: WorkerId | None) -> Any | None:
+    """Return the peer that a worker is for itself, with its hub."""
+    return tx.row(_peers(tx).where(peer.c.worker_id == worker_id, peer.c.kind == PeerKind.WORKER.value))
 
 
 def programs_that_offer(tx: Transaction, user_id: UserId, service: str) -> list[tuple[Any, tuple[str, ...]]]:

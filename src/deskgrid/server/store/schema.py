@@ -209,6 +209,7 @@ swarm_member = Table(
     Column("private", Text, nullable=False),
     Column("reachable", Boolean, nullable=False),
     Column("port", Integer, nullable=False),
+    Column("peer", String(64), nullable=False),
 )
 """Workers, and programs of users, that have or fetch a blob together: what core.transfer.Member says of them. `have` is empty if it is `complete`."""
 Index("ix_swarm_member_seen", swarm_member.c.sha256, swarm_member.c.seen_at)

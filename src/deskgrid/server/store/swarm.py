@@ -28,14 +28,15 @@ from deskgrid.core.transfer import (
 )
 from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model.data import Blob
-from deskgrid.model.ids import Sha256
+from deskgrid.model.ids import Sha256, WorkerId
+from deskgrid.model.overlay import worker_name
 from deskgrid.model.swarm import Turn, TurnAnswer
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.data import may_read_blob
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.schema import blob, data, swarm_member, torrent
 
-__all__ = ["Taken", "fetched_now", "forget_member", "forget_members", "keep_layer", "take_turn", "without_torrent"]
+__all__ = ["Taken", "fetched_now", "forget_member", "forget_members", "keep_layer", "share_a_swarm", "take_turn", "without_torrent"]
 
 _FORGET_S = 7 * 86400.0
 """A worker that has a blob may come back to its swarm for so long, without a job that needs it."""
@@ -92,14 +93,14 @@ def take_turn(tx: Transaction, caller: Caller, sha256: Sha256, turn: Turn, *, pu
     if turn.leaving:
         tx.run(sa.delete(swarm_member).where(*mine))
         return Taken(TurnAnswer(ready=True), of, b"")
-    me, others = _member(tx, turn, count, public), _others(tx, sha256, member, count)
+    me, others = _member(tx, caller, turn, count, public), _others(tx, sha256, member, count)
     take = hand_out(count, me, others, wanted=min(turn.wanted, count), stuck=turn.stuck, now=tx.now)
     _keep(tx, sha256, member, me, own is not None, take, count)
     answer = TurnAnswer(
         ready=True,
         interval_s=interval_s(len(others) + 1),
         take=set_to(take, count),
-        neighbours=neighbours(me, others, rng=rng),
+        neighbours=neighbours(me, others, count=count, rng=rng),
         lacking=sum(other.have != all_pieces(count) for other in others),
     )
     return Taken(answer, of, layer if turn.torrent else b"")
@@ -117,7 +118,7 @@ def _name_of(caller: Caller, turn: Turn) -> str:
 _PROGRAM = re.compile(r"[A-Za-z0-9]{1,32}")
 
 
-def _member(tx: Transaction, turn: Turn, count: int, public: str) -> Member:
+def _member(tx: Transaction, caller: Caller, turn: Turn, count: int, public: str) -> Member:
     have = set_from(turn.have, count)
     addresses = turn.addresses[:_MOST_ADDRESSES]
     return Member(
@@ -128,6 +129,7 @@ def _member(tx: Transaction, turn: Turn, count: int, public: str) -> Member:
         private=private_addresses(addresses),
         reachable=public in addresses,
         port=turn.port if 0 < turn.port < 1 << 16 else 0,
+        peer=worker_name(caller.worker_id) if turn.joined and caller.worker_id is not None else "",
     )
 
 
@@ -147,6 +149,7 @@ def _others(tx: Transaction, sha256: Sha256, member: str, count: int) -> list[Me
             private=msgspec.json.decode(row.private, type=tuple[str, ...]),
             reachable=row.reachable,
             port=row.port,
+            peer=row.peer,
         )
         for row in rows
         if row.seen_at > tx.now - lifetime_s(len(rows) + 1, complete=row.complete)
@@ -164,6 +167,7 @@ def _keep(tx: Transaction, sha256: Sha256, member: str, me: Member, known: bool,
         "private": msgspec.json.encode(me.private).decode(),
         "reachable": me.reachable,
         "port": me.port,
+        "peer": me.peer,
     }
     if known:
         mine = (swarm_member.c.sha256 == sha256, swarm_member.c.member == member)
@@ -186,6 +190,16 @@ def fetched_now(tx: Transaction, blobs: Iterable[Sha256]) -> tuple[Sha256, ...]:
 _MEMO = "fetched now"
 _LOOK_S = 2.0
 _FETCHING_S = 60.0
+
+
+def share_a_swarm(tx: Transaction, caller: Caller, other: WorkerId) -> bool:
+    """Tell whether a worker has lately been told of another, or may be, that is reached through the overlay: both are in one swarm."""
+    theirs = swarm_member.alias("theirs")
+    lately = tx.now - LONGEST_LIFETIME_S
+    same = swarm_member.join(theirs, swarm_member.c.sha256 == theirs.c.sha256)
+    both = (swarm_member.c.member == caller.principal, theirs.c.peer == worker_name(other))
+    query = sa.select(theirs.c.member).select_from(same).where(*both, swarm_member.c.seen_at > lately, theirs.c.seen_at > lately)
+    return tx.row(query.limit(1)) is not None
 
 
 def forget_member(tx: Transaction, principal: str) -> None:

@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("private", sa.Text(), nullable=False),
         sa.Column("reachable", sa.Boolean(), nullable=False),
         sa.Column("port", sa.Integer(), nullable=False),
+        sa.Column("peer", sa.String(length=64), nullable=False),
         sa.PrimaryKeyConstraint("sha256", "member", name=op.f("pk_swarm_member")),
     )
     op.create_index(op.f("ix_swarm_member_member"), "swarm_member", ["member"], unique=False)

@@ -1,0 +1,114 @@
+"""Other workers' engines through the overlay, where no connection reaches them directly: most PCs at home are behind a router.
+
+While blobs are shared the worker is a peer of its own with one service, SWARM, which is its engine. To reach another's it opens a port on
+loopback, to which its own engine connects. Grants for that are for workers that are in one swarm (server/grants.py). Only direct ways are tried, hole
+punching among them: through a hub, which is mostly the server, bytes would cost more than from the server itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from deskgrid.clock import Clock
+from deskgrid.core.transfer import SWARM
+from deskgrid.errors import DeskgridError, Unreachable
+from deskgrid.model.overlay import ConnectionPath
+from deskgrid.overlay.endpoint import Endpoint
+from deskgrid.overlay.peer import Calls, Peer
+from deskgrid.overlay.proxy import reset, serve
+from deskgrid.settings import PeerSettings
+from deskgrid.worker.tasks import finish
+
+__all__ = ["Joining"]
+
+_log = structlog.get_logger()
+_LOOPBACK = "127.0.0.1"
+_MOST_DOORS = 64
+_WAIT_S = 20.0
+"""For another that the server does not know at a hub yet."""
+
+
+class Joining:
+    """A worker's part in the overlay for its swarms. `start` and `close` it with its engine, as often as that comes and goes."""
+
+    def __init__(self, settings: PeerSettings, calls: Calls, *, authority_pem: str, clock: Clock, rng: random.Random) -> None:
+        direct = tuple(path for path in settings.paths if path != ConnectionPath.RELAYED.value)
+        self._settings = msgspec.structs.replace(settings, paths=direct)
+        self._may = bool(direct) and not settings.relay_only
+        self._calls, self._authority_pem, self._clock, self._rng = calls, authority_pem, clock, rng
+        self._running: contextlib.AsyncExitStack | None = None
+        self._peer: Peer | None = None
+        self._doors: dict[str, tuple[int, asyncio.Task[None]]] = {}
+
+    @property
+    def joined(self) -> bool:
+        """Whether others can reach this worker so: it is at a hub."""
+        return self._peer is not None and bool(self._peer.observed)
+
+    async def start(self, port: Callable[[], int]) -> None:
+        """Take part, with the engine that listens on `port`; without a hub, or if the owner hides the PC's address, nothing is done. Idempotent."""
+        if self._running is not None or not self._may:
+            return
+
+        async def dial() -> socket.socket:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(sock, (_LOOPBACK, port()))
+            except OSError as error:
+                sock.close()
+                raise Unreachable("nothing is shared here any more") from error
+            return sock
+
+        endpoint = Endpoint(self._settings, clock=self._clock, rng=self._rng, authority_pem=self._authority_pem)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(endpoint)
+                self._peer = await stack.enter_async_context(Peer(endpoint, self._calls, offers={SWARM: dial}))
+            except (DeskgridError, OSError) as error:
+                _log.warning("not_joined_with_others", error=str(error))
+                return
+            self._running = stack.pop_all()
+
+    async def close(self) -> None:
+        """Take part no more. Idempotent."""
+        doors, self._doors = self._doors, {}
+        running, self._running, self._peer = self._running, None, None
+        for _, task in doors.values():
+            task.cancel()
+        await asyncio.gather(*(task for _, task in doors.values()), return_exceptions=True)
+        if running is not None:
+            await finish(running.aclose())
+
+    def door(self, name: str) -> int:
+        """Return the port on loopback that leads to the engine of a worker (a peer's name); 0 if this worker takes no part."""
+        peer = self._peer
+        if peer is None:
+            return 0
+        if name not in self._doors:
+            while len(self._doors) >= _MOST_DOORS:
+                self._doors.pop(next(iter(self._doors)))[1].cancel()
+            listener = socket.create_server((_LOOPBACK, 0))
+            self._doors[name] = listener.getsockname()[1], asyncio.create_task(self._serve(peer, name, listener))
+        return self._doors[name][0]
+
+    async def _serve(self, peer: Peer, name: str, listener: socket.socket) -> None:
+        async def join(local: socket.socket) -> None:
+            try:
+                await peer.connect(f"{SWARM}.{name}", local, wait_s=_WAIT_S)
+            except DeskgridError as error:
+                _log.debug("not_joined", peer=name, error=str(error)[:300])
+                reset(local)
+            except BaseException:
+                reset(local)
+                raise
+
+        with listener:
+            await serve(listener, join)
