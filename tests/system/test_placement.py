@@ -5,6 +5,8 @@ The server's link is slow, so that there is time for all that.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -43,6 +45,19 @@ class Distribution(LabGrid):
         return [
             int(found) for found in re.findall(r"event=fetched_from_others .*of_server_bytes=(\d+)", self.workers[worker].said())
         ]
+
+    def sent_bytes(self) -> int:
+        """Return what has left the server."""
+        [link] = json.loads(self.lab.server.run("ip", "-json", "-s", "link", "show", "dev", "ext"))
+        return int(link["stats64"]["tx"]["bytes"])
+
+    def there_bytes(self) -> int:
+        """Return what is on the disks of all workers."""
+        there = 0
+        for file in (file for name in self.workers for file in (self.folder / name / "cache" / "shared").glob("*")):
+            with contextlib.suppress(FileNotFoundError):  # it has just been renamed
+                there += file.stat().st_blocks * 512
+        return there
 
     def server_bytes(self) -> int:
         """Return what the server sent of the blob to all workers, as they say."""
@@ -90,6 +105,28 @@ def test_pcs_behind_routers_of_their_own_give_to_each_other_through_the_overlay(
         until(lambda: list(grid.holders().values()) == ["held"] * 2, what="both hold it")
         assert grid.server_bytes() < 1.5 * SIZE, grid.logs()
         assert any("service=swarm" in grid.workers[site].said() and "path=punched" in grid.workers[site].said() for site in "ab")
+
+
+def test_all_get_it_over_slow_links_though_workers_are_killed_again_and_again(tmp_path: Path):
+    with distribution(tmp_path, {"a": Nat.MASQUERADE, "b": Nat.NONE}, hosts=2) as grid:
+        hosts = {f"{site}{at}": host for site in "ab" for at, host in enumerate(grid.lab.sites[site])}
+        for name, host in hosts.items():
+            host.run("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "32mbit", "burst", "64kb", "latency", "100ms")
+            grid.add_worker_at(host, name, **SHARES)
+        grid.publish_large()
+        grid.slow_down(2)
+        before = grid.sent_bytes()
+        grid.cli("data", "place", "large", "--replicas", "all")
+        rng = random.Random(7)
+        for part in range(1, 7):
+            until(
+                lambda part=part: grid.there_bytes() > part / 8 * len(hosts) * SIZE, what=f"{part} eighths are there", limit_s=120
+            )
+            name = rng.choice(sorted(hosts))
+            grid.workers[name].kill()
+            grid.workers[name].start()
+        until(lambda: list(grid.holders().values()) == ["held"] * len(hosts), what="all hold it", limit_s=120)
+        assert grid.sent_bytes() - before < 2.5 * SIZE, grid.logs()
 
 
 def test_where_bittorrent_is_blocked_the_disk_comes_from_the_server(tmp_path: Path):

@@ -12,11 +12,13 @@ import contextlib
 import random
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import structlog
 
 from deskgrid.clock import Clock
+from deskgrid.core.paths import MayDial, dialable
 from deskgrid.core.transfer import SWARM
 from deskgrid.errors import DeskgridError, Unreachable
 from deskgrid.model.overlay import ConnectionPath
@@ -31,18 +33,31 @@ __all__ = ["Joining"]
 _log = structlog.get_logger()
 _LOOPBACK = "127.0.0.1"
 _MOST_DOORS = 64
-_WAIT_S = 20.0
-"""For another that the server does not know at a hub yet."""
+_WAIT_S = 6.0
+"""For another that the server does not know at a hub yet; the engine waits for 8."""
 
 
 class Joining:
     """A worker's part in the overlay for its swarms. `start` and `close` it with its engine, as often as that comes and goes."""
 
-    def __init__(self, settings: PeerSettings, calls: Calls, *, authority_pem: str, clock: Clock, rng: random.Random) -> None:
+    def __init__(
+        self,
+        settings: PeerSettings,
+        calls: Calls,
+        *,
+        authority_pem: str,
+        clock: Clock,
+        rng: random.Random,
+        may_dial: MayDial = dialable,
+    ) -> None:
+        """`may_dial` is for tests: see Endpoint."""
         direct = tuple(path for path in settings.paths if path != ConnectionPath.RELAYED.value)
         self._settings = msgspec.structs.replace(settings, paths=direct)
         self._may = bool(direct) and not settings.relay_only
-        self._calls, self._authority_pem, self._clock, self._rng = calls, authority_pem, clock, rng
+        self._calls = calls
+        self._make_endpoint = partial(
+            Endpoint, self._settings, clock=clock, rng=rng, authority_pem=authority_pem, may_dial=may_dial
+        )
         self._running: contextlib.AsyncExitStack | None = None
         self._peer: Peer | None = None
         self._doors: dict[str, tuple[int, asyncio.Task[None]]] = {}
@@ -67,7 +82,7 @@ class Joining:
                 raise Unreachable("nothing is shared here any more") from error
             return sock
 
-        endpoint = Endpoint(self._settings, clock=self._clock, rng=self._rng, authority_pem=self._authority_pem)
+        endpoint = self._make_endpoint()
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(endpoint)

@@ -157,6 +157,23 @@ async def test_all_is_fetched_though_the_one_that_has_it_vanishes(grid: TestGrid
         assert 0 < pcs[1].server_bytes < blob.size_bytes
 
 
+async def test_seeds_that_vanish_at_99_percent_are_not_waited_for(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 3) as (blob, pcs):
+        *seeds, last = pcs
+        for pc in seeds:  # none of them ever gets the last piece
+            pc.most_bytes = int(blob.size_bytes * 0.495)
+        last.most_bytes = 0
+        tasks = [asyncio.create_task(pc.fetch(blob)) for pc in pcs]
+        await until(lambda: bool(last.seen) and last.seen[-1] > blob.size_bytes * 0.95)
+        for pc, task in zip(seeds, tasks, strict=False):
+            pc.engine().kill()
+            task.cancel()
+        await asyncio.wait(tasks[:2])
+        last.most_bytes = 1 << 60
+        assert is_whole(await tasks[2], blob)
+        assert 0 < last.server_bytes < blob.size_bytes * 0.1
+
+
 async def test_a_peer_that_sends_garbage_costs_some_blocks_and_is_dropped(grid: TestGrid, tmp_path: Path) -> None:
     async with several(grid, tmp_path, 2) as (blob, pcs):
         liar = Liar(pcs[0], tmp_path / "liar")
