@@ -54,7 +54,7 @@ SWARM = "swarm"
 """The service of a worker in the overlay by which others reach its engine."""
 STUCK_S = 6.0
 TAKEN_S = 30.0
-_CALLS_PER_S = 50.0
+_CALLS_PER_S = 20.0
 """Of the members of one swarm together, those aside that fetch from the server."""
 _SHORTEST_INTERVAL_S, _LONGEST_INTERVAL_S = 1.0, 60.0
 LONGEST_LIFETIME_S = 3 * _LONGEST_INTERVAL_S + 10.0

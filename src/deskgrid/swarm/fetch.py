@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
@@ -86,6 +87,9 @@ class Swarm:
         self._whole = all_pieces(self._count)
         self._feed_bytes = float(_FIRST_FEED_BYTES)
         self._asking = asyncio.Lock()
+        self._asked_at, self._interval_s = -math.inf, 1.0
+        self._nothing_until = -math.inf
+        """The server had nothing to hand out: when it is asked again."""
         self._fed = 0
         """Pieces that come from the server just now."""
         self._given: dict[int, float] = {}
@@ -209,21 +213,27 @@ class Swarm:
             pieces |= 1 << piece
         return pieces
 
-    async def _ask(self, wanted: int = 0) -> TurnAnswer:
-        """Take a turn, one at a time: what is being fetched must be known to the next. Renews the certificate when it is time."""
+    async def _ask(self, wanted: int = 0) -> int:
+        """Take a turn, one at a time: what is being fetched must be known to the next. Return the pieces that the server hands out, none without
+        asking if it had none a moment ago. Renews the certificate when it is time."""
         async with self._asking:
             now = self._clock.monotonic()
-            renews = now >= self._renew_at
+            if wanted and now < self._nothing_until:
+                return 0
+            self._asked_at, renews = now, now >= self._renew_at
             answer = await self._take_turn(self._turn(wanted=wanted, key=self._identity.public_pem if renews else ""))
             if answer.certificate:
                 self._engine.tell(Certify(self.name, answer.certificate, self._identity.key_pem))
                 self._renew_at = now + answer.certificate_s * _RENEW_PART
             self._follow(answer)
-            self._fed |= set_from(answer.take, self._count)
-            return answer
+            take = set_from(answer.take, self._count)
+            self._fed |= take
+            if wanted and not take:
+                self._nothing_until = self._clock.monotonic() + self._interval_s
+            return take
 
     def _follow(self, answer: TurnAnswer) -> None:
-        self.lacking = answer.lacking
+        self.lacking, self._interval_s = answer.lacking, answer.interval_s
         found = [(one.address, one.port) for one in answer.neighbours if not one.peer]
         if self._door is not None:
             found += [("127.0.0.1", self._door(one.peer)) for one in answer.neighbours if one.peer]
@@ -233,33 +243,32 @@ class Swarm:
     async def _keep_turning(self) -> None:
         """Tell the server what is here, also while nothing is fetched from it."""
         while True:
-            interval_s = 1.0
+            pause_s = self._asked_at + self._interval_s - self._clock.monotonic()
+            if pause_s > 0:
+                await self._clock.sleep(pause_s)
+                continue
             try:
-                interval_s = (await self._ask()).interval_s
+                await self._ask()
             except (NotFound, Conflict):
                 raise
             except DeskgridError:
                 pass  # neighbours go on giving while the server is away
-            await self._clock.sleep(interval_s)
 
     async def _feed(self) -> None:
         """Fetch from the server what it hands out, again and again."""
         while True:
-            pause_s = 0.0
+            pause_s = self._nothing_until - self._clock.monotonic()
             try:
-                wanted = max(1, round(self._feed_bytes / self._piece_bytes))
-                answer = await self._ask(wanted)
-                take = set_from(answer.take, self._count)
-                if take:
-                    await self._fetch_pieces(take)
-                else:
-                    pause_s = answer.interval_s
+                if pause_s <= 0:
+                    take = await self._ask(max(1, round(self._feed_bytes / self._piece_bytes)))
+                    if take:
+                        await self._fetch_pieces(take)
             except (NotFound, Conflict):
                 raise
             except DeskgridError as error:
                 _log.debug("feed_failed", blob=self.blob.sha256, error=str(error))
                 pause_s = 2.0
-            if pause_s:
+            if pause_s > 0:
                 await self._clock.sleep(pause_s)
 
     async def _fetch_pieces(self, take: int) -> None:
@@ -300,7 +309,8 @@ class Swarm:
 
     async def keep_sharing(self) -> float:
         """Take a turn as one who has all; return the seconds until the next. Raise NotFound or Conflict if it is not shared any more."""
-        return (await self._ask()).interval_s
+        await self._ask()
+        return self._interval_s
 
     def leave(self) -> None:
         """Take no part any more. The file stays."""
