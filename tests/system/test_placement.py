@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from deskgrid.testing.natlab import Host, Nat, NatLab
 from deskgrid.units import MIB
 from tests.system.harness import until
@@ -107,8 +109,9 @@ def test_pcs_behind_routers_of_their_own_give_to_each_other_through_the_overlay(
         assert any("service=swarm" in grid.workers[site].said() and "path=punched" in grid.workers[site].said() for site in "ab")
 
 
+@pytest.mark.full
 def test_all_get_it_over_slow_links_though_workers_are_killed_again_and_again(tmp_path: Path):
-    with distribution(tmp_path, {"a": Nat.MASQUERADE, "b": Nat.NONE}, hosts=2) as grid:
+    with distribution(tmp_path, {"a": Nat.MASQUERADE, "b": Nat.MASQUERADE}, hosts=2) as grid:
         hosts = {f"{site}{at}": host for site in "ab" for at, host in enumerate(grid.lab.sites[site])}
         for name, host in hosts.items():
             host.run("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "32mbit", "burst", "64kb", "latency", "100ms")
