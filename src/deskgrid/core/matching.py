@@ -133,8 +133,8 @@ class Person(Struct, frozen=True):
 _NOBODY = Person()
 
 
-def need_of(spec: JobSpec) -> Capacity:
-    """Return what a job takes of a worker's bounds while it runs.
+def need_of(spec: JobSpec, data: Iterable[Blob] = ()) -> Capacity:
+    """Return what a job takes of a worker's bounds while it runs. `data`: what its spec's is.
 
     A scratch disk is sparse: of its size only the first GiB is promised. A job that writes more gets it while the owner's
     bound allows it.
@@ -143,7 +143,9 @@ def need_of(spec: JobSpec) -> Capacity:
     return Capacity(
         cpus=machine.cpus,
         memory_bytes=machine.memory_bytes,
-        disk_bytes=min(machine.scratch_bytes, _SCRATCH_PROMISE_BYTES),
+        # A virtual machine has a copy of its data on its context disk; others see what is in the cache.
+        disk_bytes=min(machine.scratch_bytes, _SCRATCH_PROMISE_BYTES)
+        + (sum(one.size_bytes for one in data) if machine.kind is MachineKind.VM else 0),
     )
 
 
@@ -158,16 +160,15 @@ def requirement_of(
 ) -> Requirement:
     """Return the class key of a job; `platforms`: those that its app has files for, if it has an app; `trust`: the spec's, with users by
     number: a class is shared between users, and a name may be somebody else's one day; `data`: what its spec's is."""
-    need = need_of(spec)
-    sizes = {one.sha256: one.size_bytes for one in data}
+    blobs = list(data)
+    need = need_of(spec, blobs)
     machine = spec.machine
     return Requirement(
         kind=machine.kind,
         network=machine.network,
         cpus=need.cpus,
         memory_bytes=need.memory_bytes,
-        # A virtual machine has a copy of its data on its context disk; others see what is in the cache.
-        disk_bytes=need.disk_bytes + (sum(sizes.values()) if machine.kind is MachineKind.VM else 0),
+        disk_bytes=need.disk_bytes,
         disk=disk or Sha256(""),
         disk_owner=disk_owner,
         platforms=tuple(sorted(platforms or machine.platforms)),
@@ -176,7 +177,7 @@ def requirement_of(
         driver=machine.driver,
         trust=() if EVERYONE in trust else tuple(sorted(set(trust))),
         secrets=bool(spec.secrets),
-        data=tuple(sorted(sizes)),
+        data=tuple(sorted({one.sha256 for one in blobs})),
     )
 
 

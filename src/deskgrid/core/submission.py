@@ -245,8 +245,17 @@ def _check_data(spec: JobSpec) -> None:
 
 def check_data_size(spec: JobSpec, files: Iterable[DataFile]) -> None:
     """Check that the machine can be given its data. Raise InvalidInput."""
+    if spec.machine.kind is not MachineKind.VM:
+        return
+    files = list(files)
+    if sum(file.blob.size_bytes for file in files) > 4 * MOST_DATA_BYTES:
+        raise InvalidInput(
+            "this is too much data for a virtual machine's context disk",
+            where="data",
+            hint=f"at most {format_size(4 * MOST_DATA_BYTES)}; a process sees it without a copy",
+        )
     for file in files:
-        if spec.machine.kind is MachineKind.VM and file.blob.size_bytes > MOST_DATA_BYTES:
+        if file.blob.size_bytes > MOST_DATA_BYTES:
             raise InvalidInput(
                 f"{format_size(file.blob.size_bytes)} are too much for a virtual machine's context disk",
                 where=f"data.{file.name}",

@@ -115,7 +115,10 @@ class Peer:
         offers: Mapping[str, Dial] | None = None,
         shares: tuple[wire.PeerOffer, ...] = (),
         job_token_hash: Sha256 | None = None,
+        reports: bool = True,
     ) -> None:
+        """`reports`: the server hears of its connections, for people."""
+        self._reports = reports
         self._endpoint, self._calls, self._clock = endpoint, calls, endpoint.clock
         self._attempt_id, self._job_token_hash = attempt_id, job_token_hash
         self._offers = dict(offers or {})
@@ -366,7 +369,7 @@ class Peer:
             self._is_urgent = False
             home = self._hubs.home
             hub = home.hub.name if home is not None else ""
-            connections = self.connections()[:_MOST_REPORTED]
+            connections = self._to_report()
             sent_at = self._clock.monotonic()
             answer = await self._calls.register(
                 wire.RegisterPeer(
@@ -382,6 +385,9 @@ class Peer:
             self._reported = _compared(connections)
             if any(one.name == hub for one in answer.hubs):
                 self._is_known.set()
+
+    def _to_report(self) -> tuple[Connection, ...]:
+        return self.connections()[:_MOST_REPORTED] if self._reports else ()
 
     def _told_offers(self) -> tuple[wire.PeerOffer, ...]:
         if self._attempt_id is not None:  # what a job offers is in its spec
@@ -423,7 +429,7 @@ class Peer:
             left_s = max(lifetime_s / 3.0, _LEAST_RENEWAL_S) - passed_s
             if self._is_urgent or left_s <= 0:
                 return
-            if passed_s >= _REPORT_S and _compared(self.connections()[:_MOST_REPORTED]) != self._reported:
+            if passed_s >= _REPORT_S and _compared(self._to_report()) != self._reported:
                 return
             if self._carried or self._reported:
                 left_s = min(left_s, _REPORT_S)

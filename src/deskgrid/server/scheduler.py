@@ -274,7 +274,7 @@ def _less(ask: Ask, found: list[Assignment], class_id: int) -> Ask:
     """Return an ask after some jobs were leased: what fits comes out of what is free, the rest of what was asked ahead."""
     free, ahead = ask.free, dict(ask.ahead)
     for one in found:
-        left = without(free, [need_of(one.spec)])
+        left = without(free, [need_of(one.spec, [file.blob for file in one.data])])
         if min(left.cpus, left.memory_bytes, left.disk_bytes) >= 0:
             free = left
         else:

@@ -137,8 +137,7 @@ class Cache:
 
     def remove_damaged(self, path: Path) -> bool:
         """Remove a file that is not what its name says, unless it is in use just now; return whether it went."""
-        content = _disk_of(path.name)
-        if self._holds[content] and path.parent == self._folder:
+        if self._holds[_disk_of(path.name)]:
             return False
         self._forget(path)
         return True
@@ -293,11 +292,21 @@ class Cache:
         while True:
             over_bound = self._promised_bytes() + need_bytes - self._bound_bytes
             over_disk = need_bytes - there_bytes + self._reserve_bytes - self._free_bytes(self._folder)
-            if over_bound <= 0 and over_disk <= 0:
+            if max(over_bound, over_disk) <= 0:
                 return
+            victims = [(path, self._counted(path)) for path in self._removable()]
             # What cannot be had anyway must not cost the disks that are here: a disk's size is what a user says.
-            if max(over_bound, over_disk) > sum(map(_size, self._removable())) or not self.shrink(1):
+            if not victims or max(over_bound, over_disk) > sum(size for _, size in victims):
                 raise NoSpace(_why_no_room(need_bytes, self._bound_bytes, over_bound > 0))
+            for path, size in victims:
+                over_bound -= size
+                over_disk -= self._forget(path)
+                if max(over_bound, over_disk) <= 0:
+                    break  # and look again: what is free is the system's to say
+
+    def _counted(self, path: Path) -> int:
+        """Return what a file counts for in the bound."""
+        return self._sizes.get(path.name) or self._shared.get(Sha256(path.name)) or _allocated(path)
 
     def _promised_bytes(self) -> int:
         """Return what the files take or may come to take."""

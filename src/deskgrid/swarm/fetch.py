@@ -226,6 +226,7 @@ class Swarm:
                 self._engine.tell(Certify(self.name, answer.certificate, self._identity.key_pem))
                 self._renew_at = now + answer.certificate_s * _RENEW_PART
             self._follow(answer)
+            self._asked_at = self._clock.monotonic()
             take = set_from(answer.take, self._count)
             self._fed |= take
             if wanted and not take:

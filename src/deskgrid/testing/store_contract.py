@@ -15,9 +15,10 @@ import pytest
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, applies, job_state
+from deskgrid.core.submission import MOST_DATA_FILES
 from deskgrid.errors import Conflict, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
-from deskgrid.model.data import Blob, DataRef, Disk
+from deskgrid.model.data import Blob, DataFile, DataRef, Disk
 from deskgrid.model.ids import ArrayId, AttemptId, JobId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, ArrayState, AttemptState, Job, JobSpec, JobState, Limits, Machine
 from deskgrid.model.machines import DiskFormat, Network
@@ -284,6 +285,20 @@ class StoreContract:
         assert await _unused(store, clock) == []
         await store.write(lambda tx: tx.run(sa.update(submission).values(context=None)))
         assert await _unused(store, clock) == [blob.sha256]
+
+    async def test_jobs_with_as_much_data_as_they_may_have_are_one_class_and_keep_it(self, store: Store, clock: Any) -> None:
+        caller, worker_id = await _people(store)
+        files = tuple(
+            DataFile(name=f"f{at}", blob=Blob(sha256=Sha256(f"{at:064x}"), size_bytes=at)) for at in range(MOST_DATA_FILES)
+        )
+        spec = msgspec.structs.replace(_SPEC, data=tuple((file.name, "d") for file in files))
+        new = NewSubmission(spec=spec, disk=_DISK, data=files)
+        for _ in range(2):
+            await store.write(lambda tx: submissions.submit_job(tx, caller, new))
+        [waiting] = await store.write(lambda tx: queues.board(tx).queues())
+        assert waiting.waiting == 2 and len(waiting.requirement.data) == MOST_DATA_FILES
+        leased = await store.write(lambda tx: attempts.lease(tx, worker_id, waiting.id, 1, 60.0))
+        assert set(leased[0].data) == set(files)
 
     async def test_other_users_jobs_are_not_found(self, store: Store) -> None:
         caller, _ = await _people(store)

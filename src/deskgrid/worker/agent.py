@@ -214,6 +214,8 @@ class Agent:
     async def _obey(self) -> None:
         """Let machines run or not, as the owner wants. Idempotent; the caller holds the owner's lock."""
         runners = list(self._runners.values())
+        self._sharing.obey()
+        self._keeper.obey_owner()
         if self._owner.paused:
             self._paused_since = self._paused_since if self._paused_since is not None else self._clock.monotonic()
             await asyncio.gather(*(self._pause_one(runner) for runner in runners), self._warm.pause())
@@ -222,8 +224,6 @@ class Agent:
             await asyncio.gather(*(runner.resume() for runner in runners), self._warm.resume())
             self._waiting.give_places()
         self._obeyed = self._owner.paused
-        self._sharing.obey()
-        self._keeper.obey_owner()
         _log.info("paused" if self._obeyed else "resumed", why=self._owner.why)
         self._note_change()
 

@@ -52,7 +52,10 @@ class Joining:
     ) -> None:
         """`may_dial` is for tests: see Endpoint."""
         direct = tuple(path for path in settings.paths if path != ConnectionPath.RELAYED.value)
-        self._settings = msgspec.structs.replace(settings, paths=direct)
+        host = settings.listen.rpartition(":")[0]
+        # The owner's port is that of the machines' endpoint.
+        listen = f"{host}:0" if host else settings.listen
+        self._settings = msgspec.structs.replace(settings, paths=direct, listen=listen)
         self._may = bool(direct) and not settings.relay_only
         self._calls = calls
         self._make_endpoint = partial(
@@ -86,7 +89,7 @@ class Joining:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(endpoint)
-                self._peer = await stack.enter_async_context(Peer(endpoint, self._calls, offers={SWARM: dial}))
+                self._peer = await stack.enter_async_context(Peer(endpoint, self._calls, offers={SWARM: dial}, reports=False))
             except (DeskgridError, OSError) as error:
                 _log.warning("not_joined_with_others", error=str(error))
                 return

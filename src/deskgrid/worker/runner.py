@@ -150,7 +150,9 @@ class Runner:
     def usage(self) -> Usage:
         """Return what it counts for in the owner's bounds."""
         needs_machine = not self.needless and (self.placed or not self.starting)
-        return usage_of(self.entry.assignment.spec, disk_bytes=self.disk_bytes, needs_machine=needs_machine)
+        assignment = self.entry.assignment
+        data = [file.blob for file in assignment.data]
+        return usage_of(assignment.spec, data, disk_bytes=self.disk_bytes, needs_machine=needs_machine)
 
     @property
     def starting(self) -> bool:
@@ -407,7 +409,11 @@ class Runner:
         self._hold()
         context = await self._supplies.fetch_context()
         program = await self._supplies.fetch_program()
-        data = await self._supplies.fetch_data()
+        try:
+            data = await self._supplies.fetch_data()
+        except NoSpace as error:  # with other jobs' data in its cache; that is no reason to rest
+            await self.settle(AttemptState.REFUSED, error.message, rests=False)
+            return
         async with self._disk() as disk:
             try:
                 spec = self._supplies.machine_spec(disk, context, program, await self._supplies.open_secrets(), data)

@@ -146,9 +146,9 @@ class Sharing:
                 )
                 await engine.start()
                 self._engine = engine
-                if self._joining is not None:
-                    await self._joining.start(lambda: self._engine.port if self._engine is not None else 0)
                 self.obey()
+            if self._joining is not None:
+                await self._joining.start(lambda: self._engine.port if self._engine is not None else 0)
             return self._engine
 
     def cpu_s(self) -> float:
@@ -213,7 +213,8 @@ class Sharing:
                 _log.debug("turn_failed", blob=sha256, error=str(error))
                 self._due[sha256] = now + _QUIET_INTERVAL_S / 4
         if self._engine is not None and not self._fetching and now - self._wanted_at > IDLE_S:
-            await self._stop_engine()
+            async with self._starting:
+                await self._stop_engine()
 
     def _dropped(self, sha256: Sha256) -> None:
         """Hear that a blob is not in the cache any more."""
@@ -230,10 +231,10 @@ class Sharing:
         engine, self._engine = self._engine, None
         self._shared.clear()
         self._due.clear()
-        if self._joining is not None:
-            await self._joining.close()
         if engine is not None:
             await engine.close()
+        if self._joining is not None:
+            await self._joining.close()
 
 
 def engine_bounds(settings: WorkerSettings) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from deskgrid.core.matching import need_of
+from deskgrid.model.data import Blob
 from deskgrid.model.jobs import JobSpec
 from deskgrid.model.workers import Capacity
 
@@ -32,9 +33,9 @@ def fits(need: Capacity, free: Capacity) -> bool:
     return need.cpus <= free.cpus and need.memory_bytes <= free.memory_bytes and need.disk_bytes <= free.disk_bytes
 
 
-def usage_of(spec: JobSpec, *, disk_bytes: int, needs_machine: bool) -> Usage:
+def usage_of(spec: JobSpec, data: Iterable[Blob] = (), *, disk_bytes: int, needs_machine: bool) -> Usage:
     """Return what an attempt counts for. One whose machine is gone for good needs only the disk that it has."""
-    return Usage(need_of(spec), disk_bytes) if needs_machine else Usage(NOTHING, disk_bytes)
+    return Usage(need_of(spec, data), disk_bytes) if needs_machine else Usage(NOTHING, disk_bytes)
 
 
 def free_capacity(lent: Capacity, usages: Iterable[Usage], *, disk_free_bytes: int, reserve_bytes: int) -> Capacity:

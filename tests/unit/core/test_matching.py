@@ -183,7 +183,7 @@ def test_jobs_of_whose_disk_and_data_least_is_missing_come_first_within_a_user()
 
 def test_data_makes_a_class_and_takes_room_in_a_virtual_machine_only():
     blobs = [Blob(sha256=DISKS[1], size_bytes=GIB), Blob(sha256=DISKS[0], size_bytes=1), Blob(sha256=DISKS[1], size_bytes=GIB)]
-    for kind, more in ((MachineKind.VM, GIB + 1), (MachineKind.PROCESS, 0)):
+    for kind, more in ((MachineKind.VM, 2 * GIB + 1), (MachineKind.PROCESS, 0)):
         spec = JobSpec(name="j", machine=Machine(disk="d", kind=kind))
         plain, wanted = requirement_of(spec, disk=None), requirement_of(spec, disk=None, data=blobs)
         assert wanted.data == tuple(sorted(DISKS[:2])) and wanted.disk_bytes == plain.disk_bytes + more

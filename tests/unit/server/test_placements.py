@@ -443,6 +443,18 @@ async def test_job_gets_the_data_that_it_names_as_it_was_then(play: Play) -> Non
         await other.transport.call(wire.GET_BLOB, path={"sha256": data.blob.sha256})
 
 
+async def test_to_say_that_one_has_data_is_no_way_to_get_it(play: Play) -> None:
+    user, liar = await play.user(), await play.pc()
+    data, disk = await play.put(user, "events"), await put_disk(play, user)
+    await user.submit(process(data=(("e", "events"),), on="worker:99"))
+    await user.submit(JobSpec(machine=Machine(disk="disk", on="worker:99")))
+    liar.held, liar.cached = [data.blob.sha256], [disk.blob.sha256]
+    await liar.sync()
+    for one in (data, disk):
+        with pytest.raises(NotFound):
+            await liar.transport.call(wire.GET_BLOB, path={"sha256": one.blob.sha256})
+
+
 async def test_jobs_go_first_to_who_has_their_data(play: Play) -> None:
     user, pc = await play.user(), await play.pc(drivers=RUNS_PROCESSES)
     await play.put(user, "missing")

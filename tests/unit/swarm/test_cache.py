@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -163,6 +164,31 @@ async def test_disk_larger_than_the_bound_is_refused_before_it_is_fetched(tmp_pa
     with pytest.raises(NoSpace):
         await cache.use(ref("a"), source).__aenter__()
     assert source.fetched == 0
+
+
+async def test_many_small_files_make_room_for_a_large_one_and_no_more_go_than_need_be(tmp_path: Path) -> None:
+    cache = make(tmp_path, bound=10_000)
+
+    async def come(partial: Path, content: bytes) -> Path:
+        partial.write_bytes(content)
+        return partial
+
+    for at in range(100):
+        content = b"%100d" % at
+        await cache.bring(describe(content), functools.partial(come, content=content))
+    large = bytes(2_950)
+    await cache.bring(describe(large), functools.partial(come, content=large))
+    left = cache.shared()
+    assert describe(large).sha256 in left and len(left) == 1 + 70
+    assert describe(b"%100d" % 99).sha256 in left and describe(b"%100d" % 29).sha256 not in left
+    held = cache.hold(left[0])
+    assert not cache.remove_damaged(cache.shared_folder / left[0])
+    held()
+    assert cache.remove_damaged(cache.shared_folder / left[0])
+
+
+def describe(content: bytes) -> Blob:
+    return Blob(sha256=Sha256(hashlib.sha256(content).hexdigest()), size_bytes=len(content))
 
 
 async def test_reserve_of_the_owners_disk_is_left_alone(tmp_path: Path) -> None:

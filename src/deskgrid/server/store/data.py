@@ -224,12 +224,14 @@ def may_read_blob(tx: Transaction, caller: Caller, sha256: str) -> bool:
         of_live, of_lost = query.where(IS_LIVE), query.where(attempt.c.state == "lost")  # an index for each
         of_placed = sa.select(data.c.id).join(holding).where(holding.c.worker_id == caller.worker_id)
         placed = of_placed.where(sa.or_(data.c.sha256 == sha256, data.c.delta_sha256 == sha256)).limit(1)
-        told = sa.exists().where(copy.c.content == submission.c.disk_sha256, copy.c.worker_id == caller.worker_id)
-        ahead = sa.select(submission.c.id).where(submission.c.disk_blob == sha256, told).limit(1)
-        told = sa.exists().where(copy.c.content == submission_data.c.sha256, copy.c.worker_id == caller.worker_id)
-        ahead_file = sa.select(submission_data.c.submission_id).where(submission_data.c.sha256 == sha256, told).limit(1)
-        mine = sa.exists().where(copy.c.content == data.c.disk_sha256, copy.c.worker_id == caller.worker_id)
-        delta = sa.select(data.c.id).where(data.c.delta_sha256 == sha256, mine).limit(1)
+        # What it was told to fetch ahead: not what it says to have, which would be a way to get it.
+        told = (copy.c.worker_id == caller.worker_id, copy.c.there.is_(False))
+        of_disk = sa.exists().where(copy.c.content == submission.c.disk_sha256, *told)
+        ahead = sa.select(submission.c.id).where(submission.c.disk_blob == sha256, of_disk).limit(1)
+        of_file = sa.exists().where(copy.c.content == sha256, *told)
+        ahead_file = sa.select(submission_data.c.submission_id).where(submission_data.c.sha256 == sha256, of_file).limit(1)
+        of_new = sa.exists().where(copy.c.content == data.c.disk_sha256, *told)
+        delta = sa.select(data.c.id).where(data.c.delta_sha256 == sha256, of_new).limit(1)
         return any(tx.row(found) is not None for found in (of_live, of_lost, placed, ahead, ahead_file, delta))
     if caller.role is Role.ADMIN and caller.rights is None:
         return True

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from msgspec import Struct
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
-from deskgrid.core.matching import Ask, Person, Queue, Requirement, suits
+from deskgrid.core.matching import Ask, Person, Queue, suits
 from deskgrid.core.placement import ORDER_S, Hold, Host, Wanted, decide, is_over, may_hold
 from deskgrid.errors import InvalidInput, NotFound
 from deskgrid.model.data import Blob, Data, DataRef
@@ -27,6 +27,7 @@ from deskgrid.server.store import data as store_data
 from deskgrid.server.store.accounts import Caller, groups_of
 from deskgrid.server.store.data import VERSION
 from deskgrid.server.store.engine import Transaction
+from deskgrid.server.store.queues import read_requirement
 from deskgrid.server.store.schema import (
     IS_UNSTARTED,
     account,
@@ -405,16 +406,18 @@ _DEMAND = "what jobs wait for"
 
 
 def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
+    has_files = sa.exists().where(submission_data.c.submission_id == submission.c.id)
     rows = tx.rows(
         sa.select(
             queue,
             requirement.c.key,
+            requirement.c.body,
             submission.c.disk,
             submission.c.id.label("of"),
             (queue.c.blocked + queue.c.waiting).label("jobs"),
         )
         .select_from(queue.join(requirement).join(submission, submission.c.id == queue.c.array_id))
-        .where(IS_UNSTARTED)
+        .where(IS_UNSTARTED, sa.or_(submission.c.disk.is_not(None), has_files))
         .limit(_MOST_QUEUES)
     )
     files: dict[int, list[DataRef]] = {}
@@ -426,7 +429,7 @@ def _read_demand(tx: Transaction) -> dict[Sha256, _Demand]:
     people = {owner_id: _person(tx, owner_id) for owner_id in {UserId(row.owner_id) for row in rows}}
     for row in rows:
         disk = (msgspec.json.decode(row.disk, type=DataRef),) if row.disk else ()
-        wanted = msgspec.json.decode(row.key, type=Requirement)
+        wanted = read_requirement(tx, row)
         one = Queue(id=row.id, class_id=row.class_id, owner_id=UserId(row.owner_id), requirement=wanted, waiting=row.jobs)
         for ref in (*disk, *files.get(row.of, ())):
             content = ref.disk.sha256 if ref.disk is not None else ref.blob.sha256

@@ -7,6 +7,7 @@ a little behind when other processes write, so what it promises is looked for in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ __all__ = [
     "nothing_waits",
     "open_queue",
     "queue_counts",
+    "read_requirement",
     "revoked_queues",
     "waiting_of",
 ]
@@ -225,11 +227,11 @@ def nothing_waits(tx: Transaction) -> bool:
 
 def _read_board(tx: Transaction) -> Board:
     head = sa.select(sa.func.min(job.c.id)).where(job.c.queue_id == queue.c.id, job.c.state == JobState.WAITING.value)
-    columns = (queue, requirement.c.key, head.scalar_subquery().label("head"))
+    columns = (queue, requirement.c.key, requirement.c.body, head.scalar_subquery().label("head"))
     rows = tx.rows(sa.select(*columns).join(requirement).where(queue.c.open.is_(True), queue.c.waiting > 0))
     if not rows:
         return Board((), Standings((), {}, now=tx.now, half_life_s=HALF_LIFE_S), {}, tx.now + _BOARD_S)
-    wanted = [_requirement(tx, row.key) for row in rows]
+    wanted = [read_requirement(tx, row) for row in rows]
     vouching = manifests.endorsers(tx, {one.disk for one in wanted if one.disk})
     revoked = manifests.revocations(tx, {_disk_of(one) for one in wanted})
     queues = [
@@ -255,8 +257,8 @@ def revoked_queues(tx: Transaction) -> dict[Revocation, list[int]]:
     """Return the queues with jobs that wait or are active with a disk which must not be started any more, by what was said of it."""
     tx.settle()
     busy = sa.or_(queue.c.waiting > 0, queue.c.active > 0)
-    rows = tx.rows(sa.select(queue.c.id, requirement.c.key).join(requirement).where(busy))
-    disks = {row.id: _disk_of(_requirement(tx, row.key)) for row in rows}
+    rows = tx.rows(sa.select(queue.c.id, requirement.c.key, requirement.c.body).join(requirement).where(busy))
+    disks = {row.id: _disk_of(read_requirement(tx, row)) for row in rows}
     revoked = manifests.revocations(tx, disks.values())
     found: dict[Revocation, list[int]] = {}
     for queue_id, disk in disks.items():
@@ -269,21 +271,29 @@ def _disk_of(wanted: Requirement) -> tuple[Sha256, int]:
     return wanted.disk, wanted.disk_owner
 
 
-def _requirement(tx: Transaction, key: str) -> Requirement:
+def read_requirement(tx: Transaction, row: Any) -> Requirement:
+    """Return the class of a row with `key` and `body`."""
     known: dict[str, Requirement] = tx.memo.setdefault("requirements", {})
-    found = known.get(key)
+    found = known.get(row.key)
     if found is None:
-        found = known[key] = msgspec.json.decode(key, type=Requirement)
+        while len(known) >= _MOST_KNOWN:
+            known.pop(next(iter(known)))
+        found = known[row.key] = msgspec.json.decode(row.body or row.key, type=Requirement)
     return found
+
+
+_MOST_KNOWN = 10_000
 
 
 def _standings(tx: Transaction) -> Standings:
     running: dict[tuple[str, UserId], int] = {}
     active = (
-        sa.select(queue.c.team, queue.c.owner_id, queue.c.active, requirement.c.key).join(requirement).where(queue.c.active > 0)
+        sa.select(queue.c.team, queue.c.owner_id, queue.c.active, requirement.c.key, requirement.c.body)
+        .join(requirement)
+        .where(queue.c.active > 0)
     )
     for row in tx.rows(active):
-        cpus = msgspec.json.decode(row.key, type=Requirement).cpus
+        cpus = read_requirement(tx, row).cpus
         key = (row.team, UserId(row.owner_id))
         running[key] = running.get(key, 0) + row.active * cpus
     return Standings(
@@ -332,14 +342,20 @@ def find_queue(
 
 
 def _class_of(tx: Transaction, wanted: Requirement) -> int:
-    key = msgspec.json.encode(wanted).decode()
+    text = msgspec.json.encode(wanted).decode()
+    is_long = len(text.encode()) > _LONGEST_KEY_BYTES
+    key = hashlib.sha256(text.encode()).hexdigest() if is_long else text
     same = sa.select(requirement.c.id).where(requirement.c.key == key)
     found: int | None = tx.value(same)
     if found is None:
-        tx.insert_if_new(requirement, ["key"], key=key)
+        tx.insert_if_new(requirement, ["key"], key=key, body=text if is_long else None)
         found = tx.value(same)
     assert found is not None
     return found
+
+
+_LONGEST_KEY_BYTES = 1000
+"""PostgreSQL has indexes of values up to 2704 bytes."""
 
 
 def open_queue(tx: Transaction, queue_id: int, is_open: bool) -> None:

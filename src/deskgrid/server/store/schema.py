@@ -292,8 +292,8 @@ app_file = Table(
 )
 """The archive of an app's files for a platform."""
 
-requirement = _numbered("requirement", Column("key", Text, nullable=False, unique=True))
-"""A requirement class: the JSON of core.matching.Requirement."""
+requirement = _numbered("requirement", Column("key", Text, nullable=False, unique=True), Column("body", Text))
+"""A requirement class: the JSON of core.matching.Requirement is its key, or if it is too long for an index, its digest is, and `body` the JSON."""
 
 queue = _numbered(
     "queue",

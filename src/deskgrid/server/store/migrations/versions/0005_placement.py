@@ -10,6 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    op.add_column("requirement", sa.Column("body", sa.Text(), nullable=True))
     op.create_table(
         "torrent",
         sa.Column("sha256", sa.String(length=64), nullable=False),
