@@ -65,7 +65,7 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
     own = peers.find_own(tx, caller, wish.peer_id)
     if own.kind == PeerKind.WORKER.value:
         service = _of_swarm(tx, caller, wish.service)
-        return _decide(tx, own, service.service, _engine(tx, service), grant_s=grant_s, nonce=nonce)
+        return _decide(tx, own, service, _engine(tx, service), grant_s=grant_s, nonce=nonce)
     service = parse_service(wish.service, "service")
     if service.peer == API_SERVICE.peer:
         raise InvalidInput(f"{service} is not reached through the overlay", where="service", hint="dial the server")
@@ -75,10 +75,10 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
     check_named(source, service)
     job_id = service.job_id
     target = _program(tx, source, service) if job_id is None else _attempt(tx, source, service, job_id, max_peers)
-    return _decide(tx, own, service.service, target, grant_s=grant_s, nonce=nonce)
+    return _decide(tx, own, service, target, grant_s=grant_s, nonce=nonce)
 
 
-def _decide(tx: Transaction, own: Any, service: str, target: _Target, *, grant_s: float, nonce: str) -> Way | Waiting:
+def _decide(tx: Transaction, own: Any, service: ServiceRef, target: _Target, *, grant_s: float, nonce: str) -> Way | Waiting:
     """Grant what may be reached, if it is there."""
     if target.row is None:
         return Waiting(target.absent, target.topics, target.console)
@@ -91,7 +91,7 @@ def _decide(tx: Transaction, own: Any, service: str, target: _Target, *, grant_s
         source_key=Sha256(own.key),
         target=target.row.name,
         target_key=Sha256(target.row.key),
-        service=service,
+        service=service.service,
         expires_at=tx.now + grant_s,
         nonce=nonce,
     )
