@@ -32,6 +32,7 @@ def test_parameter_sweep_works_as_written(newcomer: Newcomer):
     assert places == [4, 1]
 
 
+@pytest.mark.full
 def test_set_works_as_written(newcomer: Newcomer):
     printed = {line: newcomer.type(line) for line in commands("examples/set/README.md")}
     assert printed["cat service/front/visitors.txt"] == "client-0\nclient-1\nclient-2\n"

@@ -169,6 +169,7 @@ def test_direct_stream_lives_on_when_the_hub_is_killed_and_a_new_one_takes_anoth
         assert grid.paths_taken() == {"direct"}, grid.logs()
 
 
+@pytest.mark.full
 def test_relayed_streams_end_with_a_reset_when_the_hub_is_killed_and_a_new_one_takes_another_hub(tmp_path: Path):
     with grid_with_two_hubs(tmp_path, "relayed") as (grid, job):
         called, caller = grid.called_and_caller(job, "talk")

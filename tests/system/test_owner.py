@@ -39,6 +39,7 @@ def finish(system: System, job: int, count: int) -> None:
     system.nothing_left()
 
 
+@pytest.mark.full
 def test_memory_is_given_back_to_the_owner_and_the_job_goes_on_after_a_reboot(system: System, vm_worker: dict[str, str]) -> None:
     system.publish_template(tiny_template().qcow2, "tiny")
     worker = system.add_worker(**vm_worker, DESKGRID_WORKER_RELEASE_S="0.5")

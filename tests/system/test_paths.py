@@ -60,6 +60,7 @@ def test_stream_takes_the_path_that_is_forced(tmp_path: Path, way: str):
     ],
     ids=lambda value: str(value) if isinstance(value, Nat) else "",
 )
+@pytest.mark.full
 def test_best_path_is_found_by_itself(tmp_path: Path, worker: Nat, user: Nat, path: set[str]):
     """The first stream may be relayed while a better way is found; later ones take that. Where one side is public, dialling at the same
     time works as well as dialling."""

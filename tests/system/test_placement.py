@@ -80,6 +80,7 @@ def distribution(folder: Path, sites: dict[str, Nat], *, hosts: int = 1) -> Iter
                     process.kill()
 
 
+@pytest.mark.full
 def test_workers_behind_routers_fetch_a_disk_together_and_a_job_runs_on_it(tmp_path: Path):
     with distribution(tmp_path, {"a": Nat.MASQUERADE, "b": Nat.FULLY_RANDOM, "c": Nat.NONE}, hosts=2) as grid:
         names = [f"{site}{at}" for site in "abc" for at in range(len(grid.lab.sites[site]))]
@@ -132,6 +133,7 @@ def test_all_get_it_over_slow_links_though_workers_are_killed_again_and_again(tm
         assert grid.sent_bytes() - before < 2.5 * SIZE, grid.logs()
 
 
+@pytest.mark.full
 def test_where_bittorrent_is_blocked_the_disk_comes_from_the_server(tmp_path: Path):
     with distribution(tmp_path, {"a": Nat.NONE, "b": Nat.NONE}) as grid:
         for site in "ab":
@@ -153,6 +155,7 @@ def block(host: Host) -> None:
     host.run("nft", "-f", "-", input=rules)
 
 
+@pytest.mark.full
 def test_killed_and_moved_workers_go_on_and_one_that_stays_away_is_replaced(tmp_path: Path):
     with distribution(tmp_path, {"a": Nat.MASQUERADE}, hosts=2) as grid:
         first, second = grid.lab.sites["a"]

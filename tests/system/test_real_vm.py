@@ -49,7 +49,7 @@ def vm_job(system: System, script: str, *, name: str = "job", limits: str = "", 
     return file
 
 
-@pytest.mark.parametrize("disk", ["tiny", "tiny-iso"])
+@pytest.mark.parametrize("disk", ["tiny", pytest.param("tiny-iso", marks=pytest.mark.full)])
 def test_main_job_in_a_real_virtual_machine(vm_system: System, disk: str):
     if disk == "tiny-iso":
         vm_system.publish_template(tiny_template().iso, disk)
@@ -75,6 +75,7 @@ def test_main_job_in_a_real_virtual_machine(vm_system: System, disk: str):
     vm_system.nothing_left()
 
 
+@pytest.mark.full
 def test_disk_that_is_on_the_pc_already_is_booted_where_it_lies(system: System, vm_worker: dict[str, str]):
     system.add_worker(**vm_worker)
     disk = system.folder / "my disk, once.qcow2"
@@ -103,6 +104,7 @@ def test_killed_worker_finds_its_running_virtual_machine_again(vm_system: System
     vm_system.nothing_left()
 
 
+@pytest.mark.full
 def test_cancelled_and_paused_virtual_machines_obey(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "while :; do echo tick; sleep 1; done"))["id"]
     vm_system.wait_to_print(job, "tick", LIMIT_S)
@@ -120,6 +122,7 @@ def test_cancelled_and_paused_virtual_machines_obey(vm_system: System):
     vm_system.nothing_left()
 
 
+@pytest.mark.full
 def test_virtual_machine_that_is_killed_or_hangs_fails_with_its_reason(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "sleep 1000", name="killed", limits="max_lost = 1"))["id"]
     [machine] = until(lambda: vm_system.machines(), what="the machine runs", limit_s=LIMIT_S)
@@ -144,6 +147,7 @@ def test_disk_that_never_boots_ends_at_the_boot_time(vm_system: System):
     vm_system.nothing_left()
 
 
+@pytest.mark.full
 def test_killed_server_while_a_virtual_machine_runs(vm_system: System):
     job = vm_system.json("job", "submit", vm_job(vm_system, "echo began; sleep 5; echo ended > done"))["id"]
     vm_system.wait_to_print(job, "began", LIMIT_S)
@@ -191,6 +195,7 @@ while [ ! -e /scratch/stop ]; do sleep 1; done
 """
 
 
+@pytest.mark.full
 def test_programs_in_a_virtual_machine_talk_to_the_user_and_back(vm_system: System):
     """wget in the machine from the user's PC, by name, and at localhost where the port is free; the machine's web server from the
     user's PC; ssh, scp and rsync into the machine."""
@@ -227,6 +232,7 @@ def test_programs_in_a_virtual_machine_talk_to_the_user_and_back(vm_system: Syst
     vm_system.nothing_left(limit_s=LIMIT_S)
 
 
+@pytest.mark.full
 def test_shell_starts_a_machine_logs_in_and_cancels_it_at_the_end(vm_system: System):
     command = [sys.executable, "-m", "deskgrid", "shell", "--disk", "tiny", "--memory", "256MiB"]
     typed = "uname; id -un; exit 7\n"
