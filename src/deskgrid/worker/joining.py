@@ -113,8 +113,14 @@ class Joining:
         if name not in self._doors:
             while len(self._doors) >= _MOST_DOORS:
                 self._doors.pop(next(iter(self._doors)))[1].cancel()
-            listener = socket.create_server((_LOOPBACK, 0))
-            self._doors[name] = listener.getsockname()[1], asyncio.create_task(self._serve(peer, name, listener))
+            try:
+                listener = socket.create_server((_LOOPBACK, 0))
+            except OSError as error:  # too many are open
+                _log.warning("no_door", peer=name, error=str(error))
+                return 0
+            task = asyncio.create_task(self._serve(peer, name, listener))
+            task.add_done_callback(lambda _: listener.close())  # also of one that is cancelled before it began
+            self._doors[name] = listener.getsockname()[1], task
         return self._doors[name][0]
 
     async def _serve(self, peer: Peer, name: str, listener: socket.socket) -> None:
@@ -128,5 +134,4 @@ class Joining:
                 reset(local)
                 raise
 
-        with listener:
-            await serve(listener, join)
+        await serve(listener, join)
