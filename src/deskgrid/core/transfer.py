@@ -10,8 +10,8 @@ The members of a blob's swarm are workers that have it or fetch it. Each says ag
 4. A member counts for what `lifetime_s` says after its last word; what it fetches, for TAKEN_S. One that has all counts for much longer: it has no
    reason to call often.
 5. A member is told at most MOST_NEIGHBOURS others: those at the same public address first, by their private addresses; then members that can be
-   reached from anywhere; then, if it lacks something, MOST_JOINED of those that cannot, through the overlay, if both take part in it. There the one
-   with the smaller name calls, or the only one that lacks something. A member is not told of others that it cannot reach.
+   reached from anywhere; then, if it lacks something and cannot be reached itself, MOST_JOINED of those that cannot, through the overlay, if both take
+   part in it. There the one with the smaller name calls, or the only one that lacks something. A member is not told of others that it cannot reach.
 
 Sets of pieces are whole numbers, piece 0 in the lowest bit; they travel as bytes, 8 pieces each, the lowest bit first.
 """
@@ -122,7 +122,7 @@ def neighbours(me: Member, others: Sequence[Member], *, count: int, rng: Chance)
         addresses = (one.public,) if one.reachable else one.private
         found |= dict.fromkeys(Neighbour(address, one.port) for address in addresses)
     whole = all_pieces(count)
-    if me.peer and me.have != whole:
+    if me.peer and not me.reachable and me.have != whole:
         hidden = [one for one in others if one.peer and not one.reachable and one.public != me.public]
         mine = [one for one in hidden if one.have == whole or me.peer < one.peer]
         found |= dict.fromkeys(Neighbour(peer=one.peer) for one in _shuffled(mine, rng)[:MOST_JOINED])

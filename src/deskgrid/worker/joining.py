@@ -24,7 +24,7 @@ from deskgrid.errors import DeskgridError, Unreachable
 from deskgrid.model.overlay import ConnectionPath
 from deskgrid.overlay.endpoint import Endpoint
 from deskgrid.overlay.peer import Calls, Peer
-from deskgrid.overlay.proxy import reset, serve
+from deskgrid.overlay.proxy import serve_port
 from deskgrid.settings import PeerSettings
 from deskgrid.worker.tasks import finish
 
@@ -118,20 +118,7 @@ class Joining:
             except OSError as error:  # too many are open
                 _log.warning("no_door", peer=name, error=str(error))
                 return 0
-            task = asyncio.create_task(self._serve(peer, name, listener))
+            task = asyncio.create_task(serve_port(peer, f"{SWARM}.{name}", listener, wait_s=_WAIT_S))
             task.add_done_callback(lambda _: listener.close())  # also of one that is cancelled before it began
             self._doors[name] = listener.getsockname()[1], task
         return self._doors[name][0]
-
-    async def _serve(self, peer: Peer, name: str, listener: socket.socket) -> None:
-        async def join(local: socket.socket) -> None:
-            try:
-                await peer.connect(f"{SWARM}.{name}", local, wait_s=_WAIT_S)
-            except DeskgridError as error:
-                _log.debug("not_joined", peer=name, error=str(error)[:300])
-                reset(local)
-            except BaseException:
-                reset(local)
-                raise
-
-        await serve(listener, join)
