@@ -165,7 +165,8 @@ def test_machine_that_is_killed_is_the_fault_of_its_pc(system: System):
 def test_pause_stops_the_machine_at_once_and_resume_lets_it_finish(system: System):
     system.publish()
     system.add_worker()
-    job = system.submit("duration_s = 5\n")
+    may_end = system.folder / "may-end"
+    job = system.submit(f'until = "{may_end}"\n')
     [machine] = until(lambda: system.machines(), what="the machine runs")
     until(lambda: system.states(job)[1] == ["running"], what="the server knows that it runs")
     home = ("--home", str(system.folder / "pc"))
@@ -173,6 +174,7 @@ def test_pause_stops_the_machine_at_once_and_resume_lets_it_finish(system: Syste
     assert machine.status() == "stopped"
     system.wait_for(job, "active", ["suspended"])
     assert system.json("worker", "status", *home)["paused"] is True
+    may_end.touch()
     time.sleep(4)  # longer than a lease: a suspended attempt keeps it
     assert system.states(job) == ("active", ["suspended"])
     system.cli("worker", "resume", *home)

@@ -7,6 +7,7 @@ recovery, taking results out of the disk) is the real thing.
     exit_code = 0               of the context.sh that is not run
     stdout = "text"             and stderr
     duration_s = 0.0            from the start of the context to its end
+    until = "/path"             its end waits for this file, too
     boot_s = 0.0
     tick_s = 0.0                write the line "tick N" this often, without end
     no_checkpoints = false      none can be made
@@ -88,6 +89,7 @@ class FakePlan(Struct, frozen=True, forbid_unknown_fields=True):
     stdout: str = ""
     stderr: str = ""
     duration_s: float = 0.0
+    until: str = ""
     boot_s: float = 0.0
     tick_s: float = 0.0
     no_checkpoints: bool = False

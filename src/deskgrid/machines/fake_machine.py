@@ -78,6 +78,8 @@ def _work(workdir: Path, plan: dict[str, Any], worked_s: float) -> None:
     if plan["hangs"]:
         _sleep_for_ever()
     time.sleep(max(0.0, plan["duration_s"] - worked_s))
+    while plan["until"] and not Path(plan["until"]).exists():
+        time.sleep(_RETRY_S)
     if plan["io_error"]:
         _append(workdir / plan["journal"], plan["full"].encode())
         _sleep_for_ever()
