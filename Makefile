@@ -51,7 +51,7 @@ lock: setup ## resolve the dependencies anew into requirements.lock, those of th
 	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--group dev pyproject.toml $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 	.cache/lock/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		--no-build --constraints requirements.lock pyproject.toml --output-file src/deskgrid/templates/worker.lock
+		--no-build --extra swarm --constraints requirements.lock pyproject.toml --output-file src/deskgrid/templates/worker.lock
 	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		bench/yardsticks.in $(if $(UPGRADE),--upgrade) --output-file bench/yardsticks.lock
 	@! grep -n '://' requirements.lock src/deskgrid/templates/worker.lock bench/yardsticks.lock || { echo "a lock names an address" >&2; exit 1; }

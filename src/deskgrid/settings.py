@@ -153,6 +153,9 @@ class WorkerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Words for what or where it is, as in lab-2 or fast-disk: users may name them where they say which workers should hold their data."""
     keep_bytes: int = 0
     """Part of the cache that may be filled with data which users want to be held here; 0: half of it if `share` is set, otherwise nothing."""
+    share_near: str = ""
+    """HOST:PORT of the cache of the PC in whose virtual machine this worker runs, as in cache:8475, with `share`: what it shares is fetched from
+    it. Then no other PC is told to connect to this one. Empty: none."""
     share_port: int = 0
     """Port for that; 0: any that is free."""
     share_bytes_per_s: int = 0

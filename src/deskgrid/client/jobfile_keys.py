@@ -423,7 +423,7 @@ KEYS: tuple[Key, ...] = (
         kind=REACHES,
         doc="Services that the job may reach, by the name and port that they have in it: `db = db.job-41:5432` of a job, "
         "`site = web.user:8000` of a program of yours (`deskgrid offer`), `grid = api.server` the grid itself, "
-        "with your rights over jobs and data; in a set `db = db.store.set:5432` of its job `store`.",
+        "with your rights over jobs and data, `cache = cache.worker` the cache of the PC, for a worker in the job; in a set `db = db.store.set:5432` of its job `store`.",
     ),
     Key(
         section="machine",

@@ -13,7 +13,7 @@ from deskgrid.errors import InvalidInput
 from deskgrid.model.data import DataFile
 from deskgrid.model.jobs import INSTALLED, JobSpec, Machine
 from deskgrid.model.machines import DriverName, MachineKind, Network
-from deskgrid.model.overlay import API_SERVICE, Offer, Reach, parse_offer, parse_reach
+from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, Offer, Reach, parse_offer, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
 __all__ = [
@@ -281,8 +281,8 @@ def _check_reach(reach: Reach, *, in_set: bool) -> None:
         raise InvalidInput("a job cannot reach the screen of a job", where="machine.reach", hint="deskgrid console job-N")
     if reach.name in _RESERVED_NAMES:
         raise InvalidInput(f"{reach.name} is taken", where="machine.reach", hint=f"any name but {', '.join(_RESERVED_NAMES)}")
-    if reach.service.peer == API_SERVICE.peer and reach.service != API_SERVICE:
-        raise InvalidInput(f"the server has no service {reach.service.service}", where="machine.reach", hint=f"only {API_SERVICE}")
+    if not reach.service.is_of_peer and reach.service not in (API_SERVICE, CACHE_SERVICE):
+        raise InvalidInput(f"there is no {reach.service}", where="machine.reach", hint=f"only {API_SERVICE} and {CACHE_SERVICE}")
 
 
 def _check_distinct(values: Iterable[object], message: str, where: str) -> None:

@@ -22,6 +22,7 @@ from deskgrid.model.ids import JobId, UserId, WorkerId
 
 __all__ = [
     "API_SERVICE",
+    "CACHE_SERVICE",
     "Address",
     "Connection",
     "ConnectionPath",
@@ -42,10 +43,9 @@ __all__ = [
     "worker_peer",
 ]
 
-API_PORT = 8470
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _SERVICE = re.compile(r"[a-z][a-z0-9-]{0,30}")
-_PEER = re.compile(r"job-[1-9][0-9]{0,17}|user|user-[a-z][a-z0-9_.-]{0,62}|server|[a-z][a-z0-9-]{0,30}\.set")
+_PEER = re.compile(r"job-[1-9][0-9]{0,17}|user|user-[a-z][a-z0-9_.-]{0,62}|server|worker|[a-z][a-z0-9-]{0,30}\.set")
 
 
 class PeerKind(StrEnum):
@@ -84,7 +84,7 @@ class ServiceRef(Struct, frozen=True):
 
     service: str
     peer: str
-    """job-N, user (the job's own), user-NAME, server, or MEMBER.set: another job of the same set."""
+    """job-N, user (the job's own), user-NAME, server, worker (the job's own), or MEMBER.set: another job of the same set."""
 
     def __str__(self) -> str:
         return f"{self.service}.{self.peer}"
@@ -100,6 +100,11 @@ class ServiceRef(Struct, frozen=True):
         return self.peer.removesuffix(".set") if self.peer.endswith(".set") else None
 
     @property
+    def is_of_peer(self) -> bool:
+        """Whether a peer offers it: what the server and the worker are asked for is not in the overlay."""
+        return self.peer not in (API_SERVICE.peer, CACHE_SERVICE.peer)
+
+    @property
     def user(self) -> str | None:
         """The user whose service it is: a name, "" for the job's own user, None if it is no user's."""
         return self.peer.removeprefix("user").removeprefix("-") if self.peer.startswith("user") else None
@@ -107,6 +112,9 @@ class ServiceRef(Struct, frozen=True):
 
 API_SERVICE = ServiceRef("api", "server")
 """The server itself, for jobs that work with the grid."""
+CACHE_SERVICE = ServiceRef("cache", "worker")
+"""The cache of the PC that a job runs on, for jobs that are themselves a worker."""
+_PORTS = {API_SERVICE: 8470, CACHE_SERVICE: 8475}
 
 
 class Offer(Struct, frozen=True):
@@ -220,13 +228,13 @@ def parse_offer(text: str, where: str = "") -> Offer:
 
 
 def parse_reach(name: str, text: str, where: str = "") -> Reach:
-    """Read what `name` stands for: SERVICE.PEER:PORT; the port may be left out for api.server. Raise InvalidInput otherwise."""
+    """Read what `name` stands for: SERVICE.PEER:PORT; the port may be left out for api.server and cache.worker. Raise InvalidInput otherwise."""
     if not _SERVICE.fullmatch(name):
         raise InvalidInput(f"{name[:40]!r} is not a name for a service", where=where, hint="a letter, then letters, digits and -")
     service, _, port = text.partition(":")
     found = parse_service(service, where)
-    if not port and found == API_SERVICE:
-        return Reach(name, found, API_PORT)
+    if not port and found in _PORTS:
+        return Reach(name, found, _PORTS[found])
     if not _is_port(port):
         raise InvalidInput(f"{text[:100]!r} has no port", where=where, hint=f'as in {name} = "{found}:8000"')
     return Reach(name, found, int(port))

@@ -18,7 +18,7 @@ from deskgrid.errors import Conflict, Forbidden, InvalidInput
 from deskgrid.model.ids import AttemptId, JobId, Sha256, UserId
 from deskgrid.model.jobs import JobSpec, JobState
 from deskgrid.model.machines import MachineKind, Network
-from deskgrid.model.overlay import API_SERVICE, Hub, PeerKind, ServiceRef, hub_peer, parse_service, parse_worker
+from deskgrid.model.overlay import Hub, PeerKind, ServiceRef, hub_peer, parse_service, parse_worker
 from deskgrid.model.wire import AskGrant
 from deskgrid.model.workers import Profile
 from deskgrid.server.store import accounts, peers, swarm
@@ -67,8 +67,8 @@ def find_way(tx: Transaction, caller: Caller, wish: AskGrant, *, grant_s: float,
         service = _of_swarm(tx, caller, wish.service)
         return _decide(tx, own, service, _engine(tx, service), grant_s=grant_s, nonce=nonce)
     service = parse_service(wish.service, "service")
-    if service.peer == API_SERVICE.peer:
-        raise InvalidInput(f"{service} is not reached through the overlay", where="service", hint="dial the server")
+    if not service.is_of_peer:
+        raise InvalidInput(f"{service} is not reached through the overlay", where="service", hint="its worker dials it for a job")
     if is_console(service) and not holds(caller.rights, Right.JOBS):
         raise Forbidden("this token may not see the screens of jobs", hint="it needs the right: jobs")
     source = _source(tx, own)

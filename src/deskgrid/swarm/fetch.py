@@ -44,6 +44,8 @@ _CHECKED_S = 3.0
 _RENEW_PART = 0.5
 """Of its lifetime, after which a certificate is renewed."""
 _WRITTEN_AFTER_S = (0.2, 0.5, 1.0, 2.0, 0.0)
+_NEAR_S = 3.0
+"""Until who is near has heard what is fetched, and gives it if it is there."""
 _PATIENCE_S = 120.0
 """In which nothing at all came, from nobody, after which it is given up."""
 
@@ -76,12 +78,14 @@ class Swarm:
         clock: Clock,
         *,
         door: Callable[[str], int] | None = None,
+        near: tuple[str, int] | None = None,
     ) -> None:
-        """`door` returns the port on loopback that leads to a worker through the overlay, 0 if none does."""
+        """`door` returns the port on loopback that leads to a worker through the overlay, 0 if none does. `near` is the only neighbour, if given."""
         self.blob = blob
         self.name = name
         self._engine, self._identity = engine, identity
-        self._take_turn, self._source, self._clock, self._door = take_turn, source, clock, door
+        self._take_turn, self._source, self._clock = take_turn, source, clock
+        self._door, self._near = door, near
         self._count = piece_count(blob.size_bytes)
         self._piece_bytes = piece_bytes(blob.size_bytes)
         self._whole = all_pieces(self._count)
@@ -235,6 +239,9 @@ class Swarm:
 
     def _follow(self, answer: TurnAnswer) -> None:
         self.lacking, self._interval_s = answer.lacking, answer.interval_s
+        if self._near is not None:
+            self._engine.tell(Connect(self.name, (self._near,)))
+            return
         found = [(one.address, one.port) for one in answer.neighbours if not one.peer]
         if self._door is not None:
             found += [("127.0.0.1", self._door(one.peer)) for one in answer.neighbours if one.peer]
@@ -257,6 +264,8 @@ class Swarm:
 
     async def _feed(self) -> None:
         """Fetch from the server what it hands out, again and again."""
+        if self._near is not None:
+            await self._clock.sleep(_NEAR_S)
         while True:
             pause_s = self._nothing_until - self._clock.monotonic()
             try:
@@ -305,8 +314,12 @@ class Swarm:
     # ---- giving
 
     async def share(self, file: str) -> bool:
-        """Give a file, which is complete and verified, to others; return False if the server has no torrent of it. Then call `keep_sharing`."""
-        return await self._enter(file, complete=True)
+        """Give a file, which is complete and verified, to others from now on; return False if the server has no torrent of it. Then call
+        `keep_sharing`. Raise as `fetch` does."""
+        if not await self._enter(file, complete=True):
+            return False
+        await self._until_checked()
+        return True
 
     async def keep_sharing(self) -> float:
         """Take a turn as one who has all; return the seconds until the next. Raise NotFound or Conflict if it is not shared any more."""

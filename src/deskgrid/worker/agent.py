@@ -136,7 +136,15 @@ class Agent:
         self._cache = Cache(
             home.cache, bound_bytes=settings.cache_bytes, reserve_bytes=settings.reserve_bytes, free_bytes=free_bytes
         )
-        self._sharing = Sharing(settings, self._cache, connection, clock, paused=lambda: self._owner.paused, joining=joining)
+        self._sharing = Sharing(
+            settings,
+            self._cache,
+            connection,
+            clock,
+            paused=lambda: self._owner.paused,
+            changed=self._note_change,
+            joining=joining,
+        )
         self._kit = Kit(
             home=home,
             settings=settings,

@@ -28,13 +28,28 @@ from deskgrid.overlay.proxy import serve_port
 from deskgrid.settings import PeerSettings
 from deskgrid.worker.tasks import finish
 
-__all__ = ["Joining"]
+__all__ = ["Joining", "connect_engine"]
 
 _log = structlog.get_logger()
 _LOOPBACK = "127.0.0.1"
 _MOST_DOORS = 64
 _WAIT_S = 6.0
 """For another that the server does not know at a hub yet; the engine waits for 8."""
+
+
+async def connect_engine(port: int) -> socket.socket:
+    """Connect to this worker's own engine. Raise Unreachable."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (_LOOPBACK, port))
+    except OSError as error:
+        sock.close()
+        raise Unreachable("nothing is shared here now") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class Joining:
@@ -75,21 +90,13 @@ class Joining:
         if self._running is not None or not self._may:
             return
 
-        async def dial() -> socket.socket:
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            try:
-                sock.setblocking(False)
-                await asyncio.get_running_loop().sock_connect(sock, (_LOOPBACK, port()))
-            except OSError as error:
-                sock.close()
-                raise Unreachable("nothing is shared here any more") from error
-            return sock
-
         endpoint = self._make_endpoint()
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(endpoint)
-                self._peer = await stack.enter_async_context(Peer(endpoint, self._calls, offers={SWARM: dial}, reports=False))
+                self._peer = await stack.enter_async_context(
+                    Peer(endpoint, self._calls, offers={SWARM: lambda: connect_engine(port())}, reports=False)
+                )
             except (DeskgridError, OSError) as error:
                 _log.warning("not_joined_with_others", error=str(error))
                 return

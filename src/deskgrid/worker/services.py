@@ -34,7 +34,7 @@ from deskgrid.machines.driver import Caged, Doorway, MachineHandle
 from deskgrid.model.ids import Sha256
 from deskgrid.model.jobs import Machine
 from deskgrid.model.machines import MachineKind, Network
-from deskgrid.model.overlay import API_SERVICE, Reach
+from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, Reach, ServiceRef
 from deskgrid.model.workers import Assignment
 from deskgrid.overlay.background import Background
 from deskgrid.overlay.http_proxy import dial_public, serve_http_proxy
@@ -195,8 +195,8 @@ class Services:
 
         for reach, doorway in zip(self._machine.reach, doorways(self._machine), strict=True):
             listener = await listen(doorway.host, doorway.port)
-            if reach.service == API_SERVICE:
-                yield self._serve_api(listener)
+            if not reach.service.is_of_peer:
+                yield self._serve_given(reach.service, listener)
             else:
                 yield serve_port(peer, str(reach.service), listener, wait_s=self._machine.reach_wait_s)
         yield serve_socks(self._joiner(peer), await listen(GATEWAY, SOCKS_PORT))
@@ -212,11 +212,11 @@ class Services:
 
         async def join(host: str, port: int, local: socket.socket, connected: Callable[[], None]) -> None:
             reach = self._find(host)
-            if reach is not None and reach.service != API_SERVICE:
+            if reach is not None and reach.service.is_of_peer:
                 await peer.connect(str(reach.service), local, wait_s=self._machine.reach_wait_s, connected=connected)
                 return
             if reach is not None:
-                remote = await self._dial_server()
+                remote = await self._dial_given(reach.service)
             elif self._machine.network is Network.INTERNET:
                 self._check_room()
                 remote = await dial_outside(host, port)
@@ -235,14 +235,14 @@ class Services:
                 return reach
         return None
 
-    async def _serve_api(self, listener: socket.socket) -> None:
-        """Carry connections to the server, which sees TLS of the job's own program."""
+    async def _serve_given(self, service: ServiceRef, listener: socket.socket) -> None:
+        """Carry connections to what no peer offers. The other end sees TLS of the job's own program."""
 
         async def join(local: socket.socket) -> None:
             try:
-                self._relay(local, await self._dial_server())
+                self._relay(local, await self._dial_given(service))
             except DeskgridError as error:
-                _log.info("server_not_reached_for_job", attempt_id=self._assignment.attempt_id, error=str(error))
+                _log.info("not_reached_for_job", service=str(service), attempt_id=self._assignment.attempt_id, error=str(error))
                 reset(local)
 
         await serve(listener, join)
@@ -266,8 +266,11 @@ class Services:
         if self._relays.start(_follow(relay)) is None:
             relay.abort("too many connections")
 
-    async def _dial_server(self) -> socket.socket:
+    async def _dial_given(self, service: ServiceRef) -> socket.socket:
         self._check_room()
+        return await (self._kit.sharing.dial() if service == CACHE_SERVICE else self._dial_server())
+
+    async def _dial_server(self) -> socket.socket:
         host, _, port = self._overlay.credentials.address.rpartition(":")
         try:
             address = (host.strip("[]"), int(port))

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import socket
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from deskgrid.client.download import sha256_of
 from deskgrid.client.together import can_share, engine_command, make_identity
 from deskgrid.clock import Clock
 from deskgrid.core.torrents import LEAST_BYTES, torrent_name
-from deskgrid.errors import Conflict, DeskgridError, NotFound, ProtocolError, Unreachable
+from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NotFound, ProtocolError, Unreachable
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
@@ -34,7 +36,7 @@ from deskgrid.swarm.engine import Engine
 from deskgrid.swarm.engine_words import Limit, Rename
 from deskgrid.swarm.fetch import Identity, Swarm
 from deskgrid.worker.connection import Connection
-from deskgrid.worker.joining import Joining
+from deskgrid.worker.joining import Joining, connect_engine
 from deskgrid.worker.tasks import in_thread, wait_for_event
 
 __all__ = ["Sharing", "engine_bounds", "own_bound"]
@@ -42,6 +44,7 @@ __all__ = ["Sharing", "engine_bounds", "own_bound"]
 _log = structlog.get_logger()
 
 IDLE_S = 900.0
+_ASK_GAP_S, _HEAR_S = 3.0, 3.0
 _QUIET_INTERVAL_S = 60.0
 """Between the turns of a blob that nobody wants."""
 
@@ -57,10 +60,14 @@ class Sharing:
         clock: Clock,
         *,
         paused: Callable[[], bool],
+        changed: Callable[[], None] = lambda: None,
         joining: Joining | None = None,
     ) -> None:
+        """`changed` lets the server be called soon. Raise InvalidInput for settings that make no sense."""
         self._settings, self._cache, self._connection, self._clock = settings, cache, connection, clock
-        self._paused, self._joining = paused, joining
+        self._paused, self._changed = paused, changed
+        self._joining = joining if not settings.share_near else None
+        self._near = _host_port(settings.share_near) if settings.share_near else None
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._identity: Identity | None = None
@@ -71,6 +78,10 @@ class Sharing:
         self._wanted: frozenset[Sha256] = frozenset()
         self._wanted_at = 0.0
         self._news = asyncio.Event()
+        self._asked_at = -math.inf
+        """When the server was last asked what of this is wanted, for a worker on this PC."""
+        self._heard = asyncio.Event()
+        """What is wanted is given. Take it, then wait for it."""
         cache.dropped = self._dropped
 
     async def fetch(self, blob: Blob, progress: Callable[[int], None]) -> Path | None:
@@ -123,10 +134,21 @@ class Sharing:
 
     def _swarm(self, engine: Engine, blob: Blob) -> Swarm:
         if self._identity is None:
-            self._identity = make_identity()
+            made = make_identity()
+            self._identity = made if self._near is None else msgspec.structs.replace(made, addresses=lambda: ())
         turn = partial(self._take_turn, blob.sha256)
         door = self._joining.door if self._joining is not None else None
-        return Swarm(blob, torrent_name(blob.sha256), engine, self._identity, turn, self._connection.read, self._clock, door=door)
+        return Swarm(
+            blob,
+            torrent_name(blob.sha256),
+            engine,
+            self._identity,
+            turn,
+            self._connection.read,
+            self._clock,
+            door=door,
+            near=self._near,
+        )
 
     async def _take_turn(self, sha256: Sha256, turn: Turn) -> TurnAnswer:
         if self._joining is not None and self._joining.joined:
@@ -141,6 +163,8 @@ class Sharing:
             if self._engine is None:
                 if not can_share():
                     raise Unreachable("libtorrent is not installed", hint="pip install deskgrid[swarm]")
+                if self._near is not None:
+                    self._near = await _found(self._near)
                 engine = Engine(
                     engine_command(self._cache.shared_folder), str(self._cache.shared_folder), port=self._settings.share_port
                 )
@@ -148,7 +172,7 @@ class Sharing:
                 self._engine = engine
                 self.obey()
             if self._joining is not None:
-                await self._joining.start(lambda: self._engine.port if self._engine is not None else 0)
+                await self._joining.start(self._port)
             return self._engine
 
     def cpu_s(self) -> float:
@@ -166,9 +190,33 @@ class Sharing:
     def want(self, blobs: Iterable[Sha256]) -> None:
         """Hear what others fetch now, of what is here."""
         wanted = frozenset(blob for blob in blobs if blob not in self._shared)
-        if wanted and wanted != self._wanted and self._settings.share:
+        if wanted and self._settings.share:
             self._wanted = wanted
             self._news.set()
+        else:
+            self._pulse()
+
+    def _pulse(self) -> None:
+        heard, self._heard = self._heard, asyncio.Event()
+        heard.set()
+
+    async def dial(self) -> socket.socket:
+        """Connect to the engine, for a worker in a machine on this PC that fetches something. Raise Unreachable.
+
+        What that is, the server tells.
+        """
+        if not self._settings.share or self._paused():
+            raise Unreachable("nothing is shared here")
+        if (now := self._clock.monotonic()) - self._asked_at > _ASK_GAP_S:
+            self._asked_at, heard = now, self._heard
+            self._changed()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HEAR_S):
+                    await heard.wait()
+        return await connect_engine(self._port())
+
+    def _port(self) -> int:
+        return self._engine.port if self._engine is not None else 0
 
     async def run(self) -> None:
         """Give to others what is here, until cancelled."""
@@ -183,6 +231,8 @@ class Sharing:
 
     async def _begin_to_give(self) -> None:
         wanted, self._wanted = self._wanted, frozenset()
+        if not wanted:
+            return
         for sha256 in wanted:
             file = self._cache.shared_file(sha256)
             if file is None or sha256 in self._shared or self._paused():
@@ -194,6 +244,7 @@ class Sharing:
                     self._wanted_at = self._clock.monotonic()
             except (DeskgridError, OSError) as error:
                 _log.warning("not_given_to_others", blob=sha256, error=str(error))
+        self._pulse()
 
     async def _give(self) -> None:
         await self._begin_to_give()
@@ -247,6 +298,22 @@ def engine_bounds(settings: WorkerSettings) -> tuple[int, int]:
 def own_bound(settings: WorkerSettings) -> int:
     """Return what of the owner's bound on the network is for all else: with sharing half of it, for BitTorrent counts for itself. 0: no bound."""
     return settings.network_bytes_per_s // 2 if settings.share else settings.network_bytes_per_s
+
+
+def _host_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise InvalidInput(f"{text[:100]!r} is no HOST:PORT", where="share_near", hint="as in cache:8475")
+    return host, int(port)
+
+
+async def _found(near: tuple[str, int]) -> tuple[str, int]:
+    """Return the address that a name stands for. Raise Unreachable."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(*near, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise Unreachable(f"{near[0]} is not found: {error.strerror}") from error
+    return str(found[0][4][0]), near[1]
 
 
 async def _has(file: Path, sha256: Sha256) -> bool:

@@ -11,7 +11,7 @@ from deskgrid.core.submission import check_spec
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import MachineKind, Network
-from deskgrid.model.overlay import API_SERVICE, Offer, Reach, ServiceRef, parse_offer, parse_reach
+from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, Offer, Reach, ServiceRef, parse_offer, parse_reach
 
 GOOD = JobSpec(machine=Machine(disk="tiny"))
 WEB, SSH = Offer("web", 8080), Offer("ssh", 22)
@@ -34,7 +34,12 @@ def test_secrets_are_allowed_with_those_who_may_see_them(trust: tuple[str, ...])
 
 @pytest.mark.parametrize("network", [Network.OVERLAY, Network.INTERNET])
 def test_services_are_allowed_with_a_network(network: Network):
-    reach = (DB, Reach("other-db", ServiceRef("db", "user-ann"), 5432), Reach("grid", API_SERVICE, 8470))
+    reach = (
+        DB,
+        Reach("other-db", ServiceRef("db", "user-ann"), 5432),
+        Reach("grid", API_SERVICE, 8470),
+        Reach("cache", CACHE_SERVICE, 1),
+    )
     check_spec(
         networked(network=network, offer=(WEB, SSH), reach=reach, share=("everyone", "group:hep"), ssh_keys=("ssh-ed25519 A",))
     )
@@ -69,6 +74,8 @@ def test_services_are_allowed_with_a_network(network: Network):
         (networked(reach=(Reach("db", ServiceRef("db", "user-"), 1),)), "machine.reach"),
         (networked(reach=(Reach("db", DB.service, -1),)), "machine.reach"),
         (networked(reach=(Reach("db", ServiceRef("db", "server"), 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("api", "worker"), 1),)), "machine.reach"),
+        (networked(reach=(Reach("db", ServiceRef("cache", "server"), 1),)), "machine.reach"),
         *((networked(reach=(Reach(name, DB.service, 1),)), "machine.reach") for name in ("localhost", "job", "socks", "services")),
         (networked(offer=(WEB,), share=("hep",)), "machine.share"),
         (networked(offer=(WEB,), share=("everyone",) * 65), "machine.share"),

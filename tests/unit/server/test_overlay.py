@@ -421,7 +421,9 @@ async def test_worker_reaches_nothing_for_itself(grid: TestGrid):
             await worker.ask("web.user")
 
 
-@pytest.mark.parametrize("service", ["", "web", "web.", "web.job-0", "api.server", "web.server", "x" * 10_000, "web.job-1.grid"])
+@pytest.mark.parametrize(
+    "service", ["", "web", "web.", "web.job-0", "api.server", "web.server", "cache.worker", "x" * 10_000, "web.job-1.grid"]
+)
 async def test_what_is_no_service_of_a_peer_is_refused(grid: TestGrid, service: str):
     async with program(await grid.admin()) as user:
         await user.register()

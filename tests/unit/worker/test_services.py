@@ -89,7 +89,7 @@ async def server() -> AsyncIterator[str]:
 async def services_of(grid: SmallGrid, server: str, folder: Path, kind: MachineKind = MachineKind.PROCESS) -> tuple[Services, Any]:
     """Return the services of an attempt that reaches the server, and its endpoint."""
     endpoint = await grid.endpoint()
-    reach = (parse_reach("grid", "api.server"),)
+    reach = (parse_reach("grid", "api.server"), parse_reach("cache", "cache.worker"))
     machine = SimpleNamespace(reach=reach, offer=(), network=Network.OVERLAY, reach_wait_s=5.0, kind=kind)
     assignment = SimpleNamespace(spec=SimpleNamespace(machine=machine), attempt_id=1)
     kit = SimpleNamespace(
@@ -134,6 +134,28 @@ async def test_machine_has_so_many_connections_to_the_server_and_no_more(
             with pytest.raises(ConnectionResetError):
                 await asyncio.get_running_loop().sock_recv(one_more, 1)
     await eventually(lambda: len(endpoint.pumps) == 0)
+
+
+async def test_machine_reaches_its_pcs_cache_while_that_is_shared(grid: SmallGrid, server: str, caged: Cage, tmp_path: Path):
+    services, _ = await services_of(grid, server, tmp_path)
+    ends: list[socket.socket] = []
+
+    async def dial() -> socket.socket:
+        if ends:
+            raise Unreachable("nothing is shared here")
+        near, far = await pair()
+        ends.append(far)
+        return near
+
+    services._kit.sharing = SimpleNamespace(dial=dial)  # type: ignore[misc, assignment]
+    loop = asyncio.get_running_loop()
+    async with running(services, caged):
+        with await caged.connect("10.64.1.2", 8475) as program:
+            await loop.sock_sendall(program, b"hello")
+            await eventually(lambda: bool(ends))
+            assert await loop.sock_recv(ends[0], 100) == b"hello"
+        with ends[0], await caged.connect("10.64.1.2", 8475) as program, pytest.raises(ConnectionResetError):
+            await loop.sock_recv(program, 1)
 
 
 @pytest.mark.parametrize("failure", [MachineFailed("the machine's cage does not answer"), OSError(24, "too many"), ValueError("?")])

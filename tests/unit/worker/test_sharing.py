@@ -21,7 +21,7 @@ from deskgrid.client.together import make_identity
 from deskgrid.client.transport import Transport
 from deskgrid.clock import SystemClock
 from deskgrid.core.torrents import torrent_name
-from deskgrid.errors import NotFound
+from deskgrid.errors import InvalidInput, NotFound, Unreachable
 from deskgrid.model import wire
 from deskgrid.model.data import Blob, DataKind, Disk
 from deskgrid.model.jobs import JobSpec, Machine
@@ -60,7 +60,20 @@ class Pc:
         """Be a new process with the old cache."""
         self.cache = Cache(self.folder, bound_bytes=GIB)
         self.cache.open()
-        self.sharing = Sharing(self.settings, self.cache, self, SystemClock(), paused=lambda: self.paused)  # type: ignore[arg-type]
+        self.called_server = 0
+        self.sharing = Sharing(
+            self.settings,
+            self.cache,
+            self,  # type: ignore[arg-type]
+            SystemClock(),
+            paused=lambda: self.paused,
+            changed=self._call_server,
+        )
+
+    def _call_server(self) -> None:
+        """Be told what others fetch of what is here."""
+        self.called_server += 1
+        self.sharing.want(self.cache.shared())
 
     async def fetch(self, blob: Blob) -> Path | None:
         return await self.sharing.fetch(blob, self.seen.append)
@@ -188,6 +201,67 @@ async def test_a_peer_that_sends_garbage_costs_some_blocks_and_is_dropped(grid: 
             assert liar.given_bytes() < blob.size_bytes // 2
         finally:
             liar.end()
+
+
+@asynccontextmanager
+async def way_to(pc: Pc) -> AsyncIterator[str]:
+    """Serve what a worker in a machine on a PC finds as its cache; yield where."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            engine = await asyncio.open_connection(sock=await pc.sharing.dial())
+        except Unreachable:
+            writer.transport.abort()
+            return
+        await asyncio.gather(carry(reader, engine[1]), carry(engine[0], writer))
+
+    async with await asyncio.start_server(join, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_worker_in_a_machine_fetches_from_the_cache_of_its_pc(grid: TestGrid, tmp_path: Path) -> None:
+    """The PC has no engine then: it is told of what is fetched, and begins to give it."""
+    async with several(grid, tmp_path, 2) as (blob, [host, inner]), way_to(host) as near:
+        assert is_whole(await host.fetch(blob), blob)
+        await host.sharing.close()
+        host.restart()
+        giving = asyncio.create_task(host.sharing.run())
+        try:
+            inner.settings = WorkerSettings(share=True, share_near=near)
+            inner.restart()
+            inner.turns.clear()
+            inner.most_bytes = 0
+            async with asyncio.timeout(60):
+                assert is_whole(await inner.fetch(blob), blob)
+            assert host.called_server >= 1
+            assert inner.server_bytes == 0
+            assert not any(turn.addresses for turn in inner.turns)
+        finally:
+            giving.cancel()
+            await asyncio.wait([giving])
+
+
+async def test_worker_in_a_machine_of_an_owner_who_does_not_share_fetches_from_the_server(grid: TestGrid, tmp_path: Path) -> None:
+    async with several(grid, tmp_path, 2) as (blob, [host, inner]), way_to(host) as near:
+        host.settings = WorkerSettings()
+        host.restart()
+        inner.settings = WorkerSettings(share=True, share_near=near)
+        inner.restart()
+        assert is_whole(await inner.fetch(blob), blob)
+        assert inner.server_bytes == blob.size_bytes and not host.called_server
+
+
+@pytest.mark.parametrize("near", ["cache", ":1", "cache:0", "cache:x", "cache:99999"])
+def test_bad_place_of_the_pcs_cache_is_refused(near: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="HOST:PORT"):
+        Pc(None, tmp_path, share_near=near)  # type: ignore[arg-type]
 
 
 async def test_a_killed_worker_goes_on_with_what_it_has(grid: TestGrid, tmp_path: Path) -> None:
