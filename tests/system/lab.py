@@ -51,10 +51,7 @@ class LabGrid(System):
 
     def add_worker_at(self, host: Host, name: str = "pc", **environment: str) -> Program:
         """Let a PC of the laboratory join, and work."""
-        home = self.folder / name
-        link = self.json("server", "join-link")["link"]
-        join = [*host.prefix, sys.executable, "-m", "deskgrid", "worker", "join", link, "--name", name, "--home", str(home)]
-        subprocess.run(join, env=self.environment, check=True, capture_output=True, timeout=60)
+        home = self.join_at(host, name)
         program = Program(
             ["worker", "run", "--home", str(home), "--verbose"],
             {**self.environment, **environment},
@@ -65,6 +62,14 @@ class LabGrid(System):
         self.workers[name] = program
         program.start()
         return program
+
+    def join_at(self, host: Host, name: str) -> Path:
+        """Let a PC of the laboratory join; return its worker's folder."""
+        home = self.folder / name
+        link = self.json("server", "join-link")["link"]
+        join = [*host.prefix, sys.executable, "-m", "deskgrid", "worker", "join", link, "--name", name, "--home", str(home)]
+        subprocess.run(join, env=self.environment, check=True, capture_output=True, timeout=60)
+        return home
 
     def job(self, number: int) -> Any:
         return self.json("job", "show", str(number))

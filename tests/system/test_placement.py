@@ -9,9 +9,11 @@ import contextlib
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -53,10 +55,10 @@ class Distribution(LabGrid):
         [link] = json.loads(self.lab.server.run("ip", "-json", "-s", "link", "show", "dev", "ext"))
         return int(link["stats64"]["tx"]["bytes"])
 
-    def there_bytes(self) -> int:
-        """Return what is on the disks of all workers."""
+    def there_bytes(self, *workers: str) -> int:
+        """Return what is on the disks of these workers, or of all."""
         there = 0
-        for file in (file for name in self.workers for file in (self.folder / name / "cache" / "shared").glob("*")):
+        for file in (file for name in workers or self.workers for file in (self.folder / name / "cache" / "shared").glob("*")):
             with contextlib.suppress(FileNotFoundError):  # it has just been renamed
                 there += file.stat().st_blocks * 512
         return there
@@ -131,6 +133,49 @@ def test_all_get_it_over_slow_links_though_workers_are_killed_again_and_again(tm
             grid.workers[name].start()
         until(lambda: list(grid.holders().values()) == ["held"] * len(hosts), what="all hold it", limit_s=120)
         assert grid.sent_bytes() - before < 2.5 * SIZE, grid.logs()
+
+
+@pytest.mark.full
+def test_peer_that_sends_garbage_costs_some_pieces_and_is_dropped(tmp_path: Path):
+    with distribution(tmp_path, {"a": Nat.NONE, "b": Nat.MASQUERADE}) as grid:
+        grid.publish_large()
+        grid.submit("", disk='"large"')
+        [liars], [honest] = grid.lab.sites["a"], grid.lab.sites["b"]
+        home = grid.join_at(liars, "liar")
+        liar = liars.popen(
+            [sys.executable, "-m", "tests.liar", str(home)], stdin=PIPE, stdout=PIPE, env=grid.environment, text=True
+        )
+        with liar:
+            assert liar.stdout is not None
+            assert liar.stdout.readline() == "lies\n"
+            grid.slow_down(4)
+            grid.add_worker_at(honest, "honest", **SHARES)
+            grid.cli("data", "place", "large", "--replicas", "all")
+            until(lambda: grid.holders().get("honest") == "held", what="the honest one holds it")
+            said, _ = liar.communicate()
+        assert 0 < int(said) < SIZE // 2, grid.logs()
+        grid.wait_for(1, "completed")
+        grid.nothing_left("honest")
+
+
+@pytest.mark.full
+def test_seeds_that_vanish_at_99_percent_are_not_waited_for(tmp_path: Path):
+    with distribution(tmp_path, {"a": Nat.NONE, "b": Nat.NONE, "c": Nat.MASQUERADE}) as grid:
+        for site in "abc":
+            grid.add_worker_at(grid.lab.sites[site][0], site, **SHARES)
+        grid.publish_large()
+        grid.slow_down(1)
+        before = grid.sent_bytes()
+        grid.cli("data", "place", "large", "--replicas", "all")
+        until(lambda: grid.sent_bytes() - before > SIZE, what="the server has sent nearly all")
+        grid.lab.cut(grid.lab.server)
+        until(lambda: grid.there_bytes("c") > 0.9 * SIZE, what="the last one has what the others had")
+        for site in "ab":
+            grid.workers[site].kill()
+        assert not grid.fetched("c")
+        grid.lab.heal(grid.lab.server)
+        until(lambda: grid.holders().get("c") == "held", what="it has the rest, too")
+        assert grid.sent_bytes() - before < 1.5 * SIZE, grid.logs()
 
 
 @pytest.mark.full

@@ -23,7 +23,7 @@ export HOME=/scratch DESKGRID_CLIENT_HOME=/context/grid
 deskgrid --version
 deskgrid worker join "$(cat /context/link)" --name inner --home /scratch/pc
 export DESKGRID_WORKER_SHARE=true DESKGRID_WORKER_SHARE_NEAR=cache:8475
-DESKGRID_WORKER_DRIVERS=process DESKGRID_WORKER_OVERLAY=false deskgrid worker run --home /scratch/pc &
+DESKGRID_WORKER_DRIVERS=process DESKGRID_WORKER_OVERLAY=false deskgrid worker run --home /scratch/pc --verbose &
 deskgrid job wait 2
 deskgrid worker leave --home /scratch/pc
 wait

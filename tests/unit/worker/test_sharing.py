@@ -11,16 +11,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import libtorrent
 import msgspec
 import psutil
 import pytest
 
 from deskgrid.client.grid import Grid, describe_file
-from deskgrid.client.together import make_identity
 from deskgrid.client.transport import Transport
 from deskgrid.clock import SystemClock
-from deskgrid.core.torrents import torrent_name
 from deskgrid.errors import InvalidInput, NotFound, Unreachable
 from deskgrid.model import wire
 from deskgrid.model.data import Blob, DataKind, Disk
@@ -33,6 +30,7 @@ from deskgrid.swarm.cache import Cache
 from deskgrid.testing.grids import TestGrid, played_sync, running_grid
 from deskgrid.units import GIB, MIB
 from deskgrid.worker.sharing import Sharing, engine_bounds, own_bound
+from tests.liar import Liar
 
 SIZE = 24 * MIB + 12345
 
@@ -193,7 +191,7 @@ async def test_seeds_that_vanish_at_99_percent_are_not_waited_for(grid: TestGrid
 
 async def test_a_peer_that_sends_garbage_costs_some_blocks_and_is_dropped(grid: TestGrid, tmp_path: Path) -> None:
     async with several(grid, tmp_path, 2) as (blob, pcs):
-        liar = Liar(pcs[0], tmp_path / "liar")
+        liar = Liar(pcs[0].transport, tmp_path / "liar")
         try:
             await liar.begin(blob)
             assert is_whole(await pcs[1].fetch(blob), blob)
@@ -374,47 +372,3 @@ def test_the_owners_bound_on_the_network_holds_for_all_together(share: bool, sha
     assert own_bound(settings) + up + down <= 1000
     assert not share or (0 < up <= (share_bytes_per_s or 1000) and down > 0)
     assert engine_bounds(WorkerSettings(share=True)) == (0, 0) and own_bound(WorkerSettings(share=True)) == 0
-
-
-class Liar:
-    """A worker that takes part with the right certificate and sends other bytes than those of the disk."""
-
-    def __init__(self, pc: Pc, folder: Path) -> None:
-        self._pc, self._folder = pc, folder
-        self._session = libtorrent.session(
-            {
-                "listen_interfaces": "0.0.0.0:0s",
-                "disable_hash_checks": True,
-                "alert_mask": libtorrent.alert.category_t.status_notification,
-                **dict.fromkeys(("enable_dht", "enable_lsd", "enable_upnp", "enable_natpmp"), False),
-            }
-        )
-        self._handle: Any = None
-
-    async def begin(self, blob: Blob) -> None:
-        self._folder.mkdir()
-        (self._folder / torrent_name(blob.sha256)).write_bytes(random.Random(0).randbytes(blob.size_bytes))
-        identity = make_identity()
-        port = self._port()
-        everything = b"\xff" * 1000
-        turn = Turn(have=everything, port=port, addresses=("127.0.0.1",), key=identity.public_pem, torrent=True)
-        answer = await self._pc.transport.call(wire.TAKE_TURN, turn, path={"sha256": blob.sha256})
-        parameters = libtorrent.add_torrent_params()
-        parameters.ti = libtorrent.torrent_info(libtorrent.bdecode(answer.torrent))
-        parameters.save_path = str(self._folder)
-        parameters.flags = libtorrent.torrent_flags.seed_mode
-        self._handle = self._session.add_torrent(parameters)
-        self._handle.set_ssl_certificate_buffer(answer.certificate, identity.key_pem, "")
-
-    def _port(self) -> int:
-        while True:
-            self._session.wait_for_alert(1000)
-            for alert in self._session.pop_alerts():
-                if isinstance(alert, libtorrent.listen_succeeded_alert):
-                    return int(alert.port)
-
-    def given_bytes(self) -> int:
-        return int(self._handle.status().total_payload_upload)
-
-    def end(self) -> None:
-        self._session.pause()
