@@ -45,16 +45,18 @@ bench: ## run all benchmarks (minutes); QUICK=1 for a short look
 	@tools/setup bench
 	@for name in warm_start checkpoint caps scratch delta transfer distribution thousand churn overlay hub dispatch scale; do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
-lock: setup ## resolve the dependencies anew into requirements.lock, those of the worker template and of the benchmarks
+lock: setup ## resolve the dependencies anew into requirements.lock, those of the templates and of the benchmarks
 	$(BIN)/python -m venv --clear .cache/lock
 	.cache/lock/bin/pip install --quiet --disable-pip-version-check uv
 	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--group dev pyproject.toml $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 	.cache/lock/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		--no-build --extra swarm --constraints requirements.lock pyproject.toml --output-file src/deskgrid/templates/worker.lock
+	.cache/lock/bin/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--no-build --prerelease allow src/deskgrid/templates/root.in $(if $(UPGRADE),--upgrade) --output-file src/deskgrid/templates/root.lock
 	.cache/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 		bench/yardsticks.in $(if $(UPGRADE),--upgrade) --output-file bench/yardsticks.lock
-	@! grep -n '://' requirements.lock src/deskgrid/templates/worker.lock bench/yardsticks.lock || { echo "a lock names an address" >&2; exit 1; }
+	@! grep -n '://' requirements.lock src/deskgrid/templates/worker.lock src/deskgrid/templates/root.lock bench/yardsticks.lock || { echo "a lock names an address" >&2; exit 1; }
 
 clean: ## remove what was made here, except .venv and .cache
 	rm -rf build dist demo-result .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -36,11 +36,12 @@ def slow_commands(page: str) -> list[str]:
 class Newcomer:
     """Somebody with an empty home folder. `environment` is added to what there is.
 
-    `prefix` stands before all that is typed but what builds disks, which needs the packages' servers.
+    `prefix` stands before all that is typed but what builds disks, which needs the packages' servers. No command takes longer than `command_s`.
     """
 
-    def __init__(self, folder: Path, prefix: tuple[str, ...] = (), **environment: str) -> None:
+    def __init__(self, folder: Path, prefix: tuple[str, ...] = (), *, command_s: float = _COMMAND_S, **environment: str) -> None:
         self.folder = folder
+        self.command_s = command_s
         self.prefix = prefix
         self.links: dict[str, str] = {}
         self.background: list[subprocess.Popen[bytes]] = []
@@ -67,7 +68,7 @@ class Newcomer:
             return self._start(words[:-1])
         try:
             done = subprocess.run(
-                words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=_COMMAND_S, check=False
+                words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=self.command_s, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"{line}\n{error.stdout!r}\n{error.stderr!r}\n{self.said()}") from error

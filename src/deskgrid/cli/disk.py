@@ -59,6 +59,7 @@ async def build(
         deskgrid disk build tiny --output tiny.iso
         deskgrid disk build debian --packages apache2,gnuplot-nox --size 8GiB
         deskgrid disk build worker
+        deskgrid disk build root
         deskgrid disk build physics.toml
 
     Parameters
@@ -67,11 +68,12 @@ async def build(
         Which one: tiny is a kernel, busybox and the agent, and boots in seconds.
         debian has systemd, ssh, rsync, cloud-init, and what is installed besides.
         worker is debian with deskgrid in it, so that a machine can be a worker.
-        A file that ends in .toml is a recipe: debian or worker with packages, files and commands of yours.
+        root is worker with ROOT (root.cern) in it, for pilots that run physicists' jobs.
+        A file that ends in .toml is a recipe: one of these with packages, files and commands of yours.
     packages
-        What to install in debian or worker besides, with commas between.
+        What to install besides, not in tiny, with commas between.
     size
-        Of the disk of debian or worker, 4GiB by default; what is not used takes no room.
+        Of the disk, 4GiB by default; what is not used takes no room.
     output
         File to write, .qcow2 (or .iso for tiny); ./TEMPLATE.qcow2 by default.
     """

@@ -63,6 +63,7 @@ class JobOptions:
     data: Annotated[tuple[str, ...] | None, _key("data")] = None
     group: Annotated[str | None, _key("group")] = None
     priority: Annotated[int | None, _key("priority")] = None
+    pilot: Annotated[bool | None, _key("pilot")] = None
     after: Annotated[tuple[str, ...] | None, _key("after")] = None
     after_end: Annotated[tuple[str, ...] | None, _key("after_end")] = None
     retain: Annotated[str | None, _key("retain")] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
 from deskgrid.cli.user import lifetime_of, read_link
 from deskgrid.cli.worker_disk import Home
-from deskgrid.errors import Conflict, InvalidInput
+from deskgrid.errors import Conflict, InvalidInput, Unreachable
 from deskgrid.link import Link, parse_link
 from deskgrid.model.workers import Worker
 from deskgrid.settings import WorkerSettings, load_settings, worker_home
@@ -80,10 +81,43 @@ async def join_worker(home: Path, link: Link, name: str) -> Path:
     return file
 
 
+async def _join_first(home: Path, file: Path, name: str) -> None:
+    """Join with what a file holds, a link or the token of a pilot's job, unless that was done before. Until the server answers, for a while."""
+    from deskgrid.client.entering import join_as_pilot
+    from deskgrid.client.grid import join as join_grid
+    from deskgrid.client.transport import load_credentials, save_credentials
+
+    kept = home / "credentials.json"
+    if kept.exists():
+        return
+    text = file.read_text(encoding="utf-8")
+    deadline = time.monotonic() + _JOIN_S
+    while True:
+        try:
+            if text.lstrip().startswith("{"):
+                found = await join_as_pilot(load_credentials(file), name)
+            else:
+                found = await join_grid(parse_link(text.strip(), "join"), name)
+            save_credentials(kept, found)
+            return
+        except Unreachable:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_JOIN_GAP_S)
+
+
+_JOIN_S, _JOIN_GAP_S = 300.0, 2.0
+
+
 @app.command
 async def run(
     *,
     keep: Annotated[bool, Parameter(show_default=False)] = False,
+    once: Annotated[bool, Parameter(show_default=False)] = False,
+    lifetime: str | None = None,
+    idle: str | None = None,
+    join: Path | None = None,
+    name: str | None = None,
     home: Home = None,
     verbose: Verbose = False,
     json: Json = False,
@@ -95,17 +129,36 @@ async def run(
         deskgrid worker run
         deskgrid worker run --home /data/worker --verbose
         deskgrid worker run --keep          to be stopped and started again while jobs go on
+        deskgrid worker run --once --join link.txt --lifetime 4h --idle 10m
 
     Parameters
     ----------
     keep
         When stopped, leave the machines running; the next `deskgrid worker run` takes them up.
+    once
+        Leave the grid at the end, however that comes: running jobs go back, nothing stays here.
+    lifetime
+        With --once: how long it works.
+    idle
+        With --once: for how long it waits for jobs while there are none.
+    join
+        Join first, unless that was done before, with the link in this file; or as a pilot, with the credentials.json of its job.
+    name
+        Name of this PC on the grid, when it joins; by default its host name.
     """
-    from deskgrid.worker.agent import run_worker
+    from deskgrid.worker.agent import Term, run_worker
 
     configure_logs(json=json, verbose=verbose)
+    if keep and once:
+        raise InvalidInput("--keep and --once exclude each other", hint="deskgrid worker run --help")
+    if not once and (lifetime or idle):
+        raise InvalidInput("--lifetime and --idle go with --once", hint="deskgrid worker run --once --lifetime 4h")
+    lives_s, idle_s = (lifetime_of(text, flag) if text else 0.0 for text, flag in ((lifetime, "--lifetime"), (idle, "--idle")))
     folder = home or worker_home()
-    await run_worker(folder, _settings(folder), keep=keep)
+    settings = _settings(folder)
+    if join is not None:
+        await _join_first(folder, join, name or platform.node() or "pc")
+    await run_worker(folder, settings, keep=keep, term=Term(lifetime_s=lives_s, idle_s=idle_s) if once else None)
 
 
 async def _ask(command: str, home: Path | None, json: bool) -> None:
@@ -145,8 +198,6 @@ async def top(*, home: Home = None, interval: str = "2s", json: Json = False) ->
     interval
         Between two looks.
     """
-    import asyncio
-
     from rich.live import Live
 
     from deskgrid.cli.worker_page import page

@@ -32,6 +32,14 @@ async def join(link: Link, name: str) -> Credentials:
     return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
 
 
+async def join_as_pilot(job: Credentials, name: str) -> Credentials:
+    """Exchange the own token of a job that is a pilot for a worker's credentials. Raise Conflict if that was done before in its attempt."""
+    async with Transport(job) as transport:
+        token = make_secret()
+        await transport.call(wire.JOIN_PILOT, wire.JoinPilot(name=name, token_hash=Sha256(hash_secret(token))))
+    return Credentials(address=job.address, authority_pem=job.authority_pem, token=token, name=name)
+
+
 async def join_hub(link: Link, name: str) -> Credentials:
     """Exchange a hub link for a hub's credentials. Raise Unauthenticated if its secret is used up or has expired."""
     found = await fetch_authority(link)
@@ -49,11 +57,14 @@ async def make_link(
     lifetime_s: float,
     uses: int = 1,
     owner: str = "",
+    pilot_s: float = 0.0,
     path: dict[str, Any] | None = None,
 ) -> Link:
     """Make a secret, make its hash known to the server, and return the link with the secret."""
     secret = make_secret()
-    request = wire.SecretRequest(secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses, owner=owner)
+    request = wire.SecretRequest(
+        secret_hash=Sha256(hash_secret(secret)), lifetime_s=lifetime_s, uses=uses, owner=owner, pilot_s=pilot_s
+    )
     await transport.call(route, request, path=path)
     known = transport.credentials
     return Link(purpose=purpose, address=known.address, authority=known.authority, secret=secret)

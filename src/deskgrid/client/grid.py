@@ -19,6 +19,7 @@ from typing import Any
 from deskgrid import archive
 from deskgrid.client.arrays import ArrayResults, fetch_results
 from deskgrid.client.entering import join, join_hub, login, make_link
+from deskgrid.client.pilots import Pilot, pilot_spec, write_pilot
 from deskgrid.client.secret_files import sealed, with_secrets
 from deskgrid.client.tables import write_rows, write_table
 from deskgrid.client.together import fetch_together
@@ -473,6 +474,18 @@ class Grid:
     async def join_link(self, *, uses: int = 1, lifetime_s: float = 7 * 86400.0, owner: str = "") -> Link:
         """Make a link by which `uses` PCs may join. They are the caller's own; an admin's are `owner`'s, or nobody's."""
         return await make_link(self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses, owner=owner)
+
+    async def pilot_link(self, *, pilot_s: float, lifetime_s: float = 86400.0, uses: int = 1) -> Link:
+        """Make a link by which `uses` pilots of the caller's may join, each for `pilot_s`."""
+        return await make_link(
+            self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses, owner="", pilot_s=pilot_s
+        )
+
+    async def submit_pilot(self, pilot: Pilot) -> Job:
+        """Submit a job that is a worker for the caller (client/pilots.py)."""
+        with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
+            write_pilot(Path(folder), pilot)
+            return await self.submit(pilot_spec(pilot), context=Path(folder))
 
     async def reserve_worker(self, worker_id: int, reserved_for: str, *, lifetime_s: float = 0.0) -> Worker:
         """Keep a worker for user:NAME or group:NAME, for a time or until cleared; for nobody any more with "" (admins)."""

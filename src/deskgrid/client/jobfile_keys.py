@@ -316,6 +316,13 @@ KEYS: tuple[Key, ...] = (
     ),
     Key(
         section="",
+        name="pilot",
+        field="pilot",
+        kind=FLAG,
+        doc="The job is a worker: its own token lets it join, once in each attempt, and opens nothing else (`deskgrid pilot submit`).",
+    ),
+    Key(
+        section="",
         name="after",
         field="after",
         kind=AFTER,

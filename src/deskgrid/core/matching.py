@@ -105,6 +105,9 @@ class Ask(Struct, frozen=True, kw_only=True):
     owner_id: UserId | None = None
     """The user whose PC it is."""
     owner_groups: frozenset[str] = frozenset()
+    pilot_of: UserId | None = None
+    """Of a pilot: whose it is. It gets what he may see: his own jobs and those done for `pilot_groups`."""
+    pilot_groups: frozenset[str] = frozenset()
     accepts: tuple[str, ...] = ("everyone",)
     endorsers: tuple[str, ...] = ()
     """One of them must vouch for a disk; none: no matter who."""
@@ -287,8 +290,9 @@ def suits(ask: Ask, queue: Queue, person: Person) -> bool:
         and ask.packages.issuperset(wanted.packages)
         and _is_meant(ask, wanted.on)
         and (not wanted.disk or is_accepted(ask.endorsers, queue.endorsers))
-        and (not wanted.trust or _is_trusted(ask, wanted.trust))
+        and (not wanted.trust or _is_trusted(ask, queue))
         and (ask.has_key or not wanted.secrets)
+        and (ask.pilot_of in (None, queue.owner_id) or queue.team in ask.pilot_groups)
         and _accepts(ask, queue, person)
     )
 
@@ -300,15 +304,20 @@ def _is_meant(ask: Ask, on: str) -> bool:
     return not on or name in ask.owner_groups or ask.reserved_for == on
 
 
-def _is_trusted(ask: Ask, trust: tuple[str, ...]) -> bool:
-    """Tell whether the owner of a PC is one of those; of a PC whose owner nobody said, nobody knows that."""
-    return ask.owner_id is not None and (
-        f"user:{ask.owner_id}" in trust or any(f"group:{group}" in trust for group in ask.owner_groups)
-    )
+def _is_trusted(ask: Ask, queue: Queue) -> bool:
+    """Tell whether the owner of a PC is trusted, and whoever runs a pilot on it; of a PC whose owner nobody said, nobody knows that."""
+    if ask.pilot_of not in (None, queue.owner_id) and not _is_named(ask.pilot_of, ask.pilot_groups, queue):
+        return False
+    return _is_named(ask.owner_id, ask.owner_groups, queue)
+
+
+def _is_named(user_id: UserId | None, groups: frozenset[str], queue: Queue) -> bool:
+    trust = queue.requirement.trust
+    return user_id is not None and (f"user:{user_id}" in trust or any(f"group:{group}" in trust for group in groups))
 
 
 def _accepts(ask: Ask, queue: Queue, person: Person) -> bool:
-    mine = ask.owner_id is not None and ask.owner_id == queue.owner_id
+    mine = queue.owner_id == (ask.pilot_of if ask.pilot_of is not None else ask.owner_id)
     if ask.reserved_for and not (_names(ask.reserved_for, queue, person)):
         return False
     return any(rule == "everyone" or (rule == "mine" and mine) or _names(rule, queue, person) for rule in ask.accepts)

@@ -99,6 +99,8 @@ class Right(StrEnum):
     ACCOUNT = "account"
     ADMIN = "admin"
     METRICS = "metrics"
+    PILOT = "pilot"
+    """Of the own token of a job that is a pilot; no user's token has it."""
 
 
 _INCLUDED = {Right.JOBS: frozenset({Right.JOBS_READ}), Right.DATA: frozenset({Right.DATA_READ})}
@@ -155,7 +157,8 @@ RULES: dict[str, Rule] = {
     "list_groups": _rule(Kind.GROUP, "user", "account admin"),
     "set_members": _rule(Kind.GROUP, "admin", "admin", tells="add remove"),
     "join": _rule(Kind.WORKER, "anybody", tells="name"),
-    "add_join_secret": _rule(Kind.WORKER, "user", "workers admin", tells="uses lifetime_s owner"),
+    "join_pilot": _rule(Kind.WORKER, "job", "pilot", tells="name"),
+    "add_join_secret": _rule(Kind.WORKER, "user", "workers admin", tells="uses lifetime_s owner pilot_s"),
     "list_workers": _rule(Kind.WORKER, "user", "workers jobs:read"),
     "reserve_worker": _rule(Kind.WORKER, "admin", "admin", tells="reserved_for lifetime_s"),
     "remove_worker": _rule(Kind.WORKER, "owner admin", "workers admin", changes=True),
@@ -311,10 +314,11 @@ def is_of_admin(held: frozenset[Right] | None) -> bool:
 
 def parse_rights(names: tuple[str, ...]) -> frozenset[Right]:
     """Return rights by their names. Raise InvalidInput for an unknown one, or none."""
-    unknown = [name for name in names if name not in set(Right)]
+    given = [right.value for right in Right if right is not Right.PILOT]
+    unknown = [name for name in names if name not in given]
     if unknown or not names:
         what = f"there is no right {unknown[0][:40]!r}" if unknown else "a token is narrowed to one right at least"
-        raise InvalidInput(what, where="rights", hint=f"one of {', '.join(Right)}")
+        raise InvalidInput(what, where="rights", hint=f"one of {', '.join(given)}")
     found = frozenset(Right(name) for name in names)
     if Right.METRICS in found and len(found) > 1:
         raise InvalidInput("metrics goes alone: such a token is for a program that reads nothing else", where="rights")

@@ -87,6 +87,10 @@ def check_spec(spec: JobSpec, *, in_set: bool = False) -> None:
     _check_network(spec.machine, in_set=in_set)
     _check_secrets(spec)
     _check_data(spec)
+    if spec.pilot and all(reach.service != API_SERVICE for reach in spec.machine.reach):
+        raise InvalidInput(
+            "a pilot joins the grid, so it must reach it", where="pilot", hint=f'reach = {{ grid = "{API_SERVICE}" }}'
+        )
     paths = spec.results.paths
     if (
         (not paths and spec.machine.kind is MachineKind.VM)

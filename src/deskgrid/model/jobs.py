@@ -146,6 +146,8 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     """Seconds that its results are kept after its end; 0: what the server says."""
     limits: Limits = Limits()
     results: Results = Results()
+    pilot: bool = False
+    """It is a pilot: its own token lets it join as a worker, once in each attempt, and opens nothing else."""
     secrets: tuple[str, ...] = ()
     """Names of its secrets, which are submitted sealed beside it and appear as files /context/secrets/NAME."""
     trust: tuple[str, ...] = ()

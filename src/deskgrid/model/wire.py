@@ -95,6 +95,13 @@ class JoinRequest(Struct, frozen=True, kw_only=True):
     token_hash: Sha256
 
 
+class JoinPilot(Struct, frozen=True, kw_only=True):
+    """A pilot, with its job's own token, asks to become a worker: once in an attempt."""
+
+    name: str
+    token_hash: Sha256
+
+
 class JoinAnswer(Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
 
@@ -145,6 +152,8 @@ class SecretRequest(Struct, frozen=True, kw_only=True):
     uses: int = 1
     owner: str = ""
     """Of a join secret: the user whose PCs they are. A user's are always his own; an admin's, if it names none, nobody's."""
+    pilot_s: float = 0.0
+    """Of a join secret: what joins by it is a pilot of the caller's, for so many seconds. 0: a worker."""
 
 
 class SecretAnswer(Struct, frozen=True, kw_only=True):
@@ -662,6 +671,7 @@ _GET, _POST, _PATCH, _DELETE = Method.GET, Method.POST, Method.PATCH, Method.DEL
 GRID = Route("grid", _GET, "/v1/grid", Nothing, GridInfo, "Name and versions of the grid")
 AUTHORITY = Route("authority", _GET, "/v1/authority", Nothing, bytes, "Certificate of the grid's authority, PEM", raw=True)
 JOIN = Route("join", _POST, "/v1/join", JoinRequest, JoinAnswer, "Become a worker with a join secret")
+JOIN_PILOT = Route("join_pilot", _POST, "/v1/pilots", JoinPilot, JoinAnswer, "Become a worker, as the pilot that a job is")
 LOGIN = Route("login", _POST, "/v1/login", LoginRequest, LoginAnswer, "Exchange a login secret for a token")
 WHO = Route("who", _GET, "/v1/who", Nothing, WhoAmI, "Whose token this is")
 METRICS = Route("metrics", _GET, "/metrics", Nothing, bytes, "Figures of this process and of the grid, for Prometheus", raw=True)

@@ -121,6 +121,12 @@ class Worker(Struct, frozen=True, kw_only=True):
     """Unpacked disks in its cache."""
     owner: str = ""
     """The user whose PC it is; empty: nobody said."""
+    pilot_of: str = ""
+    """Of a pilot: the user whose it is. It runs what he may see and nothing else; `owner` is whose PC it is on."""
+    pilot_job_id: JobId | None = None
+    """The job that it is, if it is one of this grid's."""
+    ends_at: float | None = None
+    """When the grid knows it no more, if that is set."""
     reserved_for: str = ""
     """user:NAME or group:NAME: only their jobs run there."""
     reserved_until: float | None = None

@@ -35,7 +35,7 @@ from deskgrid.server import routes
 from deskgrid.server.health import health_routes
 from deskgrid.server.openapi import openapi_json, openapi_page
 from deskgrid.server.routes.handler import HANDLERS, Call, Handler, Kind, Services, caller_of, once
-from deskgrid.server.store import attempts, audit, manifests, peers
+from deskgrid.server.store import attempts, audit, manifests, peers, pilots
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
@@ -262,6 +262,7 @@ async def sweep_forever(services: Services) -> None:
 
 def _expire(tx: Transaction, audit_s: float) -> int:
     expired = attempts.expire_leases(tx)
+    pilots.end_pilots(tx)
     peers.sweep_peers(tx)
     manifests.forget_expired(tx)
     audit.forget(tx, tx.now - audit_s, _AUDIT_AT_ONCE)

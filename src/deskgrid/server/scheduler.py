@@ -20,7 +20,7 @@ from deskgrid.model.ids import AttemptId, WorkerId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.wire import Sync, SyncAnswer
 from deskgrid.model.workers import MOST_VALUE_BYTES, Assignment, AttemptReport, Capacity
-from deskgrid.server.store import attempts, data, manifests, placement, queues, sets, swarm, workers
+from deskgrid.server.store import attempts, data, manifests, pilots, placement, queues, sets, swarm, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.attempts import Held, Outcome
 from deskgrid.server.store.engine import Transaction
@@ -105,7 +105,7 @@ def _host(
         owner_groups=known.owner_groups,
         accepts=profile.accepts,
         shares=profile.shares,
-        lends_bytes=min(max(profile.keeps_bytes, 0), _MOST_OF_A_PC),
+        lends_bytes=min(max(profile.keeps_bytes, 0), _MOST_OF_A_PC) if known.pilot_of is None else 0,
         has=frozenset((*request.cached[:1000], *request.held[:1000])),
         works=frozenset(jobs | arrays),
     )
@@ -129,11 +129,7 @@ def _pace(tx: Transaction, worker_id: WorkerId, settings: ServerSettings, *, is_
 
 def leave(tx: Transaction, caller: Caller) -> None:
     """Give back all that a worker holds and let it go. Idempotent."""
-    worker_id = _worker_of(caller)
-    for held in attempts.held_by(tx, worker_id).values():
-        attempts.apply_event(tx, held, AttemptEvent.RETURNED)
-    workers.leave(tx, worker_id)
-    swarm.forget_member(tx, f"worker:{worker_id}")
+    pilots.let_go(tx, _worker_of(caller))
 
 
 def _worker_of(caller: Caller) -> WorkerId:
@@ -218,7 +214,8 @@ def _lease(
     tx.memo["max_running"] = settings.max_running
     board = queues.board(tx)
     ask = _ask_of(worker_id, request, known)
-    alike = (known.told, known.owner_id, known.owner_groups, known.reserved_for, worker_id if board.names_workers else 0)
+    whose = (known.owner_id, known.owner_groups, known.pilot_of, known.pilot_groups)
+    alike = (known.told, whose, known.reserved_for, worker_id if board.names_workers else 0)
     waiting = board.suiting(ask, alike)
     leased: list[Assignment] = []
     exhausted: set[int] = set()
@@ -254,6 +251,8 @@ def _ask_of(worker_id: WorkerId, request: Sync, known: workers.Known) -> Ask:
         packages=frozenset(profile.packages),
         owner_id=known.owner_id,
         owner_groups=known.owner_groups,
+        pilot_of=known.pilot_of,
+        pilot_groups=known.pilot_groups,
         accepts=profile.accepts,
         endorsers=profile.endorsers,
         reserved_for=known.reserved_for,

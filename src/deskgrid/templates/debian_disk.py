@@ -33,7 +33,7 @@ from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
 from deskgrid.machines.processes import find_program
 from deskgrid.machines.work_folders import work_folder
 from deskgrid.templates.ext4_times import set_times
-from deskgrid.templates.program import program_files
+from deskgrid.templates.program import program_files, python_files
 from deskgrid.units import MIB
 
 __all__ = ["REQUIRED_FILES", "REQUIRED_TOOLS", "DebianRecipe", "Progress", "build_disk", "missing_tools"]
@@ -104,6 +104,8 @@ class DebianRecipe(Struct, frozen=True):
     """The distribution's initrd is not made; /boot/deskgrid.img is."""
     program: bool = False
     """deskgrid itself is among the files (program.py)."""
+    python: Mapping[str, str] = {}
+    """Folder in the disk -> the lock file whose Python packages go there, likewise."""
 
 
 def missing_tools() -> dict[str, str]:
@@ -211,6 +213,8 @@ def _make_system(disk: Path, work: Path, cache: Path, recipe: DebianRecipe, prog
     settings = work / "apt.conf"
     settings.write_text(_apt_settings())
     program = program_files(cache) if recipe.program else {}
+    for place, lock in recipe.python.items():
+        program |= python_files(cache, lock, place)
     own = {"/etc/hostname": f"{recipe.name}\n", "/etc/apt/sources.list": _SOURCES}
     _write_files(work / "files.tar", {**own, **recipe.files, **program})
     (work / "commands").write_text(f"set -eu\n{recipe.commands}")

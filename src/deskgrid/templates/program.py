@@ -1,4 +1,4 @@
-"""deskgrid itself, as files for a disk: this very version, and the packages that it needs, as worker.lock pins them.
+"""Python packages as files for a disk, as a lock file beside this one pins them; and deskgrid itself: this very version with what it needs.
 
 They are fetched with this machine's own pip, for the disk's Python and not for the one that runs here, and kept in a cache, so that a
 later build needs no network. pip holds each file against its sha256.
@@ -17,11 +17,10 @@ from pathlib import Path
 import deskgrid
 from deskgrid.errors import OperatorError
 
-__all__ = ["PROGRAM_FOLDER", "program_files"]
+__all__ = ["PROGRAM_FOLDER", "program_files", "python_files"]
 
 PROGRAM_FOLDER = "/usr/lib/deskgrid/program"
 """Where the files are put in a disk; a recipe's commands move them on."""
-_LOCK = Path(__file__).parent / "worker.lock"
 _PYTHON = "3.11"
 """Of Debian 12. Its packages serve 3.12 and 3.13, too, if they say so; of those that do not, pip tells in the disk."""
 _GLIBC_MINORS = (36, 35, 34, 31, 28, 27, 24, 17, 12, 5)
@@ -32,39 +31,47 @@ _NOT_IN_A_DISK = ("bin", "share", "__pycache__")
 
 
 def program_files(cache: Path) -> dict[str, Path]:
-    """Return path in the disk -> file, in one order. Raise OperatorError if a package cannot be had.
+    """Return deskgrid and what it needs: path in the disk -> file. As `python_files`."""
+    return python_files(cache, "worker.lock", PROGRAM_FOLDER) | _below(Path(deskgrid.__file__).parent, f"{PROGRAM_FOLDER}/deskgrid")
 
-    Packages are kept in folder `cache`. Not safe for two callers of one cache at a time.
+
+def python_files(cache: Path, lock: str, folder: str) -> dict[str, Path]:
+    """Return the packages of a lock file for a folder of the disk: path in the disk -> file, in one order.
+
+    They are kept in folder `cache`. Not safe for two callers of one cache at a time. Raise OperatorError if a package cannot be had.
     """
+    return _below(_packages(cache, Path(__file__).parent / lock), folder)
+
+
+def _below(root: Path, folder: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for root, base in ((_packages(cache), ""), (Path(deskgrid.__file__).parent, "deskgrid/")):
-        for file in sorted(root.rglob("*")):
-            path = file.relative_to(root)
-            if file.is_file() and path.parts[0] not in _NOT_IN_A_DISK and "__pycache__" not in path.parts:
-                found[f"{PROGRAM_FOLDER}/{base}{path.as_posix()}"] = file
+    for file in sorted(root.rglob("*")):
+        path = file.relative_to(root)
+        if file.is_file() and path.parts[0] not in _NOT_IN_A_DISK and "__pycache__" not in path.parts:
+            found[f"{folder}/{path.as_posix()}"] = file
     return found
 
 
-def _packages(cache: Path) -> Path:
+def _packages(cache: Path, lock: Path) -> Path:
     """Return the folder with the packages, fetching them if they are not there."""
-    folder = cache / f"program-{hashlib.sha256(_LOCK.read_bytes()).hexdigest()[:16]}"
+    folder = cache / f"python-{lock.stem}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
-    for old in cache.glob("program-*"):  # of other versions, and those that were cut short
+    for old in cache.glob(f"python-{lock.stem}-*"):  # of other versions, and those that were cut short
         shutil.rmtree(old)
     unfinished = folder.with_suffix(".new")
-    _install(unfinished)
+    _install(unfinished, lock)
     unfinished.rename(folder)
     return folder
 
 
-def _install(folder: Path) -> None:
+def _install(folder: Path, lock: Path) -> None:
     tags = [f"manylinux_2_{minor}_x86_64" for minor in _GLIBC_MINORS] + ["manylinux2014_x86_64"]
     command = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"),
         *("--target", str(folder), "--no-compile", "--no-deps", "--require-hashes", "--only-binary=:all:"),
         *("--python-version", _PYTHON, "--implementation", "cp", *(word for tag in tags for word in ("--platform", tag))),
-        *("--requirement", str(_LOCK)),
+        *("--requirement", str(lock)),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     try:
@@ -78,4 +85,4 @@ def _install(folder: Path) -> None:
             shutil.rmtree(folder)
         missing = "No module named pip" in done.stderr
         hint = f"{sys.executable} -m ensurepip" if missing else "check the network and pip's settings, then try again"
-        raise OperatorError(f"deskgrid's packages could not be fetched: {done.stderr.strip()[-1000:]}", hint=hint)
+        raise OperatorError(f"the packages of {lock.name} could not be fetched: {done.stderr.strip()[-1000:]}", hint=hint)

@@ -1,6 +1,6 @@
 """Recipes that users write: a Debian with packages, files and commands of theirs, in one TOML.
 
-    template = "debian"                      what it begins with: debian, or worker, which has deskgrid in it
+    template = "debian"                      what it begins with: debian; worker, with deskgrid in it; or root, with ROOT too
     name = "physics"                         of the machine; by default the file's
     size = "8GiB"                            of the disk; what is not used takes no room
     packages = ["gnuplot-nox", "python3-numpy"]
@@ -10,7 +10,7 @@
     "/usr/local/bin/analyse" = "analyse.py"  or text
     "/etc/motd" = { text = "hello\\n" }
 
-All the rest is the template's (debian.py, worker.py).
+All the rest is the template's (debian.py, worker.py, root.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from msgspec import Meta, Struct
 from deskgrid.errors import InvalidInput
 from deskgrid.templates.debian import DEFAULT_SIZE_BYTES, debian_recipe
 from deskgrid.templates.debian_disk import DebianRecipe
+from deskgrid.templates.root import root_recipe
 from deskgrid.templates.worker import worker_recipe
 from deskgrid.units import parse_size
 
 __all__ = ["TEMPLATES", "read_recipe"]
 
-TEMPLATES: Mapping[str, Callable[..., DebianRecipe]] = {"debian": debian_recipe, "worker": worker_recipe}
+TEMPLATES: Mapping[str, Callable[..., DebianRecipe]] = {"debian": debian_recipe, "worker": worker_recipe, "root": root_recipe}
 """Name -> what makes a recipe of further packages and the disk's size."""
 _HOST_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 

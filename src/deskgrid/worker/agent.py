@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from msgspec import Struct
 
 from deskgrid.client.pace import Pace
 from deskgrid.client.peers import ServerCalls
@@ -68,7 +69,7 @@ from deskgrid.worker.warm import WarmPool
 from deskgrid.worker.warm_jobs import WarmAttempt
 from deskgrid.worker.warm_program import WarmProgram
 
-__all__ = ["Agent", "run_worker"]
+__all__ = ["Agent", "Term", "run_worker"]
 
 _log = structlog.get_logger()
 
@@ -96,6 +97,15 @@ class _End(Enum):
     REVOKED = "revoked"
 
 
+class Term(Struct, frozen=True, kw_only=True):
+    """Of a worker that is one for a time: at the end, however that comes, it leaves the grid."""
+
+    lifetime_s: float = 0.0
+    """Seconds until then; 0: no bound."""
+    idle_s: float = 0.0
+    """Seconds without an attempt after which it leaves; 0: no bound."""
+
+
 class Agent:
     """One worker. `run` it once; the other methods are for the same event loop, and `status` for any time."""
 
@@ -113,9 +123,11 @@ class Agent:
         free_bytes: Callable[[Path], int] | None = None,
         sight: Watcher | None = None,
         joining: Joining | None = None,
+        term: Term | None = None,
         **kit: Any,
     ) -> None:
         self._home = home
+        self._term = term
         self._settings = settings
         self._connection = connection
         self._clock = clock
@@ -194,8 +206,9 @@ class Agent:
     # ---- what others ask
 
     def stop(self, *, keep: bool = False) -> None:
-        """Let `run` end. Attempts whose machine runs are given back, or with `keep` left running for the next worker."""
-        self._finish_as(_End.KEEPING if keep else _End.STOPPED)
+        """Let `run` end. Attempts whose machine runs are given back, or with `keep` left running for the next worker. One for a time leaves."""
+        stopped = _End.STOPPED if self._term is None else _End.LEFT
+        self._finish_as(_End.KEEPING if keep else stopped)
 
     async def leave(self) -> StatusAnswer:
         """Leave the grid: everything is destroyed and removed, and `run` ends. Returns when that is done."""
@@ -268,6 +281,22 @@ class Agent:
         await self._save_all([runner for runner in self._runners.values() if runner.running])
         verdict = Verdict(AttemptState.REFUSED, "the owner needed the memory", rests=False)
         await asyncio.gather(*(program.end(verdict) for program in self._warm.programs()))
+
+    async def _keep_term(self) -> None:
+        """Leave when the time is over, or there was nothing to do for long."""
+        term = self._term
+        if term is None:
+            return
+        started = busy_at = self._clock.monotonic()
+        while True:
+            now = self._clock.monotonic()
+            busy_at = now if self._listed() else busy_at
+            is_over = bool(term.lifetime_s) and now - started >= term.lifetime_s
+            if is_over or (term.idle_s and now - busy_at >= term.idle_s):
+                _log.info("term_ends", why="lifetime" if is_over else "idle", attempts=len(self._listed()))
+                self._finish_as(_End.LEFT)
+                return
+            await self._clock.sleep(_LOOK_S)
 
     async def answer(self, command: str) -> StatusAnswer:
         """Carry out a command of control.py."""
@@ -355,7 +384,7 @@ class Agent:
                 self._begin(runner)
             loops = (
                 *(self._keep_synced, self._keep_awake, self._keep_bounds, self._keep_rules),
-                *(self._throttles.run, self._warm.run, self._sharing.run, self._keeper.run, self._keeper.check),
+                *(self._throttles.run, self._warm.run, self._sharing.run, self._keeper.run, self._keeper.check, self._keep_term),
             )
             tasks = [group.create_task(loop()) for loop in loops]
             await self._ending.wait()
@@ -681,10 +710,11 @@ async def run_worker(
     transport_factory: Connect | None = None,
     rng: random.Random | None = None,
     keep: bool = False,
+    term: Term | None = None,
 ) -> None:
     """Be the worker of a folder until SIGTERM, SIGINT, `leave`, or a token that is not valid any more.
 
-    `keep`: on a signal leave the machines running for the next worker. Raise InvalidInput if the folder has no credentials, Conflict if a
+    `keep`: on a signal leave the machines running for the next worker. `term`: leave then, and on a signal. Raise InvalidInput if the folder has no credentials, Conflict if a
     worker uses it already, Unauthenticated if the server does not know the worker any more.
     """
     clock, rng = clock or SystemClock(), rng or random.Random()  # noqa: S311 - jitter
@@ -712,6 +742,7 @@ async def run_worker(
                 authority_pem=credentials.authority_pem,
                 overlay=overlay,
                 joining=_joining(place, connection, credentials, clock, rng),
+                term=term,
             )
             _log.info("worker_starts", home=str(place.folder), address=credentials.address, name=credentials.name)
             with _signals(lambda: agent.stop(keep=keep)):

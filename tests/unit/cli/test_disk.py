@@ -72,7 +72,7 @@ def test_disk_is_built_after_a_recipe_of_the_users(deskgrid: Deskgrid, builder: 
         (["debian", "--size", "1MiB"], "between 1GiB and 1TiB"),
         (["gone.toml"], "cannot be read"),
         (["gone.toml", "--size", "8GiB"], "a recipe says that itself"),
-        (["huge"], "tiny, debian, worker, or a recipe"),
+        (["huge"], "tiny, debian, worker, root, or a recipe"),
         (["tiny", "--packages", "bc"], "--packages: tiny is always the same"),
         (["tiny", "--size", "8GiB"], "--size: tiny is always the same"),
     ],

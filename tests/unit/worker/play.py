@@ -45,7 +45,7 @@ from deskgrid.model.placement import Keep
 from deskgrid.model.workers import Assignment, AttemptReport
 from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
-from deskgrid.worker.agent import Agent
+from deskgrid.worker.agent import Agent, Term
 from deskgrid.worker.home import Home
 
 FINAL = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.REFUSED)
@@ -555,7 +555,7 @@ class Rig:
         assert ref.disk is not None
         return self.home.cache / f"{ref.disk.sha256}-{ref.blob.sha256}"
 
-    def agent(self, settings: WorkerSettings = SETTINGS) -> Agent:
+    def agent(self, settings: WorkerSettings = SETTINGS, term: Term | None = None) -> Agent:
         return Agent(
             self.home,
             settings,
@@ -571,6 +571,7 @@ class Rig:
             unpack=play_unpack,
             extract=self.extract,
             overlay=self.overlay,
+            term=term,
         )
 
     @asynccontextmanager

@@ -15,6 +15,7 @@ from deskgrid.machines.driver import Booted, ExitCause, Exited, MachineHandle, O
 from deskgrid.model.jobs import AttemptState, Limits
 from deskgrid.settings import WorkerSettings
 from deskgrid.units import GIB, MIB
+from deskgrid.worker.agent import Term
 from deskgrid.worker.slots import NOTHING
 from tests.unit.worker.play import DISK, SETTINGS, PlayDriver, Rig, ScreenDriver, blob_of, disk_ref
 
@@ -454,6 +455,41 @@ async def test_leave_removes_everything_and_tells_the_server(rig: Rig) -> None:
     assert (await leaving).message == "left the grid"
     assert rig.server.left and not rig.pc.machines
     assert list(rig.home.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("term", [Term(lifetime_s=100.0), Term(lifetime_s=100.0, idle_s=10.0)])
+async def test_worker_for_a_time_leaves_when_that_is_over_and_gives_its_job_back(rig: Rig, term: Term) -> None:
+    task = asyncio.create_task(rig.agent(term=term).run())
+    await rig.running()
+    await rig.clock.advance(90.0)
+    assert not task.done()
+    await rig.through(task, step_s=1.0)
+    assert rig.server.left and not rig.pc.machines
+    assert list(rig.home.folder.iterdir()) == []
+
+
+async def test_worker_for_a_time_leaves_when_it_has_had_no_job_for_long(rig: Rig) -> None:
+    task = asyncio.create_task(rig.agent(term=Term(idle_s=20.0)).run())
+    attempt = await rig.running()
+    await rig.clock.advance(50.0)
+    assert not task.done()
+    await rig.pc.machine.finish()
+    await rig.until(lambda: attempt in rig.server.final)
+    await rig.clock.advance(10.0)
+    assert not task.done()
+    await rig.through(task, step_s=1.0)
+    assert rig.server.left
+
+
+async def test_worker_for_a_time_leaves_when_it_is_stopped(rig: Rig) -> None:
+    agent = rig.agent(term=Term())
+    task = asyncio.create_task(agent.run())
+    await rig.running()
+    await rig.clock.advance(1000.0)
+    assert not task.done()
+    agent.stop()
+    await rig.through(task)
+    assert rig.server.left and not rig.pc.machines
 
 
 # ---- the end and a new start

@@ -6,21 +6,37 @@ from deskgrid.errors import Forbidden, InvalidInput
 from deskgrid.model import wire
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.server.routes.handler import Call, reads, writes
-from deskgrid.server.store import accounts, workers
+from deskgrid.server.store import accounts, pilots, workers
 from deskgrid.server.store.engine import Transaction
 
 
 @writes(wire.JOIN)
 def join(tx: Transaction, call: Call[wire.JoinRequest]) -> wire.JoinAnswer:
-    owner = accounts.use_secret(tx, call.body.secret, accounts.JOIN)
-    worker_id = workers.add_worker(tx, call.body.name, owner=owner, max_per_user=call.settings.max_workers_per_user)
+    asked = call.body
+    used = accounts.use_secret(tx, asked.secret, accounts.JOIN)
+    ends_at = tx.now + used.pilot_s if used.pilot_s else None
+    worker_id = workers.add_worker(
+        tx,
+        asked.name,
+        owner=used.user_id,
+        max_per_user=call.settings.max_workers_per_user,
+        pilot_of=used.user_id if ends_at is not None else None,
+        ends_at=ends_at,
+    )
+    accounts.add_token(tx, asked.token_hash, role=Role.WORKER, label=asked.name, on=worker_id, expires_at=ends_at)
+    return wire.JoinAnswer(worker_id=worker_id)
+
+
+@writes(wire.JOIN_PILOT)
+def join_pilot(tx: Transaction, call: Call[wire.JoinPilot]) -> wire.JoinAnswer:
+    worker_id = pilots.join_in_attempt(tx, call.caller, call.body.name)
     accounts.add_token(tx, call.body.token_hash, role=Role.WORKER, label=call.body.name, on=worker_id)
     return wire.JoinAnswer(worker_id=worker_id)
 
 
 @writes(wire.LOGIN)
 def login(tx: Transaction, call: Call[wire.LoginRequest]) -> wire.LoginAnswer:
-    user_id = accounts.use_secret(tx, call.body.secret, accounts.LOGIN)
+    user_id = accounts.use_secret(tx, call.body.secret, accounts.LOGIN).user_id
     user = next(user for user in accounts.list_accounts(tx) if user.id == user_id)
     role = Role.ADMIN if user.admin else Role.USER
     ends = accounts.token_ends(tx, call.body.lifetime_s, call.settings.token_s)
@@ -52,12 +68,20 @@ def add_join_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.Sec
     if wanted.owner and not is_admin and wanted.owner != call.caller.name:
         raise Forbidden("your links are for PCs of your own", hint="an admin can make links for others")
     owner = accounts.find_account(tx, wanted.owner).id if wanted.owner else None
+    if wanted.pilot_s and (owner := call.caller.user_id) is None:
+        raise Forbidden("a pilot is a user's")
     if not is_admin:
         owner = call.caller.user_id
         if wanted.uses > call.settings.max_workers_per_user:
             raise InvalidInput(f"{wanted.uses} are more PCs than you may have", where="uses")
     expires_at = accounts.add_secret(
-        tx, wanted.secret_hash, purpose=accounts.JOIN, uses=wanted.uses, lifetime_s=wanted.lifetime_s, user=owner
+        tx,
+        wanted.secret_hash,
+        purpose=accounts.JOIN,
+        uses=wanted.uses,
+        lifetime_s=wanted.lifetime_s,
+        user=owner,
+        pilot_s=wanted.pilot_s,
     )
     return wire.SecretAnswer(expires_at=expires_at)
 

@@ -10,6 +10,7 @@ from starlette.requests import Request as HttpRequest
 
 from deskgrid.core.console import WANTED_S
 from deskgrid.core.lifecycle import LIVE_STATES
+from deskgrid.core.rights import Right
 from deskgrid.core.submission import MOST_SERVICES, check_shares
 from deskgrid.errors import Conflict, Forbidden, InvalidInput
 from deskgrid.model import wire
@@ -103,7 +104,9 @@ def _attempt(tx: Transaction, caller: Caller, request: wire.RegisterPeer, attemp
     if request.job_token_hash is not None:
         if all(reach.service != API_SERVICE for reach in machine.reach):
             raise Forbidden(f"job {row.job.id} does not reach {API_SERVICE}")
-        accounts.add_token_of_attempt(tx, request.job_token_hash, attempt_id)
+        spec = attempts.common(tx, row.job.submission_id).spec
+        rights = frozenset({Right.PILOT}) if spec.pilot else None
+        accounts.add_token_of_attempt(tx, request.job_token_hash, attempt_id, rights)
     return NewPeer(
         kind=PeerKind.JOB,
         name=attempt_peer(JobId(row.job.id), row.number),

@@ -171,14 +171,18 @@ def renew_token(tx: Transaction, caller: Caller, lifetime_s: float) -> float | N
     return ends
 
 
-def add_token_of_attempt(tx: Transaction, hashed: str, attempt_id: AttemptId) -> None:
-    """Let a token act for an attempt's job, in the place of the one that it had. Idempotent. Raise Conflict if it is another's."""
+def add_token_of_attempt(tx: Transaction, hashed: str, attempt_id: AttemptId, rights: frozenset[Right] | None = None) -> None:
+    """Let a token act for an attempt's job, in the place of the one that it had, with all rights of a job's or these. Idempotent.
+
+    Raise Conflict if it is another's.
+    """
     row = tx.row(sa.select(token.c.attempt_id).where(token.c.hash == check_hash(hashed)))
     if row is not None and row.attempt_id != attempt_id:
         raise Conflict("this token belongs to somebody else", hint="make a new one")
     tx.run(sa.delete(token).where(token.c.attempt_id == attempt_id, token.c.hash != hashed))
     if row is None:
-        values = {"hash": hashed, "role": Role.JOB.value, "label": f"attempt {attempt_id}", "created_at": tx.now}
+        values: dict[str, Any] = {"hash": hashed, "role": Role.JOB.value, "label": f"attempt {attempt_id}", "created_at": tx.now}
+        values["rights"] = msgspec.json.encode(sorted(rights)).decode() if rights is not None else ""
         tx.run(sa.insert(token).values(attempt_id=attempt_id, **values))
 
 
@@ -236,10 +240,10 @@ def authenticate(tx: Transaction, text: str) -> Caller:
     if known.worker_id is not None:
         return Caller(Role.WORKER, known.worker_name or "", worker_id=WorkerId(known.worker_id))
     if known.attempt_id is not None:
-        return _job_caller(tx, AttemptId(known.attempt_id))
+        return _job_caller(tx, AttemptId(known.attempt_id), _rights(known.rights))
     if known.hub_id is not None:
         return Caller(Role.HUB, known.label, hub_id=known.hub_id)
-    rights = frozenset(Right(one) for one in msgspec.json.decode(known.rights, type=list[str])) if known.rights else None
+    rights = _rights(known.rights)
     return Caller(
         Role.ADMIN if known.admin and is_of_admin(rights) else Role.USER,
         known.user_name or "",
@@ -250,14 +254,18 @@ def authenticate(tx: Transaction, text: str) -> Caller:
     )
 
 
-def _job_caller(tx: Transaction, attempt_id: AttemptId) -> Caller:
+def _rights(text: str) -> frozenset[Right] | None:
+    return frozenset(Right(one) for one in msgspec.json.decode(text, type=list[str])) if text else None
+
+
+def _job_caller(tx: Transaction, attempt_id: AttemptId, rights: frozenset[Right] | None) -> Caller:
     """Return who a job's own token stands for: its owner, with no more rights than a user has. Raise Unauthenticated after its attempt."""
     joined = attempt.join(job, job.c.id == attempt.c.job_id).join(account, account.c.id == job.c.owner_id)
     columns = (attempt.c.job_id, job.c.owner_id, account.c.name)
     row = tx.row(sa.select(*columns).select_from(joined).where(attempt.c.id == attempt_id, IS_LIVE))
     if row is None:
         raise Unauthenticated("this token was valid while its job ran")
-    return Caller(Role.JOB, row.name, user_id=UserId(row.owner_id), job_id=JobId(row.job_id), attempt_id=attempt_id)
+    return Caller(Role.JOB, row.name, user_id=UserId(row.owner_id), job_id=JobId(row.job_id), attempt_id=attempt_id, rights=rights)
 
 
 def list_tokens(tx: Transaction, user_id: UserId) -> tuple[Token, ...]:
@@ -288,25 +296,45 @@ def revoke_token(tx: Transaction, user_id: UserId, token_id: int) -> None:
         raise NotFound(f"you have no token {token_id}")
 
 
-def add_secret(tx: Transaction, hashed: str, *, purpose: str, uses: int, lifetime_s: float, user: UserId | None = None) -> float:
-    """Keep a secret's hash; return when it expires."""
+def add_secret(
+    tx: Transaction,
+    hashed: str,
+    *,
+    purpose: str,
+    uses: int,
+    lifetime_s: float,
+    user: UserId | None = None,
+    pilot_s: float = 0.0,
+) -> float:
+    """Keep a secret's hash; return when it expires. `pilot_s`: for pilots that live so long."""
+    if not 0 <= pilot_s <= _LONGEST_PILOT_S:
+        raise InvalidInput("a pilot lives for some time", where="pilot_s", hint="366 days at most")
     if not 1 <= uses <= 100_000 or not 0 < lifetime_s <= 366 * 86400:
         raise InvalidInput("a secret has 1 to 100000 uses and lives at most 366 days")
     expires_at = tx.now + lifetime_s
-    tx.run(
-        sa.insert(secret).values(hash=check_hash(hashed), purpose=purpose, account_id=user, uses_left=uses, expires_at=expires_at)
-    )
+    values = {"purpose": purpose, "account_id": user, "uses_left": uses, "expires_at": expires_at, "pilot_s": pilot_s}
+    tx.run(sa.insert(secret).values(hash=check_hash(hashed), **values))
     return expires_at
 
 
-def use_secret(tx: Transaction, text: str, purpose: str) -> UserId | None:
-    """Use a secret once; return the user that it is for, if any. Raise Unauthenticated if it is unknown, used up or expired."""
+_LONGEST_PILOT_S = 366 * 86400.0
+
+
+class Secret(NamedTuple):
+    """What a secret was made for."""
+
+    user_id: UserId | None
+    pilot_s: float
+
+
+def use_secret(tx: Transaction, text: str, purpose: str) -> Secret:
+    """Use a secret once; return for whom, if for anybody. Raise Unauthenticated if it is unknown, used up or expired."""
     valid = (secret.c.hash == hash_secret(text), secret.c.purpose == purpose, secret.c.uses_left > 0, secret.c.expires_at > tx.now)
     used = tx.run(sa.update(secret).where(*valid).values(uses_left=secret.c.uses_left - 1))
     if not used.rowcount:
         raise Unauthenticated("this link was used already or has expired", hint="ask the admin for a new one")
-    found: UserId | None = tx.value(sa.select(secret.c.account_id).where(secret.c.hash == hash_secret(text)))
-    return found
+    row = tx.row(sa.select(secret.c.account_id, secret.c.pilot_s).where(secret.c.hash == hash_secret(text)))
+    return Secret(*row)  # type: ignore[misc]
 
 
 def add_team(tx: Transaction, name: str) -> Group:

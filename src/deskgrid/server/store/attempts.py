@@ -6,7 +6,7 @@ the database's driver itself (statement.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -411,10 +411,34 @@ def _halted_at(tx: Transaction, held: Held, new: AttemptState) -> float | None:
     return tx.now if new is AttemptState.SUSPENDED and held.suspended_at is None else held.suspended_at
 
 
+PILOT_ENDS: list[Callable[[Transaction, AttemptId], float]] = []
+"""What is done when the attempt of a pilot ends; returns the CPU seconds that its jobs were charged for."""
+
+
 def _charge(tx: Transaction, held: Held) -> None:
+    """Charge the time of an attempt that has ended to its user; of a pilot's, what is left of it after its own jobs."""
     spec = common(tx, held.job.submission_id).spec
     since = held.started_at if held.started_at is not None else held.leased_at
-    note_use(tx, held.job.owner_id, spec.group, (tx.now - since) * spec.machine.cpus)
+    cpu_s = max(0.0, tx.now - since) * spec.machine.cpus
+    if _is_in_pilot(tx, held.worker_id):
+        tx.run(sa.update(worker).where(worker.c.id == held.worker_id).values(served_s=worker.c.served_s + cpu_s))
+    if spec.pilot:
+        cpu_s -= sum(end(tx, held.id) for end in PILOT_ENDS)
+    note_use(tx, held.job.owner_id, spec.group, cpu_s)
+
+
+def _is_in_pilot(tx: Transaction, worker_id: WorkerId) -> bool:
+    """Tell whether a worker is a pilot in a job of this grid. Of one worker that never changes."""
+    known: dict[WorkerId, bool] = tx.memo.setdefault("in pilots", {})
+    if worker_id not in known:
+        if len(known) > _MOST_KNOWN:
+            known.clear()
+        found = tx.value(sa.select(worker.c.pilot_attempt_id).where(worker.c.id == worker_id))
+        known[worker_id] = found is not None
+    return known[worker_id]
+
+
+_MOST_KNOWN = 200_000
 
 
 _TALLY = Statement(

@@ -131,9 +131,27 @@ worker = _numbered(
     Column("owner_id", ForeignKey("account.id", ondelete="SET NULL"), index=True),
     Column("reserved_for", String(80), nullable=False, server_default=""),
     Column("reserved_until", Float),
+    Column("pilot_of", _Id),
+    Column("pilot_attempt_id", _Id),
+    Column("served_s", Float, nullable=False, server_default="0"),
+    Column("ends_at", Float),
+)
+Index(
+    "ix_worker_pilot",
+    worker.c.pilot_of,
+    sqlite_where=worker.c.pilot_of.is_not(None),
+    postgresql_where=worker.c.pilot_of.is_not(None),
+)
+Index(
+    "ix_worker_pilot_attempt",
+    worker.c.pilot_attempt_id,
+    unique=True,
+    sqlite_where=worker.c.pilot_attempt_id.is_not(None),
+    postgresql_where=worker.c.pilot_attempt_id.is_not(None),
 )
 """`told`: hash of profile and cache, so that what did not change is not written again. `call`: the key of its last call that leased
-something. `reserved_for`: user:NAME or group:NAME."""
+something. `reserved_for`: user:NAME or group:NAME. `pilot_of`: whose pilot it is, in the attempt `pilot_attempt_id` or on another system; `served_s`: the
+CPU seconds that its jobs were charged for; it ends with its attempt or at `ends_at`."""
 
 secret = Table(
     "secret",
@@ -143,7 +161,9 @@ secret = Table(
     Column("account_id", ForeignKey("account.id", ondelete="CASCADE")),
     Column("uses_left", Integer, nullable=False),
     Column("expires_at", Float, nullable=False),
+    Column("pilot_s", Float, nullable=False, server_default="0"),
 )
+"""`pilot_s`: what joins by it is a pilot for so many seconds; 0: a worker."""
 
 blob = Table(
     "blob",

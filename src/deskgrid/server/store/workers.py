@@ -9,7 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from deskgrid.errors import Conflict, InvalidInput, NotFound
-from deskgrid.model.ids import Sha256, UserId, WorkerId, is_sha256
+from deskgrid.model.ids import AttemptId, Sha256, UserId, WorkerId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import Sync
 from deskgrid.model.workers import Capacity, Profile, Worker, WorkerState
@@ -22,14 +22,28 @@ from deskgrid.server.store.statement import Statement
 __all__ = ["Known", "add_worker", "how_many", "leave", "list_workers", "note_call", "owner_of", "reserve", "seen", "totals"]
 
 
-def add_worker(tx: Transaction, name: str, *, owner: UserId | None = None, max_per_user: int = 0) -> WorkerId:
-    """Add a worker under a name for people. Raise Conflict if its owner has `max_per_user` (0: no bound) already."""
-    if owner is not None and max_per_user:
+def add_worker(
+    tx: Transaction,
+    name: str,
+    *,
+    owner: UserId | None = None,
+    max_per_user: int = 0,
+    pilot_of: UserId | None = None,
+    attempt_id: AttemptId | None = None,
+    ends_at: float | None = None,
+) -> WorkerId:
+    """Add a worker under a name for people; or a pilot of a user's, in an attempt or until a time.
+
+    Raise Conflict if its owner has `max_per_user` (0: no bound) already.
+    """
+    if owner is not None and max_per_user and pilot_of is None:
         mine = sa.select(sa.func.count()).select_from(worker).where(worker.c.owner_id == owner, worker.c.left_at.is_(None))
+        mine = mine.where(worker.c.pilot_of.is_(None))
         if int(tx.value(mine)) >= max_per_user:
             raise Conflict(f"{max_per_user} PCs of this user have joined already", hint="remove one: deskgrid worker remove")
     shown = "".join(letter for letter in name if letter.isprintable())[:128] or "worker"
-    added = tx.run(sa.insert(worker).values(name=shown, joined_at=tx.now, seen_at=0.0, owner_id=owner))
+    values = {"owner_id": owner, "pilot_of": pilot_of, "pilot_attempt_id": attempt_id, "ends_at": ends_at}
+    added = tx.run(sa.insert(worker).values(name=shown, joined_at=tx.now, seen_at=0.0, **values))
     return WorkerId(int(added.inserted_primary_key[0]))  # type: ignore[index]
 
 
@@ -43,10 +57,12 @@ class Known(NamedTuple):
     owner_id: UserId | None
     owner_groups: frozenset[str]
     reserved_for: str
+    pilot_of: UserId | None
+    pilot_groups: frozenset[str]
 
 
 _LOOK = Statement(
-    sa.select(worker.c.told, worker.c.call, worker.c.owner_id, worker.c.reserved_for, worker.c.reserved_until)
+    sa.select(worker.c.told, worker.c.call, worker.c.owner_id, worker.c.reserved_for, worker.c.reserved_until, worker.c.pilot_of)
     .where(worker.c.id == sa.bindparam("worker_id"))
     .with_for_update(key_share=True)  # a call that it repeats at another process waits for the first, and finds what that leased
 )
@@ -62,7 +78,7 @@ def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
     contents = [one for one in (*sync.cached[:1000], *sync.held[:1000]) if is_sha256(one)]
     profile, cached = msgspec.json.encode(sync.profile), msgspec.json.encode(contents)
     told = hashlib.sha256(profile).hexdigest()[:32] + hashlib.sha256(cached).hexdigest()[:32]
-    [(before, call, owner_id, reserved_for, reserved_until)] = tx.fast(_LOOK, worker_id=worker_id)
+    [(before, call, owner_id, reserved_for, reserved_until, pilot_of)] = tx.fast(_LOOK, worker_id=worker_id)
     tx.change(_SEEN, worker_id=worker_id, at=tx.now, is_paused=sync.paused)
     if told != before:
         disks = [one for one in sync.cached[:1000] if is_sha256(one)]
@@ -70,7 +86,8 @@ def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
         tx.run(sa.update(worker).where(worker.c.id == worker_id).values(**values))
         placement.note_copies(tx, worker_id, contents)
     reserved = reserved_for if reserved_until is None or reserved_until > tx.now else ""
-    return Known(told[:32], call, owner_id, groups_of(tx, owner_id) if owner_id is not None else frozenset(), reserved)
+    groups, of_pilot = (groups_of(tx, one) if one is not None else frozenset() for one in (owner_id, pilot_of))
+    return Known(told[:32], call, owner_id, groups, reserved, pilot_of, of_pilot)
 
 
 _COUNTED_S = 10.0
@@ -118,11 +135,12 @@ _LONGEST_RESERVATION_S = 3660 * 86400.0
 
 
 def owner_of(tx: Transaction, worker_id: WorkerId) -> UserId | None:
-    """Return the user whose PC it is, None if nobody said. Raise NotFound."""
-    row = tx.row(sa.select(worker.c.owner_id).where(worker.c.id == worker_id, worker.c.left_at.is_(None)))
+    """Return the user whose PC it is, or whose pilot; None if nobody said. Raise NotFound."""
+    whose = sa.func.coalesce(worker.c.pilot_of, worker.c.owner_id).label("whose")
+    row = tx.row(sa.select(whose).where(worker.c.id == worker_id, worker.c.left_at.is_(None)))
     if row is None:
         raise NotFound(f"there is no worker {worker_id}", hint="deskgrid worker list")
-    return UserId(row.owner_id) if row.owner_id is not None else None
+    return UserId(row.whose) if row.whose is not None else None
 
 
 def list_workers(
@@ -131,8 +149,11 @@ def list_workers(
     """Return the workers that have not left, or one of them, by number. What disks they have is told to their owner and to admins: whose
     those are, others need not know."""
     live = sa.select(sa.func.count()).where(attempt.c.worker_id == worker.c.id, IS_LIVE).scalar_subquery()
-    joined = worker.outerjoin(account, account.c.id == worker.c.owner_id)
-    query = sa.select(worker, live.label("running"), account.c.name.label("owner")).select_from(joined)
+    pilots = account.alias("pilots")
+    joined = worker.outerjoin(account, account.c.id == worker.c.owner_id).outerjoin(pilots, pilots.c.id == worker.c.pilot_of)
+    joined = joined.outerjoin(hosts := attempt.alias("hosts"), hosts.c.id == worker.c.pilot_attempt_id)
+    names = (account.c.name.label("owner"), pilots.c.name.label("pilot_owner"), hosts.c.job_id.label("pilot_job_id"))
+    query = sa.select(worker, live.label("running"), *names).select_from(joined)
     query = query.where(worker.c.left_at.is_(None)).order_by(worker.c.id)
     rows = tx.rows(query if only is None else query.where(worker.c.id == only))
     return tuple(
@@ -146,6 +167,9 @@ def list_workers(
             profile=msgspec.json.decode(row.profile, type=Profile) if row.profile else None,
             cached=msgspec.json.decode(row.cached, type=tuple[Sha256, ...]) if _may_see_disks(viewer, row.owner_id) else (),
             owner=row.owner or "",
+            pilot_of=row.pilot_owner or "",
+            pilot_job_id=row.pilot_job_id,
+            ends_at=row.ends_at,
             reserved_for=row.reserved_for if (row.reserved_until or tx.now + 1) > tx.now else "",
             reserved_until=row.reserved_until,
         )

@@ -1,0 +1,147 @@
+"""deskgrid pilot: workers in virtual machines of the grid and on other systems, for jobs that no worker could take otherwise."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from deskgrid.cli.connection import connected
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
+from deskgrid.cli.user import lifetime_of
+from deskgrid.units import parse_size
+
+__all__ = ["app"]
+
+app = App(
+    default_parameter=NO_NEGATIVES,
+    name="pilot",
+    help="Start workers in virtual machines of the grid, for jobs that need what PCs do not have.",
+)
+
+
+@app.command
+async def submit(
+    *,
+    disk: str,
+    packages: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    count: int = 1,
+    cpus: int = 1,
+    memory: str = "2GiB",
+    scratch: str = "16GiB",
+    lifetime: str = "4h",
+    idle: str = "10m",
+    accepts: Annotated[tuple[str, ...], Parameter(negative=())] = ("everyone",),
+    group: str = "",
+    name: str = "",
+    json: Json = False,
+) -> None:
+    """Submit pilots: each boots a disk with deskgrid in it on a PC of the grid, and is a worker there that runs jobs as processes.
+
+    It gets the jobs that you may see: your own, and those done for your groups. Secrets of jobs go to it only if the owner of the PC is trusted with them.
+
+    For example:
+
+        deskgrid pilot submit --disk root --packages root
+        deskgrid pilot submit --disk root --packages root --count 5 --lifetime 8h --accepts mine
+
+    Parameters
+    ----------
+    disk
+        A disk with deskgrid in it: of the templates worker or root, or of a recipe that begins with one.
+    packages
+        What is installed on it, for jobs that need it.
+    count
+        How many.
+    cpus
+        CPUs of each; its jobs share them.
+    memory
+        Memory of each. Some 400 MiB are for its system.
+    scratch
+        Disk of each.
+    lifetime
+        For how long it works; then jobs that still run go back.
+    idle
+        For how long it waits while there are no jobs.
+    accepts
+        Of the jobs that you may see, whose: mine, group:NAME, user:NAME or everyone.
+    group
+        Group that they are done for: its share of the grid counts for their own time; that of their jobs is charged to who submitted these.
+    name
+        By default pilot-DISK.
+    """
+    from deskgrid.client.pilots import Pilot
+
+    pilot = Pilot(
+        disk=disk,
+        name=name or f"pilot-{disk}",
+        packages=packages,
+        accepts=accepts,
+        group=group,
+        cpus=cpus,
+        memory_bytes=parse_size(memory),
+        scratch_bytes=parse_size(scratch),
+        lifetime_s=lifetime_of(lifetime),
+        idle_s=lifetime_of(idle, "--idle"),
+    )
+    async with connected() as grid:
+        jobs = [await grid.submit_pilot(pilot) for _ in range(count)]
+    if json:
+        print_json(jobs)
+    else:
+        print_lines(*(f"job {job.id}" for job in jobs))
+
+
+@app.command
+async def link(*, lifetime: str = "4h", within: str = "1d", count: int = 1, json: Json = False) -> None:
+    """Print a link by which a pilot of yours joins from another system, such as a batch job: `deskgrid worker run --once --join FILE`.
+
+    For example:
+
+        deskgrid pilot link --lifetime 8h
+
+    Parameters
+    ----------
+    lifetime
+        For how long it may work; then the grid knows it no more.
+    within
+        How long the link may be used.
+    count
+        How many may use it.
+    """
+    pilot_s, lifetime_s = lifetime_of(lifetime), lifetime_of(within, "--within")
+    async with connected() as grid:
+        made = await grid.pilot_link(pilot_s=pilot_s, lifetime_s=lifetime_s, uses=count)
+    if json:
+        print_json({"link": str(made), "uses": count, "lifetime_s": pilot_s})
+    else:
+        print_lines(str(made))
+
+
+@app.command(name="list")
+async def list_(*, json: Json = False) -> None:
+    """List the pilots that have joined.
+
+    For example:
+
+        deskgrid pilot list
+    """
+    async with connected() as grid:
+        pilots = [one for one in await grid.workers() if one.pilot_of]
+    if json:
+        print_json(pilots)
+        return
+    rows = [
+        (
+            one.id,
+            one.name,
+            one.pilot_of,
+            f"job-{one.pilot_job_id}" if one.pilot_job_id is not None else "elsewhere",
+            one.state.value,
+            age(one.seen_at or None),
+            one.running,
+            ", ".join(one.profile.packages) if one.profile is not None else "-",
+        )
+        for one in pilots
+    ]
+    print_table(("worker", "name", "of", "in", "state", "seen", "running", "packages"), rows, empty="no pilots")

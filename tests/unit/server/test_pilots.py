@@ -1,0 +1,223 @@
+"""Pilots: who may join so, what they get, when they end, and who is charged."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+from tests.unit.server.test_overlay import attempt_peer, people
+
+from deskgrid.client.entering import join_as_pilot
+from deskgrid.client.grid import Grid, join
+from deskgrid.client.pilots import Pilot, pilot_spec
+from deskgrid.client.transport import Credentials, Transport
+from deskgrid.clock import SystemClock
+from deskgrid.core.rights import Right
+from deskgrid.errors import Conflict, Forbidden, InvalidInput, Unauthenticated
+from deskgrid.link import hash_secret, make_secret
+from deskgrid.model import wire
+from deskgrid.model.ids import JobId, Sha256
+from deskgrid.model.jobs import AttemptState, Job, JobSpec, Limits, Machine
+from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
+from deskgrid.model.workers import AttemptReport
+from deskgrid.server.store.pilots import end_pilots
+from deskgrid.server.store.schema import account, use
+from deskgrid.settings import ServerSettings
+from deskgrid.testing.grids import PlayedJob, TestGrid, play_job, played_sync, running_grid
+from deskgrid.units import GIB
+
+PROCESS = Fingerprint(driver=DriverName.PROCESS, kinds=(MachineKind.PROCESS,), usable=True)
+
+
+class Later(SystemClock):
+    """A clock that a test moves on."""
+
+    ahead_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead_s
+
+
+@pytest.fixture
+async def grid(tmp_path: Path) -> AsyncIterator[TestGrid]:
+    async with running_grid(tmp_path / "server", ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, lease_s=1e6)) as running:
+        yield running
+
+
+async def pilot_job(owner: Credentials, host: Transport, **pilot: object) -> tuple[PlayedJob, Credentials]:
+    """Submit a pilot and lease it to `host`; return it with what its own token opens."""
+    await play_job(owner, host)  # publishes the disk
+    async with Grid(owner) as user:
+        job = await user.submit_pilot(Pilot(disk="played", **pilot))  # type: ignore[arg-type]
+    sync = played_sync(room=True)
+    assignments = (await host.call(wire.SYNC, sync)).assignments
+    [assignment] = [one for one in assignments if one.job_id == job.id]
+    return await entered(owner, PlayedJob(job, host, assignment))
+
+
+async def entered(owner: Credentials, played: PlayedJob) -> tuple[PlayedJob, Credentials]:
+    token = make_secret()
+    await attempt_peer(played, job_token_hash=Sha256(hash_secret(token)))
+    return played, msgspec.structs.replace(owner, token=token)
+
+
+@asynccontextmanager
+async def joined(job: Credentials) -> AsyncIterator[Transport]:
+    async with Transport(await join_as_pilot(job, "inner")) as transport:
+        yield transport
+
+
+async def submit_process(owner: Credentials, **spec: object) -> Job:
+    async with Grid(owner) as user:
+        return await user.submit(JobSpec(machine=Machine(kind=MachineKind.PROCESS), command=("true",), **spec))  # type: ignore[arg-type]
+
+
+async def taken(pilot: Transport, *reports: AttemptReport, **profile: object) -> dict[JobId, int]:
+    """Ask for work as a worker that runs processes; return the attempts that came, by job."""
+    sync = played_sync(*reports, room=True)
+    mine = msgspec.structs.replace(sync.profile, drivers=(PROCESS,), **profile)
+    answer = await pilot.call(wire.SYNC, msgspec.structs.replace(sync, profile=mine))
+    return {one.job_id: one.attempt_id for one in answer.assignments}
+
+
+async def test_pilots_token_opens_nothing_but_the_way_in_and_that_once(grid: TestGrid):
+    [ann] = await people(grid, "ann")
+    async with Transport(await grid.worker()) as host:
+        _, job = await pilot_job(ann, host)
+        async with Grid(job) as inside:
+            assert (await inside.transport.call(wire.WHO)).rights == (Right.PILOT,)
+            for call in (inside.jobs, inside.workers, inside.list_data):
+                with pytest.raises(Forbidden):
+                    await call()
+            with pytest.raises(Forbidden):
+                await inside.submit(JobSpec(machine=Machine(kind=MachineKind.PROCESS), command=("true",)))
+        await join_as_pilot(job, "inner")
+        with pytest.raises(Conflict, match="joined already"):
+            await join_as_pilot(job, "again")
+
+
+async def test_job_that_is_no_pilot_does_not_join(grid: TestGrid):
+    [ann] = await people(grid, "ann")
+    async with Transport(await grid.worker()) as host:
+        reach = pilot_spec(Pilot(disk="played")).machine.reach
+        played = await play_job(ann, host, network="overlay", reach=reach)
+        _, job = await entered(ann, played)
+        with pytest.raises(Forbidden, match="pilot"):
+            await join_as_pilot(job, "inner")
+    async with Grid(ann) as user:
+        with pytest.raises(Forbidden):
+            await join_as_pilot(user.transport.credentials, "inner")
+        with pytest.raises(InvalidInput, match="joins the grid"):
+            await user.submit(JobSpec(machine=Machine(disk="played"), pilot=True))
+        with pytest.raises(InvalidInput):
+            await user.transport.call(wire.ADD_TOKEN, wire.AddToken(token_hash=Sha256("0" * 64), rights=("pilot",), lifetime_s=60))
+
+
+async def test_pilot_gets_what_its_user_may_see_and_nothing_else(grid: TestGrid):
+    ann, bob, eve = await people(grid, "ann", "bob", "eve")
+    async with Grid(await grid.admin()) as admin:
+        await admin.add_group("hep")
+        await admin.set_members("hep", add=["ann", "bob"])
+    async with Transport(await grid.worker()) as host:
+        _, job = await pilot_job(ann, host)
+        async with joined(job) as pilot:
+            await submit_process(eve)
+            await submit_process(bob)
+            assert await taken(pilot) == {}
+            own, shared = await submit_process(ann), await submit_process(bob, group="hep")
+            assert set(await taken(pilot, accepts=("mine",))) == {own.id}
+            assert set(await taken(pilot)) == {own.id, shared.id}
+
+
+async def test_secrets_go_to_a_pilot_only_if_the_pcs_owner_and_its_user_are_trusted(grid: TestGrid):
+    ann, bob = await people(grid, "ann", "bob")
+    key = grid.services.authority.secrets_key
+    async with Grid(bob) as user, Grid(ann) as other:
+        of_bob, of_ann = await join(await user.join_link(), "bobs"), await join(await other.join_link(), "anns")
+    for pc, gets in ((of_bob, False), (of_ann, True)):
+        async with Transport(pc) as host:
+            _, job = await pilot_job(ann, host)
+            async with joined(job) as pilot, Grid(ann) as user:
+                spec = JobSpec(machine=Machine(kind=MachineKind.PROCESS), command=("true",), trust=("mine",))
+                mine = await user.submit(spec, secrets={"token": b"x"})
+                assert (mine.id in await taken(pilot, secrets_key=key)) is gets
+
+
+async def test_pilot_ends_with_its_attempt_and_what_it_holds_goes_back(grid: TestGrid):
+    [ann] = await people(grid, "ann")
+    async with Transport(await grid.worker()) as host, Grid(ann) as user:
+        played, job = await pilot_job(ann, host)
+        async with joined(job) as pilot:
+            own = await submit_process(ann)
+            assert set(await taken(pilot)) == {own.id}
+            [listed] = [one for one in await user.workers() if one.pilot_of]
+            assert (listed.pilot_of, listed.pilot_job_id, listed.owner) == ("ann", played.id, "")
+            await user.cancel(played.id)
+            assert (await user.job(own.id)).job.state == "waiting"
+            with pytest.raises(Unauthenticated):
+                await taken(pilot)
+        assert not [one for one in await user.workers() if one.pilot_of]
+
+
+async def test_pilot_elsewhere_joins_by_a_link_for_a_time(tmp_path: Path):
+    clock = Later()
+    async with running_grid(tmp_path / "server", ServerSettings(listen="127.0.0.1:0", reserve_bytes=0), clock) as grid:
+        [ann] = await people(grid, "ann")
+        async with Grid(ann) as user:
+            link = await user.pilot_link(pilot_s=3600)
+            with pytest.raises(InvalidInput):
+                await user.pilot_link(pilot_s=-1)
+            async with Transport(await join(link, "batch")) as pilot:
+                with pytest.raises(Unauthenticated):
+                    await join(link, "thief")
+                own = await submit_process(ann)
+                assert set(await taken(pilot)) == {own.id}
+                [listed] = await user.workers()
+                assert (listed.pilot_of, listed.pilot_job_id) == ("ann", None)
+                assert listed.ends_at == pytest.approx(clock.now() + 3600, abs=60)
+                clock.ahead_s += 3601
+                with pytest.raises(Unauthenticated):
+                    await taken(pilot)
+                await grid.services.store.write(end_pilots)
+                assert (await user.job(own.id)).job.state == "waiting"
+                assert await user.workers() == ()
+
+
+async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: Path):
+    clock = Later()
+    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, lease_s=1e6)
+    async with running_grid(tmp_path / "server", settings, clock) as grid:
+        ann, bob = await people(grid, "ann", "bob")
+        async with Grid(await grid.admin()) as admin:
+            await admin.add_group("hep")
+            await admin.set_members("hep", add=["ann", "bob"])
+        async with Transport(await grid.worker()) as host:
+            played, job = await pilot_job(ann, host, cpus=2)
+            before = await used(grid)
+            await played.report(AttemptState.RUNNING)
+            async with joined(job) as pilot:
+                await submit_process(bob, group="hep", limits=Limits(attempts=1))
+                [attempt_id] = (await taken(pilot)).values()
+                clock.ahead_s += 100
+                report = AttemptReport(attempt_id=attempt_id, state=AttemptState.FAILED, exit_code=1)
+                await taken(pilot, report)
+                clock.ahead_s += 50
+                async with Grid(ann) as user:
+                    await user.cancel(played.id)
+        after = await used(grid)
+        assert after["bob", "hep"] == pytest.approx(100, rel=0.02)
+        assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(2 * 150 - 100, rel=0.02)
+
+
+async def used(grid: TestGrid) -> dict[tuple[str, str], float]:
+    query = sa.select(account.c.name, use.c.team, use.c.cpu_s).join(account, account.c.id == use.c.account_id)
+    return {(row.name, row.team): row.cpu_s for row in await grid.services.store.read(lambda tx: tx.rows(query))}
+
+
+def test_pilot_too_small_for_its_system_is_refused():
+    with pytest.raises(InvalidInput, match="too little"):
+        pilot_spec(Pilot(disk="root", memory_bytes=GIB // 4))
