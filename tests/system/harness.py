@@ -172,10 +172,17 @@ class System:
         until(lambda: self.cli("status", "--json", expect=None).returncode == 0, what="the server answers again")
 
     def add_worker(
-        self, name: str = "pc", *, address: str = "", prefix: tuple[str, ...] = (), start: bool = True, **environment: str
+        self,
+        name: str = "pc",
+        *,
+        address: str = "",
+        prefix: tuple[str, ...] = (),
+        start: bool = True,
+        owner: str = "",
+        **environment: str,
     ) -> Program:
         home = self.folder / name
-        wait(self._join(home, name, address or self.address))
+        wait(self._join(home, name, address or self.address, owner))
         program = Program(
             ["worker", "run", "--home", str(home), "--verbose"],
             {**self.environment, **environment},
@@ -188,9 +195,9 @@ class System:
             program.start()
         return program
 
-    async def _join(self, home: Path, name: str, address: str) -> None:
+    async def _join(self, home: Path, name: str, address: str, owner: str) -> None:
         async with self.grid() as grid:
-            link = await grid.join_link()
+            link = await grid.join_link(owner=owner)
         save_credentials(home / "credentials.json", await join(msgspec.structs.replace(link, address=address), name))
 
     def stop(self) -> None:

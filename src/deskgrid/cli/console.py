@@ -19,8 +19,9 @@ from msgspec import Struct
 from deskgrid.cli.connection import connected
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import Json, print_json, print_lines, warn
-from deskgrid.cli.overlay import Verbose, Wait, job_of, listen, peer_of, wait_of
+from deskgrid.cli.overlay import Verbose, Wait, job_of, listen, wait_of
 from deskgrid.cli.signals import terminated_like_interrupted
+from deskgrid.client.connecting import peer_of
 from deskgrid.core.console import CONSOLE, LOGIN_S, MOST_LINE_BYTES, password_in
 from deskgrid.errors import Conflict, InvalidInput, Unreachable
 from deskgrid.units import format_duration

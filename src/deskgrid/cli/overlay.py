@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
@@ -17,16 +15,14 @@ from cyclopts import App, Parameter
 from deskgrid.cli.connection import connected
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
+from deskgrid.client.connecting import peer_of
 from deskgrid.errors import InvalidInput, NotFound, Unreachable
 from deskgrid.model.ids import JobId
 from deskgrid.model.overlay import parse_service
-from deskgrid.settings import PeerSettings, client_home, load_settings
 from deskgrid.units import format_size, parse_duration
 
 if TYPE_CHECKING:
-    from deskgrid.client.grid import Grid
-    from deskgrid.model.wire import PeerOffer
-    from deskgrid.overlay.peer import Dial, Peer
+    pass
 
 __all__ = [
     "Verbose",
@@ -36,7 +32,6 @@ __all__ = [
     "job_of",
     "listen",
     "offer",
-    "peer_of",
     "peers",
     "proxy",
     "until_ended",
@@ -49,24 +44,6 @@ Wait = Annotated[str, Parameter(help="How long a connection waits for a service 
 Verbose = Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, help="Log more.")]
 _JOB = re.compile(r"(?:job-)?([1-9][0-9]{0,17})")
 _BACKLOG = 128
-
-
-@asynccontextmanager
-async def peer_of(grid: Grid, offers: Mapping[str, Dial] | None = None, shares: tuple[PeerOffer, ...] = ()) -> AsyncIterator[Peer]:
-    """Be a peer of the user's own while the block lasts."""
-    from deskgrid.client.peers import ServerCalls
-    from deskgrid.clock import SystemClock
-    from deskgrid.overlay.endpoint import Endpoint
-    from deskgrid.overlay.peer import Peer
-
-    settings = load_settings(PeerSettings, client_home() / "peer.toml", "DESKGRID_PEER")
-    authority = grid.transport.credentials.authority_pem
-    rng = random.Random()  # noqa: S311 - jitter
-    async with (
-        Endpoint(settings, clock=SystemClock(), rng=rng, authority_pem=authority) as endpoint,
-        Peer(endpoint, ServerCalls(grid.transport), offers=offers or {}, shares=shares) as peer,
-    ):
-        yield peer
 
 
 def listen(text: str) -> socket.socket:

@@ -21,8 +21,9 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.job import JobOptions, read_wanted, submit_job
 from deskgrid.cli.logs import configure_logs
 from deskgrid.cli.output import Json, make_reporter, warn
-from deskgrid.cli.overlay import Verbose, Wait, job_of, listen, peer_of, wait_of
+from deskgrid.cli.overlay import Verbose, Wait, job_of, listen, wait_of
 from deskgrid.cli.signals import terminated_like_interrupted
+from deskgrid.client.connecting import peer_of
 from deskgrid.errors import InvalidInput
 from deskgrid.model.ids import JobId
 from deskgrid.settings import client_home

@@ -12,8 +12,9 @@ from typing import Annotated
 import msgspec
 from cyclopts import App, Parameter
 
-from deskgrid.cli.connection import connected, credentials_file
+from deskgrid.cli.connection import connected
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table, warn
+from deskgrid.client.connecting import credentials_file
 from deskgrid.errors import DeskgridError, InvalidInput
 from deskgrid.model.users import Token, User
 from deskgrid.units import format_size, parse_duration, parse_size

@@ -42,6 +42,7 @@ __all__ = [
     "KEYS",
     "ArrayPart",
     "JobFile",
+    "as_written",
     "job_from_options",
     "parse_defaults",
     "parse_job",
@@ -151,6 +152,19 @@ def read_text_file(file: Path) -> str:
 def job_from_options(options: Mapping[str, Any]) -> JobFile:
     """Make a job of options: names of KEYS without section ("wall_time": "10m"); None stands for an option not given."""
     return _assemble(_from_options(options), lambda path: BY_PATH[path].option, None)
+
+
+def as_written(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of a program as those of the command line: lists as tuples of texts, tables as NAME=VALUE."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            found[name] = tuple(f"{key}={one}" for key, one in value.items())
+        elif isinstance(value, (list, tuple)):
+            found[name] = tuple(str(one) for one in value)
+        else:
+            found[name] = str(value) if isinstance(value, Path) else value
+    return found
 
 
 def parse_defaults(tables: Mapping[str, Any], source_name: str) -> dict[str, Any]:
