@@ -6,8 +6,10 @@ import concurrent.futures
 import datetime
 import importlib.util
 import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from deskgrid.client.calls import CallFailed
 from deskgrid.client.transport import load_credentials
 from deskgrid.errors import InvalidInput
 from tests.system.harness import Program, System, until
+from tests.system.newcomer import ROOT
 
 
 @pytest.fixture
@@ -204,3 +207,31 @@ def test_login_is_taken_from_where_the_command_left_it(system: System, monkeypat
         assert grid.jobs() == []
     with pytest.raises(InvalidInput, match="closed"):
         grid.jobs()
+
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to.md"])
+def test_programs_of_the_documentation_run(page: str, system: System, tmp_path: Path) -> None:
+    system.publish()
+    system.add_worker(DESKGRID_WORKER_DRIVERS="fake,process", DESKGRID_WORKER_CPUS="4")
+    blocks = [block for block in BLOCK.findall((ROOT / page).read_text()) if "import Grid" in block]
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    printed = ""
+    for block in blocks:
+        (tmp_path / "program.py").write_text(block)
+        ran = subprocess.run(
+            [sys.executable, "program.py"],
+            cwd=tmp_path,
+            env=system.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ran.returncode == 0, f"{block}\n{ran.stderr}"
+        printed += ran.stdout
+    if page == "docs/how-to.md":
+        assert "completed, exit code 0" in printed and "\n4\n" in printed and "[3.14, 12.57, 28.27]" in printed
+    system.nothing_left()
