@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.harness import System, until
+from tests.system.harness import Program, System, until
 from tests.system.newcomer import Newcomer, commands
 
 PAGE = "examples/root-analysis/README.md"
@@ -65,3 +66,70 @@ def test_pilot_elsewhere_joins_by_its_link_works_and_leaves(system: System) -> N
     assert [path.name for path in home.iterdir()] == ["lock"]
     refused = system.cli(*run, expect=None)
     assert refused.returncode != 0 and "used already" in refused.stderr
+
+
+BATCH = """
+import os, signal, subprocess, sys, tempfile
+
+what, *rest = sys.argv[1:]
+if what == "submit":
+    script = tempfile.NamedTemporaryFile("w", suffix=".sh", delete=False)
+    script.write(sys.stdin.read())
+    script.close()
+    print(subprocess.Popen(["sh", script.name], start_new_session=True, stdout=2, stdin=subprocess.DEVNULL, stderr=open(rest[0], "a")).pid)
+elif what == "alive":
+    status = open(f"/proc/{rest[0]}/stat").read().rpartition(")")[2].split()[0]
+    print("running" if status != "Z" else "", end="")
+else:
+    os.killpg(int(rest[0]), signal.SIGTERM)
+"""
+"""A batch system of a dozen lines."""
+
+
+def test_factory_sends_pilots_to_another_system_while_jobs_wait_that_no_worker_could_run(system: System) -> None:
+    system.add_worker(DESKGRID_WORKER_DRIVERS="process")
+    batch, log = system.folder / "batch.py", system.folder / "batch.log"
+    batch.write_text(BATCH)
+    program = [sys.executable, str(batch)]
+    file = system.folder / "factory.toml"
+    file.write_text(
+        f"""
+poll = "1s"
+[[system]]
+kind = "command"
+name = "batch"
+packages = ["root"]
+memory = "1GiB"
+most = 2
+jobs_per_pilot = 2
+idle = "4s"
+deskgrid = "{sys.executable} -m deskgrid"
+submit = {json.dumps([*program, "submit", str(log)])}
+alive = {json.dumps([*program, "alive", "{reference}"])}
+cancel = {json.dumps([*program, "cancel", "{reference}"])}
+"""
+    )
+    job = system.folder / "job.toml"
+    process = '[machine]\nkind = "process"\nmemory = "64MiB"\nscratch = "64MiB"\n'
+    job.write_text(f'command = ["sh", "-c", "echo done >answer"]\n{process}need = ["root"]\n[array]\ncount = 3\n')
+    plain = system.folder / "plain.toml"
+    plain.write_text(f'command = ["true"]\n{process}')
+    factory = Program(["pilot", "factory", str(file), "--verbose"], system.environment, system.folder / "factory.log")
+    system.programs.append(factory)
+    factory.start()
+    system.cli("run", plain, "-o", system.folder / "plain")
+    system.cli("run", job, "-o", system.folder / "out")
+    assert [(system.folder / "out" / str(index) / "answer").read_text() for index in range(3)] == ["done\n"] * 3
+    workers = {attempt["worker"].rpartition("-")[0] for number in range(2, 5) for attempt in system.job(number)["attempts"]}
+    assert workers == {"batch"}, factory.said()
+    factory.kill()
+    factory.start()
+    until(lambda: system.json("pilot", "list") == [], what="idle pilots have left")
+    until(lambda: json.loads((system.folder / "client" / "factory" / "pilots.json").read_text()) == [], what="the factory knows it")
+    assert factory.said().count("event=pilot_sent") == 2, factory.said()
+    factory.stop()
+    job.write_text(job.read_text().replace('["root"]', '["root", "never"]'))
+    system.cli("job", "submit", job)
+    system.cli("pilot", "factory", file, "--once")
+    assert json.loads((system.folder / "client" / "factory" / "pilots.json").read_text()) == []
+    system.nothing_left()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from deskgrid.cli.connection import connected
-from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table, warn
 from deskgrid.cli.user import lifetime_of
+from deskgrid.errors import Conflict, Unreachable
 from deskgrid.units import parse_size
 
 __all__ = ["app"]
@@ -116,6 +120,80 @@ async def link(*, lifetime: str = "4h", within: str = "1d", count: int = 1, json
         print_json({"link": str(made), "uses": count, "lifetime_s": pilot_s})
     else:
         print_lines(str(made))
+
+
+@app.command
+async def factory(
+    file: Path,
+    /,
+    *,
+    home: Annotated[Path | None, Parameter(help="Folder that keeps which pilots are out; by default beside your login.")] = None,
+    once: Annotated[bool, Parameter(show_default=False, negative=())] = False,
+    stop: Annotated[bool, Parameter(show_default=False, negative=())] = False,
+    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], show_default=False, negative=())] = False,
+    json: Json = False,
+) -> None:
+    """Send pilots while jobs wait that no worker could run, on the systems that a file names, until Ctrl-C or SIGTERM. Logs go to stderr.
+
+    Which are out is kept: started again, it goes on.
+
+    For example:
+
+        deskgrid pilot factory factory.toml
+        deskgrid pilot factory factory.toml --stop        to call back all that are out
+
+    Parameters
+    ----------
+    file
+        The systems: [[system]] parts with kind = "grid", "slurm", "ssh" or "command".
+    once
+        Look once, and end.
+    stop
+        Send none, call back all that are out, and end.
+    """
+    import asyncio
+    import random
+
+    from deskgrid.cli.logs import configure_logs
+    from deskgrid.clock import SystemClock
+    from deskgrid.pilots.factory import Factory
+    from deskgrid.pilots.file import make_system, read_factory
+    from deskgrid.settings import client_home
+    from deskgrid.units import parse_duration
+
+    configure_logs(json=json, verbose=verbose)
+    wanted, folder = read_factory(file), home or client_home() / "factory"
+    async with connected() as grid:
+        systems = [make_system(part, grid) for part in wanted.system]
+        with alone(folder):
+            made = Factory(grid, systems, folder, clock=SystemClock(), rng=random.Random())  # noqa: S311 - jitter
+            if stop:
+                await made.call_all_back()
+                return
+            while True:
+                try:
+                    await made.look()
+                except Unreachable as error:
+                    warn(f"the grid does not answer: {error}")
+                    if once:
+                        raise
+                if once:
+                    return
+                await asyncio.sleep(parse_duration(wanted.poll))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only factory with a folder. Raise Conflict if another one runs."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(f"a factory runs with {folder}", hint="use another --home") from error
+        yield
 
 
 @app.command(name="list")

@@ -455,6 +455,10 @@ class Grid:
         """Return the grid at a glance."""
         return await self.transport.call(wire.STATUS)
 
+    async def waiting(self) -> tuple[wire.WaitingClass, ...]:
+        """Return what the caller's waiting jobs need, and those of his groups."""
+        return (await self.transport.call(wire.LIST_WAITING)).classes
+
     async def workers(self) -> tuple[Worker, ...]:
         """Return all workers that have not left."""
         return (await self.transport.call(wire.LIST_WORKERS)).workers

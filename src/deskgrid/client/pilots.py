@@ -17,10 +17,10 @@ from deskgrid.model.machines import Network
 from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, Reach, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
-__all__ = ["Pilot", "pilot_spec", "write_pilot"]
+__all__ = ["OWN_BYTES", "Pilot", "pilot_spec", "write_pilot"]
 
 _GRID, _CACHE = "grid", "cache"
-_OWN_BYTES = 384 * MIB
+OWN_BYTES = 384 * MIB
 """Of a machine's memory, for its system and the worker."""
 _AROUND_S = 900.0
 """For the boot, and for what is on its way when the time is over."""
@@ -48,7 +48,7 @@ class Pilot(Struct, frozen=True, kw_only=True):
 
 def pilot_spec(pilot: Pilot) -> JobSpec:
     """Return the job that is a pilot. Raise InvalidInput for one that could run nothing."""
-    least = _OWN_BYTES + 128 * MIB
+    least = OWN_BYTES + 128 * MIB
     if pilot.memory_bytes < least:
         raise InvalidInput(
             f"{format_size(pilot.memory_bytes)} are too little for a pilot", where="memory", hint=f"at least {format_size(least)}"
@@ -78,7 +78,7 @@ def write_pilot(folder: Path, pilot: Pilot) -> None:
         "drivers": "process",
         "overlay": "false",
         "cpus": pilot.cpus,
-        "memory_bytes": pilot.memory_bytes - _OWN_BYTES,
+        "memory_bytes": pilot.memory_bytes - OWN_BYTES,
         "disk_bytes": pilot.scratch_bytes // 2,
         "cache_bytes": pilot.scratch_bytes // 4,
         "reserve_bytes": pilot.scratch_bytes // 16,

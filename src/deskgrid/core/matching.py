@@ -35,6 +35,7 @@ __all__ = [
     "Queue",
     "Requirement",
     "Share",
+    "fits",
     "match",
     "need_of",
     "requirement_of",
@@ -217,7 +218,7 @@ def _lines(ask: Ask, queues: Sequence[Queue]) -> dict[tuple[str, UserId], list[Q
     """Return the queues of which a job fits by group and user, each line in the order in which they go."""
     lines: dict[tuple[str, UserId], list[Queue]] = {}
     for queue in queues:
-        if queue.waiting > 0 and (_fits(queue.requirement, ask.free) or ask.ahead.get(queue.class_id, 0) > 0):
+        if queue.waiting > 0 and (fits(queue.requirement, ask.free) or ask.ahead.get(queue.class_id, 0) > 0):
             lines.setdefault((queue.team, queue.owner_id), []).append(queue)
     for line in lines.values():
         line.sort(
@@ -256,13 +257,13 @@ class _Taking:
             queue = line[0]
             left = queue.waiting - self.taken.get(queue.id, 0)
             may_run = self._people.get(queue.owner_id, _NOBODY).may_run - self._of_user.get(queue.owner_id, 0)
-            if left > 0 and may_run > 0 and (_fits(queue.requirement, self._free) or self._ahead.get(queue.class_id, 0) > 0):
+            if left > 0 and may_run > 0 and (fits(queue.requirement, self._free) or self._ahead.get(queue.class_id, 0) > 0):
                 return queue
             line.pop(0)
         return None
 
     def take(self, queue: Queue) -> None:
-        if _fits(queue.requirement, self._free):
+        if fits(queue.requirement, self._free):
             self._free = without(self._free, [_needed(queue.requirement)])
         else:
             self._ahead[queue.class_id] -= 1
@@ -329,7 +330,8 @@ def _names(rule: str, queue: Queue, person: Person) -> bool:
     return (kind == "user" and name == person.name) or (kind == "group" and name in person.groups)
 
 
-def _fits(wanted: Requirement, free: Capacity) -> bool:
+def fits(wanted: Requirement, free: Capacity) -> bool:
+    """Tell whether a job fits into what is free."""
     return wanted.cpus <= free.cpus and wanted.memory_bytes <= free.memory_bytes and wanted.disk_bytes <= free.disk_bytes
 
 

@@ -190,6 +190,7 @@ RULES: dict[str, Rule] = {
     "get_app": _rule(Kind.APP, _SHARED, "data:read jobs"),
     "remove_app": _rule(Kind.APP, "owner admin", "data", changes=True),
     "submit_job": _rule(Kind.JOB, "user job", "jobs", changes=True),
+    "list_waiting": _rule(Kind.JOB, "owner member", "jobs:read"),
     "list_jobs": _rule(Kind.JOB, _SEE, "jobs:read"),
     "get_job": _rule(Kind.JOB, _SEE, "jobs:read"),
     "read_log": _rule(Kind.JOB, _SEE, "jobs:read"),

@@ -27,6 +27,7 @@ from deskgrid.model.apps import App
 from deskgrid.model.data import Blob, Data, DataKind, Delta, Disk, Visibility
 from deskgrid.model.ids import AttemptId, SetId, Sha256, UserId, WorkerId
 from deskgrid.model.jobs import Array, Attempt, Job, JobSpec, JobState
+from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.manifests import Bundle, DiskDetail, Revocation
 from deskgrid.model.overlay import Connection, Hub, Peer
 from deskgrid.model.placement import Attributes, Holder, Keep, Placement
@@ -456,6 +457,24 @@ class WorkerList(Struct, frozen=True):
     workers: tuple[Worker, ...]
 
 
+class WaitingClass(Struct, frozen=True, kw_only=True):
+    """Waiting jobs that need the same, as of a second ago."""
+
+    jobs: int
+    kind: MachineKind
+    network: Network
+    cpus: int
+    memory_bytes: int
+    packages: tuple[str, ...] = ()
+    platforms: tuple[str, ...] = ()
+    workers: int = 0
+    """Online, that could run them if they were free; pilots aside."""
+
+
+class WaitingList(Struct, frozen=True):
+    classes: tuple[WaitingClass, ...]
+
+
 # Workers
 
 
@@ -713,6 +732,9 @@ RESERVE_WORKER = Route(
 )
 REMOVE_WORKER = Route(
     "remove_worker", _DELETE, "/v1/workers/{worker}", Nothing, Nothing, "Forget a worker and its token; live attempts go back"
+)
+LIST_WAITING = Route(
+    "list_waiting", _GET, "/v1/waiting", Nothing, WaitingList, "What the caller's jobs and those of his groups wait for"
 )
 LIST_WORKERS = Route("list_workers", _GET, "/v1/workers", Nothing, WorkerList, "List workers")
 

@@ -16,7 +16,7 @@ from deskgrid.model.workers import Worker
 from deskgrid.server import scheduler
 from deskgrid.server.routes.handler import Call, Services, caller_of, reads, serves, writes
 from deskgrid.server.secrets import sealed_to_worker
-from deskgrid.server.store import attempts, jobs, queues, workers
+from deskgrid.server.store import attempts, jobs, pilots, queues, workers
 from deskgrid.server.store.accounts import Caller, require
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.submissions import WORK
@@ -92,6 +92,11 @@ def remove_worker(tx: Transaction, call: Call[wire.Nothing]) -> wire.Nothing:
     require(tx, call.caller, wire.REMOVE_WORKER.name, thing, see=wire.LIST_WORKERS.name, missing=missing)
     scheduler.leave(tx, Caller(Role.WORKER, "", worker_id=worker_id))
     return wire.Nothing()
+
+
+@reads(wire.LIST_WAITING)
+def list_waiting(tx: Transaction, call: Call[wire.Nothing]) -> wire.WaitingList:
+    return wire.WaitingList(pilots.waiting(tx, call.caller, call.settings.lease_s))
 
 
 @reads(wire.LIST_WORKERS)

@@ -5,18 +5,22 @@ What a pilot's jobs used is charged to who submitted them; a pilot in a job of t
 
 from __future__ import annotations
 
+import msgspec
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import AttemptEvent
+from deskgrid.core.matching import Ask, Person, fits, suits
 from deskgrid.core.rights import Right
 from deskgrid.errors import Conflict, Forbidden
 from deskgrid.model.ids import AttemptId, UserId, WorkerId
-from deskgrid.server.store import attempts, swarm, workers
+from deskgrid.model.wire import LIST_WAITING, WaitingClass
+from deskgrid.model.workers import Profile
+from deskgrid.server.store import accounts, attempts, queues, swarm, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import attempt, worker
+from deskgrid.server.store.schema import attempt, queue, worker
 
-__all__ = ["end_pilots", "join_in_attempt", "let_go"]
+__all__ = ["end_pilots", "join_in_attempt", "let_go", "waiting"]
 
 _AT_ONCE = 200
 
@@ -47,6 +51,63 @@ def end_pilots(tx: Transaction) -> None:
     over = sa.select(worker.c.id).where(worker.c.pilot_of.is_not(None), worker.c.left_at.is_(None), worker.c.ends_at <= tx.now)
     for row in tx.rows(over.limit(_AT_ONCE)):
         let_go(tx, WorkerId(row.id))
+
+
+def waiting(tx: Transaction, caller: Caller, offline_after_s: float) -> tuple[WaitingClass, ...]:
+    """Return what the caller's waiting jobs need, and those of his groups, with how many workers online could run them."""
+    mine = accounts.visible(tx, caller, LIST_WAITING.name, owner=queue.c.owner_id, group=queue.c.team)
+    found = queues.waiting_queues(tx, mine)
+    people = queues.people_of(tx, {one.owner_id for one in found})
+    kinds = _kinds_of_workers(tx, offline_after_s) if found else []
+    counted: dict[WaitingClass, int] = {}
+    for one in found:
+        wanted, person = one.requirement, people.get(one.owner_id, Person())
+        what = WaitingClass(
+            jobs=0,
+            kind=wanted.kind,
+            network=wanted.network,
+            cpus=wanted.cpus,
+            memory_bytes=wanted.memory_bytes,
+            packages=wanted.packages,
+            platforms=wanted.platforms,
+            workers=sum(count for ask, count in kinds if fits(wanted, ask.free) and suits(ask, one, person)),
+        )
+        counted[what] = counted.get(what, 0) + one.waiting
+    return tuple(msgspec.structs.replace(what, jobs=jobs) for what, jobs in counted.items())
+
+
+_MOST_KINDS = 1000
+
+
+def _kinds_of_workers(tx: Transaction, offline_after_s: float) -> list[tuple[Ask, int]]:
+    """Return the kinds of workers online that are no pilots, with how many there are of each: in a laboratory most are alike."""
+    told = sa.func.substr(worker.c.told, 1, 32)
+    there = (worker.c.left_at.is_(None), worker.c.pilot_of.is_(None), worker.c.paused.is_(False), worker.c.profile.is_not(None))
+    lately = worker.c.seen_at >= tx.now - offline_after_s
+    columns = (
+        sa.func.min(worker.c.profile).label("profile"),
+        worker.c.owner_id,
+        worker.c.reserved_for,
+        sa.func.count().label("many"),
+    )
+    alike = sa.select(*columns).where(*there, lately).group_by(told, worker.c.owner_id, worker.c.reserved_for)
+    found = []
+    for row in tx.rows(alike.limit(_MOST_KINDS)):
+        profile = msgspec.json.decode(row.profile, type=Profile)
+        ask = Ask(
+            free=profile.lent,
+            drivers=profile.drivers,
+            platform=f"{profile.os}-{profile.arch}",
+            packages=frozenset(profile.packages),
+            owner_id=row.owner_id,
+            owner_groups=accounts.groups_of(tx, row.owner_id) if row.owner_id is not None else frozenset(),
+            accepts=profile.accepts,
+            endorsers=profile.endorsers,
+            reserved_for=row.reserved_for,
+            has_key=bool(profile.secrets_key),
+        )
+        found.append((ask, row.many))
+    return found
 
 
 def _end_of_attempt(tx: Transaction, attempt_id: AttemptId) -> float:

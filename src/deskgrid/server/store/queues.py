@@ -38,10 +38,12 @@ __all__ = [
     "note_use",
     "nothing_waits",
     "open_queue",
+    "people_of",
     "queue_counts",
     "read_requirement",
     "revoked_queues",
     "waiting_of",
+    "waiting_queues",
 ]
 
 _BOARD_S = 1.0
@@ -226,15 +228,24 @@ def nothing_waits(tx: Transaction) -> bool:
 
 
 def _read_board(tx: Transaction) -> Board:
+    queues = waiting_queues(tx)
+    if not queues:
+        return Board((), Standings((), {}, now=tx.now, half_life_s=HALF_LIFE_S), {}, tx.now + _BOARD_S)
+    people = people_of(tx, {one.owner_id for one in queues})
+    return Board(queues, _standings(tx), people, tx.now + _BOARD_S)
+
+
+def waiting_queues(tx: Transaction, *those: sa.ColumnElement[bool]) -> list[Queue]:
+    """Return the queues in which jobs wait, those whose disk is revoked aside."""
     head = sa.select(sa.func.min(job.c.id)).where(job.c.queue_id == queue.c.id, job.c.state == JobState.WAITING.value)
     columns = (queue, requirement.c.key, requirement.c.body, head.scalar_subquery().label("head"))
-    rows = tx.rows(sa.select(*columns).join(requirement).where(queue.c.open.is_(True), queue.c.waiting > 0))
+    rows = tx.rows(sa.select(*columns).join(requirement).where(queue.c.open.is_(True), queue.c.waiting > 0, *those))
     if not rows:
-        return Board((), Standings((), {}, now=tx.now, half_life_s=HALF_LIFE_S), {}, tx.now + _BOARD_S)
+        return []
     wanted = [read_requirement(tx, row) for row in rows]
     vouching = manifests.endorsers(tx, {one.disk for one in wanted if one.disk})
     revoked = manifests.revocations(tx, {_disk_of(one) for one in wanted})
-    queues = [
+    return [
         Queue(
             id=row.id,
             class_id=row.class_id,
@@ -249,8 +260,6 @@ def _read_board(tx: Transaction) -> Board:
         for row, of_class in zip(rows, wanted, strict=True)
         if _disk_of(of_class) not in revoked
     ]
-    people = _people(tx, {one.owner_id for one in queues})
-    return Board(queues, _standings(tx), people, tx.now + _BOARD_S)
 
 
 def revoked_queues(tx: Transaction) -> dict[Revocation, list[int]]:
@@ -308,7 +317,7 @@ def _standings(tx: Transaction) -> Standings:
     )
 
 
-def _people(tx: Transaction, ids: set[UserId]) -> dict[UserId, Person]:
+def people_of(tx: Transaction, ids: set[UserId]) -> dict[UserId, Person]:
     groups: dict[int, set[str]] = {}
     for row in tx.rows(sa.select(membership).where(membership.c.account_id.in_(ids))):
         groups.setdefault(row.account_id, set()).add(row.team)

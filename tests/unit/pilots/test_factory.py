@@ -1,0 +1,193 @@
+"""The factory: what it sends, forgets, takes up after a kill, and does when a system refuses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deskgrid.clock import FakeClock
+from deskgrid.core import pilots
+from deskgrid.errors import InvalidInput, OperatorError
+from deskgrid.model.machines import MachineKind, Network
+from deskgrid.model.wire import WaitingClass
+from deskgrid.pilots.factory import Factory
+from deskgrid.pilots.system import Order
+
+
+class PlaySystem:
+    """A place for pilots that says what it is told to."""
+
+    uses_links = True
+
+    def __init__(self, name: str = "batch", *, most: int = 4) -> None:
+        self.plan = pilots.System(name=name, packages=frozenset({"root"}), most=most, jobs_per_pilot=1, patience_s=600.0)
+        self.lifetime_s, self.idle_s = 3600.0, 60.0
+        self.orders: list[Order] = []
+        self.there: dict[str, str] = {}
+        self.called_back: list[str] = []
+        self.refuses = self.silent = False
+
+    async def send(self, order: Order) -> str:
+        self.orders.append(order)
+        if self.refuses:
+            raise OperatorError("the queue is closed")
+        reference = str(len(self.orders))
+        self.there[reference] = order.name
+        return reference
+
+    async def gone(self, references: Sequence[str]) -> set[str]:
+        if self.silent:
+            raise OperatorError("it does not answer")
+        return {one for one in references if one not in self.there}
+
+    async def call_back(self, reference: str) -> None:
+        if self.silent:
+            raise OperatorError("it does not answer")
+        self.called_back.append(self.there.pop(reference, ""))
+
+
+class PlayGrid:
+    """What the factory asks of a grid."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self.joined: set[str] = set()
+        self.links = 0
+
+    async def workers(self) -> list[Any]:
+        return [type("W", (), {"name": name, "pilot_of": "ann"}) for name in self.joined]
+
+    async def waiting(self) -> tuple[WaitingClass, ...]:
+        one = WaitingClass(
+            jobs=self.jobs, kind=MachineKind.PROCESS, network=Network.NONE, cpus=1, memory_bytes=0, packages=("root",), workers=0
+        )
+        return (one,) if self.jobs else ()
+
+    async def pilot_link(self, *, pilot_s: float, lifetime_s: float) -> str:
+        assert pilot_s == 3600.0 and lifetime_s >= 600.0
+        self.links += 1
+        return f"deskgrid://link-{self.links}"
+
+
+class Place:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.grid, self.system, self.clock = folder, PlayGrid(), PlaySystem(), FakeClock()
+        self.begin()
+
+    def begin(self) -> None:
+        """Be a new process with what is in the folder."""
+        self.factory = Factory(self.grid, [self.system], self.folder, clock=self.clock, rng=random.Random(1))  # type: ignore[arg-type]
+
+    async def look(self, *, jobs: int | None = None, after_s: float = 30.0) -> None:
+        if jobs is not None:
+            self.grid.jobs = jobs
+        await self.clock.advance(after_s)
+        await self.factory.look()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / "factory")
+
+
+async def test_pilots_come_work_and_go(place: Place) -> None:
+    await place.look(jobs=2)
+    assert [order.link for order in place.system.orders] == ["deskgrid://link-1", "deskgrid://link-2"]
+    await place.look()
+    assert len(place.system.orders) == 2, "those on their way count"
+    place.grid.joined = set(place.system.there.values())
+    await place.look(jobs=0)
+    assert all(record.joined for record in place.factory.out.values()) and not place.system.called_back
+    place.grid.joined.clear()
+    place.system.there.clear()
+    await place.look()
+    assert place.factory.out == {}
+    await place.look(jobs=9)
+    assert len(place.system.orders) == 2 + 4
+
+
+async def test_factory_that_is_killed_goes_on_where_it_was(place: Place) -> None:
+    await place.look(jobs=3)
+    place.begin()
+    await place.look()
+    assert len(place.system.orders) == 3 and len(place.factory.out) == 3
+    assert {record.reference for record in place.factory.out.values()} == set(place.system.there)
+
+
+async def test_pilot_that_was_perhaps_sent_when_it_was_killed_counts_until_it_joins_or_is_overdue(place: Place) -> None:
+    send = place.system.send
+
+    async def killed(_order: Order) -> str:
+        raise KeyboardInterrupt
+
+    place.system.send = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        await place.look(jobs=1)
+    place.system.send = send  # type: ignore[method-assign]
+    place.begin()
+    await place.look()
+    assert not place.system.orders
+    await place.look(after_s=601.0)
+    await place.look(after_s=3601.0)
+    assert len(place.system.orders) == 1
+
+
+async def test_system_that_refuses_is_left_alone_for_longer_and_longer(place: Place) -> None:
+    place.system.refuses = True
+    tries = []
+    for _ in range(200):
+        before = len(place.system.orders)
+        await place.look(jobs=4)
+        tries.append(len(place.system.orders) - before)
+    assert max(tries) == 1, "one that is refused is enough"
+    assert 3 <= sum(tries) <= 12
+    assert place.factory.out == {}
+    place.system.refuses = False
+    await place.look(after_s=3601.0)
+    assert len(place.system.there) == 4
+
+
+async def test_pilots_that_never_join_are_called_back(place: Place) -> None:
+    await place.look(jobs=2)
+    await place.look(after_s=601.0)
+    assert len(place.system.called_back) == 2 and place.factory.out == {}
+    await place.look()
+    assert len(place.system.orders) == 2, "not at once again"
+
+
+async def test_pilots_nobody_needs_any_more_are_called_back_as_soon_as_the_system_answers(place: Place) -> None:
+    await place.look(jobs=2)
+    place.system.silent = True
+    await place.look(jobs=0)
+    assert len(place.factory.out) == 2
+    place.system.silent = False
+    await place.look()
+    assert len(place.system.called_back) == 2 and place.factory.out == {}
+
+
+async def test_all_are_called_back_when_it_is_told_to_stop(place: Place) -> None:
+    await place.look(jobs=2)
+    place.grid.joined = {next(iter(place.system.there.values()))}
+    await place.look()
+    place.begin()
+    await place.factory.call_all_back()
+    assert len(place.system.called_back) == 2 and place.factory.out == {} and not place.system.there
+
+
+async def test_pilots_of_a_system_that_is_not_in_the_file_any_more_are_forgotten(place: Place) -> None:
+    await place.look(jobs=1)
+    place.system = PlaySystem("other")
+    place.begin()
+    await place.look(jobs=0)
+    assert place.factory.out == {}
+
+
+def test_file_of_somebody_elses_is_not_overwritten(place: Place) -> None:
+    (place.folder / "pilots.json").write_text('{"notes": 1}')
+    with pytest.raises(InvalidInput, match=r"pilots\.json"):
+        place.begin()
+    assert (place.folder / "pilots.json").read_text() == '{"notes": 1}'

@@ -1,0 +1,83 @@
+"""factory.toml: what is right, and what is said of what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deskgrid.errors import InvalidInput
+from deskgrid.pilots.commands import CommandSystem
+from deskgrid.pilots.file import make_system, read_factory
+from deskgrid.pilots.grid_jobs import GridSystem
+from deskgrid.units import GIB, MIB
+
+WHOLE = """
+poll = "1m"
+[[system]]
+kind = "grid"
+name = "vm"
+disk = "root"
+packages = ["root"]
+cpus = 2
+memory = "3GiB"
+[[system]]
+kind = "slurm"
+name = "cluster"
+options = ["--partition=short"]
+setup = "module load deskgrid"
+worker = { unsandboxed = true, tags = ["cluster"] }
+[[system]]
+kind = "ssh"
+name = "desk"
+host = "ann@desk.example.org"
+[[system]]
+kind = "command"
+name = "other"
+submit = ["batch", "submit", "{name}"]
+alive = ["batch", "alive", "{reference}"]
+cancel = ["batch", "cancel", "{reference}"]
+"""
+
+
+def read(folder: Path, text: str) -> Path:
+    file = folder / "factory.toml"
+    file.write_text(text)
+    return file
+
+
+def test_each_kind_is_made_of_its_part(tmp_path: Path) -> None:
+    found = read_factory(read(tmp_path, WHOLE))
+    systems = [make_system(part, None) for part in found.system]  # type: ignore[arg-type]
+    assert [type(system) for system in systems] == [GridSystem, CommandSystem, CommandSystem, CommandSystem]
+    assert [system.plan.name for system in systems] == ["vm", "cluster", "desk", "other"]
+    assert systems[0].plan.memory_bytes == 3 * GIB - 384 * MIB, "the machine's system needs some"
+    assert (systems[1].plan.memory_bytes, systems[1].lifetime_s) == (2 * GIB, 4 * 3600.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "system"),
+        ("[[system]]\nkind = 'grid'\nname = 'vm'\n", "disk is missing"),
+        ("[[system]]\nkind = 'pbs'\nname = 'vm'\n", "pbs"),
+        ("[[system]]\nkind = 'slurm'\nname = 'Vm 1'\n", "no name"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\ndisk = 'root'\n", "a slurm has no disk"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\ncolour = 'red'\n", "colour"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\nmost = -1\n", "most = -1"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\nlifetime = 'long'\n", "long"),
+        ("[[system]]\nkind = 'ssh'\nname = 'vm'\nhost = '-oProxyCommand=x'\n", "no host"),
+        ("[[system]]\nkind = 'command'\nname = 'vm'\nsubmit = ['x']\n", "alive is missing"),
+        ("[[system]]\nkind = 'slurm'\nname = 'a'\n" * 2, "different names"),
+        ("[[system]\n", "factory.toml"),
+    ],
+)
+def test_mistake_is_told_with_its_place(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=words) as caught:
+        read_factory(read(tmp_path, text))
+    assert "factory.toml" in str(caught.value) or "duration" in str(caught.value)
+
+
+def test_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"none\.toml"):
+        read_factory(tmp_path / "none.toml")
