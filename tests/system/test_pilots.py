@@ -126,7 +126,7 @@ cancel = {json.dumps([*program, "cancel", "{reference}"])}
     factory.start()
     until(lambda: system.json("pilot", "list") == [], what="idle pilots have left")
     until(lambda: json.loads((system.folder / "client" / "factory" / "pilots.json").read_text()) == [], what="the factory knows it")
-    assert factory.said().count("event=pilot_sent") == 2, factory.said()
+    assert 1 <= factory.said().count("event=pilot_sent") <= 2, factory.said()
     factory.stop()
     job.write_text(job.read_text().replace('["root"]', '["root", "never"]'))
     system.cli("job", "submit", job)

@@ -59,6 +59,8 @@ def test_jobs_are_submitted_waited_for_and_fetched(grid: Grid, tmp_path: Path) -
     shown = grid.jobs()._repr_html_()
     assert f"<td>job-{good.id}</td>" in shown and "<td>failed</td>" in shown
     assert good.cancel().state == "completed"
+    with pytest.raises(InvalidInput, match="memroy"):
+        grid.submit(command=["true"], kind="process", memroy="1GiB")
     with pytest.raises(InvalidInput, match="memory"):
         grid.submit(command=["true"], kind="process", memory="much")
 
@@ -151,6 +153,44 @@ def test_answer_that_could_run_code_is_read_only_from_pcs_that_are_trusted(syste
         assert type(executor.submit(Strange).result(60)).__name__ == "Strange"
 
 
+def test_map_that_takes_too_long_or_fails_does_not_wait_for_the_rest(grid: Grid) -> None:
+    def sleeps(seconds: int) -> int:
+        import time
+
+        time.sleep(seconds)
+        return 1 // seconds
+
+    with pytest.raises(TimeoutError):
+        grid.map(sleeps, [600], timeout=1, **OPTIONS)
+    with pytest.raises(ZeroDivisionError):
+        grid.map(sleeps, [0, 600], **OPTIONS)
+
+
+def test_callback_may_use_the_grid(grid: Grid) -> None:
+    seen: list[int] = []
+    with grid.executor(**OPTIONS) as executor:
+        future = executor.submit(double, 1)
+        future.add_done_callback(lambda _: seen.append(len(grid.jobs())))
+        assert future.result(60) == 2
+    until(lambda: len(seen) == 1, what="it was called")
+
+
+def test_answers_come_though_the_server_is_away_for_a_while(system: System, grid: Grid) -> None:
+    def slow() -> str:
+        import time
+
+        time.sleep(4)
+        return "there"
+
+    with grid.executor(**OPTIONS) as executor:
+        future = executor.submit(slow)
+        until(lambda: [one for one in grid.run(grid.asynchronous.arrays()).arrays if one.jobs["active"]], what="it runs")
+        assert system.server is not None
+        system.server.kill()
+        system.restart_server()
+        assert future.result(90) == "there"
+
+
 def test_shutdown_with_cancel_leaves_no_job(grid: Grid) -> None:
     executor = grid.executor(**OPTIONS)
     future = executor.submit(__import__("time").sleep, 600)
@@ -176,7 +216,7 @@ def test_joblib_and_dask_compute_on_the_grid(grid: Grid, tmp_path: Path) -> None
     from deskgrid.client.joblib import register
 
     register(grid, **OPTIONS)
-    with joblib.parallel_config("deskgrid", n_jobs=4):
+    with joblib.parallel_config("deskgrid"):
         assert joblib.Parallel()(joblib.delayed(double)(number) for number in range(8)) == [2 * number for number in range(8)]
     publish_libraries(
         grid,

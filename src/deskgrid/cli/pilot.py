@@ -88,12 +88,14 @@ async def submit(
         lifetime_s=lifetime_of(lifetime),
         idle_s=lifetime_of(idle, "--idle"),
     )
+    jobs = []
     async with connected() as grid:
-        jobs = [await grid.submit_pilot(pilot) for _ in range(count)]
+        for _ in range(count):
+            jobs.append(await grid.submit_pilot(pilot))
+            if not json:
+                print_lines(f"job {jobs[-1].id}")
     if json:
         print_json(jobs)
-    else:
-        print_lines(*(f"job {job.id}" for job in jobs))
 
 
 @app.command

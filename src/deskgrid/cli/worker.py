@@ -17,7 +17,7 @@ from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines
 from deskgrid.cli.user import lifetime_of, read_link
 from deskgrid.cli.worker_disk import Home
 from deskgrid.errors import Conflict, InvalidInput, Unreachable
-from deskgrid.link import Link, parse_link
+from deskgrid.link import Link, make_secret, parse_link
 from deskgrid.model.workers import Worker
 from deskgrid.settings import WorkerSettings, load_settings, worker_home
 from deskgrid.units import format_duration
@@ -90,14 +90,14 @@ async def _join_first(home: Path, file: Path, name: str) -> None:
     kept = home / "credentials.json"
     if kept.exists():
         return
-    text = file.read_text(encoding="utf-8")
+    text, token = file.read_text(encoding="utf-8"), make_secret()
     deadline = time.monotonic() + _JOIN_S
     while True:
         try:
             if text.lstrip().startswith("{"):
-                found = await join_as_pilot(load_credentials(file), name)
+                found = await join_as_pilot(load_credentials(file), name, token)
             else:
-                found = await join_grid(parse_link(text.strip(), "join"), name)
+                found = await join_grid(parse_link(text.strip(), "join"), name, token)
             save_credentials(kept, found)
             return
         except Unreachable:

@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import html
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,9 @@ class _Loop:
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Return what a coroutine returns. Raise TimeoutError, having cancelled it, after `timeout` seconds."""
+        if threading.current_thread() is self._thread:
+            work.close()
+            raise RuntimeError("this is the grid's own thread: a callback of it waits for nothing")
         future = self.begin(work)
         try:
             return future.result(timeout)
@@ -66,9 +70,17 @@ class _Loop:
             raise
 
     def close(self) -> None:
+        self.run(self._cancel_all())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _cancel_all(self) -> None:
+        """Let whoever waits in another thread hear that it is over."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Job:
@@ -203,7 +215,7 @@ class Grid:
         try:
             self.asynchronous = grid_module.Grid(credentials if credentials is not None else open_login())
             """The same with coroutines, and all that is not here. Use it in this grid's loop: `run`."""
-            self._executors: list[GridExecutor] = []
+            self._executors: weakref.WeakSet[GridExecutor] = weakref.WeakSet()
             self.run(self.asynchronous.__aenter__())
         except BaseException:
             self._loop.close()
@@ -220,7 +232,7 @@ class Grid:
         """End. Jobs go on. Idempotent."""
         if self._loop is None:
             return
-        for executor in self._executors:
+        for executor in list(self._executors):
             executor.shutdown(cancel_futures=True)
         self.run(self.asynchronous.__aexit__(None, None, None))
         self._loop.close()
@@ -294,7 +306,7 @@ class Grid:
         from deskgrid.client.executor import GridExecutor
 
         made = GridExecutor(self, trust=trust, **options)
-        self._executors.append(made)
+        self._executors.add(made)
         return made
 
     def map(
@@ -307,8 +319,11 @@ class Grid:
         **options: Any,
     ) -> list[T]:
         """Call a function with each of the items, as jobs with these options, `chunksize` calls a job; return what it returned, in order."""
-        with self.executor(trust=trust, **options) as executor:
+        executor = self.executor(trust=trust, **options)
+        try:
             return list(executor.map(function, *iterables, timeout=timeout, chunksize=chunksize))
+        finally:  # if one failed, or that took too long, the others are not waited for
+            executor.shutdown(cancel_futures=True)
 
     # Data
 
@@ -349,12 +364,13 @@ class Grid:
 
     async def read_all(self, job_id: JobId, stream: str) -> str:
         """Return all that is kept of a stream of a job's last attempt."""
-        kept = bytearray()
+        kept, at, number = bytearray(), 0, None
         while True:
-            chunk = await self.asynchronous.read_log(job_id, stream=stream, offset=len(kept))
+            chunk = await self.asynchronous.read_log(job_id, stream=stream, offset=at, attempt=number)
             if not chunk.data:
                 return kept.decode(errors="replace")
             kept += chunk.data
+            at, number = chunk.offset + len(chunk.data), chunk.number
 
     def __repr__(self) -> str:
         return f"<grid at {self.asynchronous.transport.credentials.address}>"

@@ -3,24 +3,34 @@ cloudpickle that stands beside it."""
 
 from __future__ import annotations
 
+import base64
+import datetime
+import decimal
+import fractions
 import hashlib
+import json
+import math
 import pickle
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-ANSWER = "answer.pickle"
-_PLAIN = (int, float, str, bytes, bool, type(None))
+ANSWER = "answer"
+WHOLE = "whole"
+"""A file of the context: the answer is to be a pickle, for somebody who trusts this PC."""
+_LONG = 1 << 53
 
 
 def main(folder: Path, number: str) -> None:
-    """Make a call and leave its answer: a pickle of ("value", VALUE) or ("error", MODULE, NAME, ARGUMENTS, TRACEBACK, PICKLE)."""
+    """Make a call and leave its answer: JSON as `plain` writes it or, if it is to be whole, a pickle."""
     sys.path.insert(0, str(folder))
+    is_whole = (folder / WHOLE).exists()
     try:
-        answer = _dumps(("value", _called(folder, number)))
+        value = _called(folder, number)
+        answer = _dumps(("value", value)) if is_whole else _json({"value": plain(value)})
     except BaseException as error:
-        answer = _dumps(_told(error))
+        answer = _whole_error(error) if is_whole else _json({"error": _told(error)})
     unfinished = Path(f"{ANSWER}.new")
     unfinished.write_bytes(answer)
     unfinished.replace(ANSWER)
@@ -40,14 +50,71 @@ def _called(folder: Path, number: str) -> Any:
     return pickle.loads(text)(*arguments, **keywords)  # noqa: S301
 
 
-def _told(error: BaseException) -> tuple[Any, ...]:
-    arguments = tuple(one if isinstance(one, _PLAIN) else repr(one) for one in error.args)
+class NotPlainError(TypeError):
+    """A value that cannot be told without running code where it is read."""
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: scalars as they are, all else as an object with one member that says what it is. Raise NotPlainError."""
+    kind = type(value)
+    if value is None or kind in (bool, str):
+        return value
+    if kind is int:
+        return value if -_LONG < value < _LONG else {"int": str(value)}
+    if kind is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if kind in (list, tuple, set, frozenset):
+        return {kind.__name__: [plain(one) for one in value]}
+    if kind is dict:
+        return {"dict": [[plain(key), plain(one)] for key, one in value.items()]}
+    if kind in (bytes, bytearray):
+        return {kind.__name__: base64.b64encode(value).decode()}
+    if kind is complex:
+        return {"complex": [plain(value.real), plain(value.imag)]}
+    if kind is range:
+        return {"range": [plain(value.start), plain(value.stop), plain(value.step)]}
+    if kind in (datetime.datetime, datetime.date, datetime.time):
+        return {kind.__name__: value.isoformat()}
+    if kind is datetime.timedelta:
+        return {"timedelta": [value.days, value.seconds, value.microseconds]}
+    if kind in (decimal.Decimal, fractions.Fraction):
+        return {kind.__name__: str(value)}
+    return _array(value)
+
+
+def _array(value: Any) -> Any:
+    """Return numpy's arrays and scalars, as numpy.save writes them."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)) and not value.dtype.hasobject:
+        import io
+
+        file = io.BytesIO()
+        numpy.save(file, numpy.asarray(value), allow_pickle=False)
+        return {"ndarray" if isinstance(value, numpy.ndarray) else "scalar": base64.b64encode(file.getvalue()).decode()}
+    raise NotPlainError(f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    arguments = [one if isinstance(one, (int, float, str, bool, type(None))) else repr(one) for one in error.args]
     text = "".join(traceback.format_exception(error))
+    return {
+        "module": type(error).__module__,
+        "name": type(error).__qualname__,
+        "arguments": [plain(one) for one in arguments],
+        "text": text,
+    }
+
+
+def _whole_error(error: BaseException) -> bytes:
+    told = _told(error)
     try:
-        whole = _dumps(error)
+        return _dumps(("error", told, error))
     except Exception:
-        whole = b""
-    return ("error", type(error).__module__, type(error).__qualname__, arguments, text, whole)
+        return _dumps(("error", told, None))
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def _dumps(value: Any) -> bytes:

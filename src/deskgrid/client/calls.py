@@ -4,19 +4,25 @@
     context/cloudpickle/      of this PC, so that both ends have the same
     context/functions/HASH    each function once
     context/calls/N           the Python it was packed by, then a pickle of (HASH, arguments, keywords)
-    scratch/answer.pickle     see call_runner.py
+    context/whole             if the answer may be a pickle
+    scratch/answer            see call_runner.py
 
-To read a pickle is to run what it says, and an answer is written by a PC that its owner can make write anything. So an answer is read with a list of
-what may be in it: plain values, containers, dates and numpy's arrays. Only of PCs whose owners the user trusts it is read whole.
+To read a pickle is to run what it says, and an answer is written by a PC that its owner can make write anything. So answers are JSON: plain values,
+containers, dates, and numpy's arrays as numpy.save writes them. Only PCs whose owners the user trusts send pickles.
 """
 
 from __future__ import annotations
 
+import base64
 import builtins
 import contextlib
+import datetime
+import decimal
+import fractions
 import functools
 import hashlib
 import io
+import math
 import pickle
 import shutil
 import sys
@@ -27,6 +33,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import msgspec
+
 from deskgrid.client import call_runner
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
 
@@ -34,19 +42,9 @@ __all__ = ["ANSWER", "CallFailed", "Packed", "of_module", "pack_call", "read_ans
 
 ANSWER = call_runner.ANSWER
 F = TypeVar("F", bound=Callable[..., Any])
-_MOST_ANSWER_BYTES = 1 << 30
-_ALLOWED = {
-    "builtins": {"bytearray", "complex", "frozenset", "range", "set", "slice"},
-    "collections": {"OrderedDict", "deque", "Counter"},
-    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
-    "decimal": {"Decimal"},
-    "fractions": {"Fraction"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "numpy.core.numeric": {"_frombuffer"},
-}
+_MOST_ANSWER_BYTES = 1 << 28
+_MOST_DIGITS = 4000
+_DEEPEST = 100
 
 
 class CallFailed(DeskgridError):
@@ -60,6 +58,9 @@ class Packed:
 
     def __init__(self, function: bytes, arguments: bytes) -> None:
         self.function, self.arguments = function, arguments
+
+
+# ---- calls
 
 
 def pack_call(
@@ -88,6 +89,10 @@ def pack_call(
             raise InvalidInput(f"this call cannot be packed: {error}") from error
 
 
+_PACKING = threading.Lock()
+"""What goes by value is a setting of cloudpickle's for all threads."""
+
+
 def of_module(wrapper: F, function: Callable[..., Any]) -> F:
     """Return a wrapper that is packed as if it stood where a function stands that it calls."""
     module = _module_of(function)
@@ -102,10 +107,6 @@ def _module_of(function: Callable[..., Any]) -> ModuleType | None:
     return sys.modules.get(getattr(function, "__module__", None) or "")
 
 
-_PACKING = threading.Lock()
-"""What goes by value is a setting of cloudpickle's for all threads."""
-
-
 def _is_users(module: ModuleType) -> bool:
     """Tell whether a module is the user's own, and no library that is installed: that one the PC has, or does not."""
     file = getattr(module, "__file__", None)
@@ -113,7 +114,7 @@ def _is_users(module: ModuleType) -> bool:
     return file is not None and not any(library and Path(file).is_relative_to(library) for library in libraries)
 
 
-def write_calls(folder: Path, calls: Sequence[Packed]) -> None:
+def write_calls(folder: Path, calls: Sequence[Packed], *, trusted: bool) -> None:
     """Write the context of an array whose jobs make these calls."""
     import cloudpickle
 
@@ -122,62 +123,137 @@ def write_calls(folder: Path, calls: Sequence[Packed]) -> None:
     shutil.copytree(Path(cloudpickle.__file__).parent, folder / "cloudpickle", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("functions", "calls"):
         (folder / name).mkdir()
+    if trusted:
+        (folder / call_runner.WHOLE).touch()
     for function in {call.function for call in calls}:
         (folder / "functions" / hashlib.sha256(function).hexdigest()).write_bytes(function)
     for number, call in enumerate(calls):
         (folder / "calls" / str(number)).write_bytes(version + call.arguments)
 
 
+# ---- answers
+
+
 def read_answer(file: Path, *, trusted: bool) -> Any:
     """Return what a call returned, or raise what it raised.
 
-    `trusted`: the answer may run code here. Otherwise raise CallFailed for what is not plain, and for exceptions that are not Python's own.
+    `trusted`: the answer is a pickle. Otherwise raise CallFailed for what is not plain, and for exceptions that are not Python's own.
     """
     if file.stat().st_size > _MOST_ANSWER_BYTES:
         raise CallFailed("its answer is too large", hint="let it leave a file, and fetch the job's results")
-    with file.open("rb") as source:
-        answer = _load(source, trusted=trusted)
-    if isinstance(answer, tuple) and len(answer) == 2 and answer[0] == "value":
-        return answer[1]
-    if isinstance(answer, tuple) and len(answer) == 6 and answer[0] == "error":
-        raise _error(*answer[1:], trusted=trusted)
-    raise CallFailed("what came is no answer")
+    data = file.read_bytes()
+    return _read_whole(data) if trusted else _read_plain(data)
 
 
-def _load(source: Any, *, trusted: bool) -> Any:
+def _read_whole(data: bytes) -> Any:
     try:
-        return (pickle.Unpickler if trusted else _Plain)(source).load()
-    except CallFailed:
-        raise
+        what, *rest = pickle.loads(data)  # noqa: S301 - of a PC that the user trusts
     except Exception as error:
         raise CallFailed(f"its answer cannot be read: {type(error).__name__}: {error}") from error
+    if what == "value":
+        return rest[0]
+    told, raised = rest
+    if isinstance(raised, Exception):
+        raised.add_note(f"In the job:\n{told['text'][-20_000:]}")
+        raise raised
+    raise _error(told)
 
 
-class _Plain(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise CallFailed(
-            f"its answer holds {module[:80]}.{name[:80]}, and to read that could run code of the owner of the PC here",
+def _read_plain(data: bytes) -> Any:
+    try:
+        answer = msgspec.json.decode(data, type=dict[str, Any])
+        if "value" in answer:
+            return _value(answer["value"], _DEEPEST)
+        error = _error(answer["error"])
+    except CallFailed:
+        raise
+    except Exception as wrong:  # whatever the PC made of it
+        raise CallFailed(f"its answer cannot be read: {type(wrong).__name__}") from wrong
+    raise error
+
+
+def _error(told: Any) -> Exception:
+    """Return what a function raised, with where it raised it."""
+    module, name, text = (str(told[part]) for part in ("module", "name", "text"))
+    arguments = [_value(one, _DEEPEST) for one in told["arguments"]]
+    found: Exception | None = None
+    kind = getattr(builtins, name, None) if module == "builtins" else None
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with contextlib.suppress(Exception):
+            found = kind(*arguments)
+    if name == "NotPlainError":
+        found = CallFailed(
+            f"its answer holds {arguments[0] if arguments else 'something'}, and to read that could run code of the PC's owner here",
             hint="return plain values and arrays, or name whose PCs you trust: trust=['mine']",
         )
-
-
-def _error(module: Any, name: Any, arguments: Any, text: Any, whole: Any, *, trusted: bool) -> BaseException:
-    """Return what a function raised, with where it raised it."""
-    found: BaseException | None = None
-    if trusted and isinstance(whole, bytes) and whole:
-        loaded = _load(io.BytesIO(whole), trusted=True)
-        found = loaded if isinstance(loaded, Exception) else None
-    kind = getattr(builtins, str(name), None) if module == "builtins" else None
-    if found is None and isinstance(kind, type) and issubclass(kind, Exception) and isinstance(arguments, tuple):
-        try:
-            found = kind(*arguments)
-        except Exception:
-            found = None
     if found is None:
-        found = CallFailed(
-            f"{str(module)[:100]}.{str(name)[:100]}: {', '.join(map(str, arguments)) if isinstance(arguments, tuple) else ''}"
-        )
-    found.add_note(f"In the job:\n{str(text)[-20_000:]}")
+        found = CallFailed(f"{module[:100]}.{name[:100]}: {', '.join(map(str, arguments))[:2000]}")
+    found.add_note(f"In the job:\n{text[-20_000:]}")
     return found
+
+
+def _value(told: Any, depth: int) -> Any:
+    """Return the value that `call_runner.plain` told so. Raise ValueError, TypeError, KeyError for what is none."""
+    if not isinstance(told, dict):
+        if isinstance(told, list):
+            raise TypeError("a list says what it is")
+        return told
+    if depth <= 0:
+        raise ValueError("too deep")
+    [(kind, inside)] = told.items()
+    return _READERS[kind](inside, depth - 1)
+
+
+def _values(inside: Any, depth: int) -> list[Any]:
+    return [_value(one, depth) for one in inside]
+
+
+def _bytes(inside: Any, _depth: int) -> bytes:
+    return base64.b64decode(inside, validate=True)
+
+
+def _of_text(read: Callable[[str], Any]) -> Callable[[Any, int], Any]:
+    def short(inside: Any, _depth: int) -> Any:
+        if not isinstance(inside, str) or len(inside) > _MOST_DIGITS:
+            raise ValueError("too long")
+        return read(inside)
+
+    return short
+
+
+def _array(inside: Any, _depth: int) -> Any:
+    """Read what numpy.save wrote: the header, and as many bytes as it says."""
+    from numpy import frombuffer
+    from numpy.lib import format as npy
+
+    file = io.BytesIO(base64.b64decode(inside, validate=True))
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+    shape, is_fortran, dtype = read_header(file, max_header_size=10_000)
+    data = file.read()
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError("the header does not fit the bytes")
+    array = frombuffer(bytearray(data), dtype).reshape(shape[::-1] if is_fortran else shape)
+    return array.T if is_fortran else array
+
+
+_READERS: dict[str, Callable[[Any, int], Any]] = {
+    "int": _of_text(int),
+    "float": _of_text(float),
+    "list": _values,
+    "tuple": lambda inside, depth: tuple(_values(inside, depth)),
+    "set": lambda inside, depth: set(_values(inside, depth)),
+    "frozenset": lambda inside, depth: frozenset(_values(inside, depth)),
+    "dict": lambda inside, depth: {_value(key, depth): _value(one, depth) for key, one in inside},
+    "bytes": _bytes,
+    "bytearray": lambda inside, depth: bytearray(_bytes(inside, depth)),
+    "complex": lambda inside, depth: complex(*(float(one) for one in _values(inside, depth))),
+    "range": lambda inside, depth: range(*(int(one) for one in _values(inside, depth))),
+    "datetime": _of_text(datetime.datetime.fromisoformat),
+    "date": _of_text(datetime.date.fromisoformat),
+    "time": _of_text(datetime.time.fromisoformat),
+    "timedelta": lambda inside, _depth: datetime.timedelta(*(int(one) for one in inside)),
+    "Decimal": _of_text(decimal.Decimal),
+    "Fraction": _of_text(fractions.Fraction),
+    "ndarray": _array,
+    "scalar": lambda inside, depth: _array(inside, depth)[()],
+}

@@ -23,20 +23,28 @@ async def login(link: Link, label: str = "", *, lifetime_s: float = 0.0) -> Cred
     return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=answer.user.name)
 
 
-async def join(link: Link, name: str) -> Credentials:
-    """Exchange a join link for a worker's credentials. Raise Unauthenticated if its secret is used up or has expired."""
+async def join(link: Link, name: str, token: str = "") -> Credentials:
+    """Exchange a join link for a worker's credentials. Raise Unauthenticated if its secret is used up or has expired.
+
+    `token`: the worker's, if it was made before; then an answer that was lost may be asked for again.
+    """
     found = await fetch_authority(link)
     async with Transport(found) as transport:
-        token = make_secret()
-        await transport.call(wire.JOIN, wire.JoinRequest(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token))))
+        token = token or make_secret()
+        request = wire.JoinRequest(secret=link.secret, name=name, token_hash=Sha256(hash_secret(token)))
+        await transport.call(wire.JOIN, request, key=hash_secret(token)[:32])
     return Credentials(address=found.address, authority_pem=found.authority_pem, token=token, name=name)
 
 
-async def join_as_pilot(job: Credentials, name: str) -> Credentials:
-    """Exchange the own token of a job that is a pilot for a worker's credentials. Raise Conflict if that was done before in its attempt."""
+async def join_as_pilot(job: Credentials, name: str, token: str = "") -> Credentials:
+    """Exchange the own token of a job that is a pilot for a worker's credentials. Raise Conflict if that was done before in its attempt.
+
+    `token`: see `join`.
+    """
     async with Transport(job) as transport:
-        token = make_secret()
-        await transport.call(wire.JOIN_PILOT, wire.JoinPilot(name=name, token_hash=Sha256(hash_secret(token))))
+        token = token or make_secret()
+        request = wire.JoinPilot(name=name, token_hash=Sha256(hash_secret(token)))
+        await transport.call(wire.JOIN_PILOT, request, key=hash_secret(token)[:32])
     return Credentials(address=job.address, authority_pem=job.authority_pem, token=token, name=name)
 
 

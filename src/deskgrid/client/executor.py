@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import itertools
+import random
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from deskgrid.archive import UnpackLimits
 from deskgrid.client.calls import ANSWER, CallFailed, Packed, of_module, pack_call, read_answer, write_calls
 from deskgrid.client.jobfile import as_written, read_job
-from deskgrid.errors import DeskgridError, InvalidInput
+from deskgrid.core.backoff import delay_s
+from deskgrid.errors import DeskgridError, InvalidInput, StoreUnavailable, Unreachable
 from deskgrid.model.ids import ArrayId
-from deskgrid.model.jobs import Array, JobState, Results
+from deskgrid.model.jobs import Array, Job, JobState, Results
 
 if TYPE_CHECKING:
     from deskgrid.client.blocking import Grid
@@ -38,11 +42,19 @@ _GATHER_S = 0.05
 _MOST_CALLS = 10_000
 """In one array."""
 _LOOK_GAP_S = 0.2
+_LISTED_PER_S = 5000.0
+"""Of an array's jobs that have ended: all are looked through for those that are new."""
+_FETCHED_AT_ONCE = 4
+_LIMITS = UnpackLimits(files=10, bytes=1 << 29, apparent_bytes=1 << 29)
+_NO_OPTIONS = {"array", "command", "context", "fill", "paths", "secret", "table", "warm"}
+_rng = random.Random()  # noqa: S311 - jitter
 _Waiting = tuple["concurrent.futures.Future[Any]", Packed]
 
 
 class GridExecutor(concurrent.futures.Executor):
     """See concurrent.futures.Executor. A call that has been submitted is cancelled only with all others, by `shutdown`."""
+
+    _max_workers = 1000  # what Dask takes for the number of tasks that it may submit at the same time
 
     def __init__(
         self,
@@ -55,11 +67,13 @@ class GridExecutor(concurrent.futures.Executor):
     ) -> None:
         """`options` are keys of a job file. `trust`: whose PCs they may run on; then answers may hold anything. `modules`: of the user's own, that
         functions need. Raise InvalidInput."""
+        if wrong := _NO_OPTIONS & options.keys():
+            raise InvalidInput(f"{min(wrong)} is the executor's own matter", where=min(wrong))
         self._grid = grid
         options = {"kind": "vm" if "disk" in options else "process", "name": "calls", **options, "trust": tuple(trust)}
         command = (python, "/context/run.py", "{index}")
-        self._spec = read_job(None, as_written({**options, "command": command})).spec
-        self._spec = msgspec.structs.replace(self._spec, results=Results(paths=(ANSWER,)))
+        spec = read_job(None, as_written({**options, "command": command})).spec
+        self._spec = msgspec.structs.replace(spec, results=Results(paths=(ANSWER,)))
         self._modules = tuple(modules)
         self._trusted = bool(trust) and "everyone" not in trust
         self._lock = threading.Lock()
@@ -75,8 +89,9 @@ class GridExecutor(concurrent.futures.Executor):
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             self._pending.append((future, packed))
-            if len(self._pending) == 1:
-                self._arrays.add(self._grid.begin(self._send()))
+            begins = len(self._pending) == 1
+        if begins:
+            self._begin()
         return future
 
     def map(
@@ -97,30 +112,45 @@ class GridExecutor(concurrent.futures.Executor):
         with self._lock:
             self._closed = True
             arrays = set(self._arrays)
+            dropped: list[_Waiting] = []
             if cancel_futures:
-                for future, _ in self._pending:
-                    future.cancel()
+                dropped, self._pending = self._pending, []
+        for future, _ in dropped:
+            if future.cancel():
+                future.set_running_or_notify_cancel()
         if cancel_futures:
             for one in arrays:
                 one.cancel()
-        if wait:
+        while wait and arrays:
             concurrent.futures.wait(arrays)
+            with self._lock:
+                arrays = {one for one in self._arrays if not one.done()}
 
-    # ---- in the grid's loop
+    def _begin(self) -> None:
+        sending = self._grid.begin(self._send())
+        with self._lock:
+            self._arrays.add(sending)
+        sending.add_done_callback(self._forget)
+
+    def _forget(self, sent: concurrent.futures.Future[None]) -> None:
+        with self._lock:
+            self._arrays.discard(sent)
+
+    # ---- in the grid's loop. Futures are answered in another thread: what waits for them may use the grid.
 
     async def _send(self) -> None:
         """Submit what has gathered, and stay until all of it is answered."""
         await asyncio.sleep(_GATHER_S)
         with self._lock:
             pending, self._pending = self._pending[:_MOST_CALLS], self._pending[_MOST_CALLS:]
-            if self._pending:
-                self._arrays.add(self._grid.begin(self._send()))
+            is_more = bool(self._pending)
+        if is_more:
+            self._begin()
         calls = [(future, packed) for future, packed in pending if future.set_running_or_notify_cancel()]
-        if not calls:
-            return
         futures = dict(enumerate(future for future, _ in calls))
         try:
-            await self._run([packed for _, packed in calls], futures)
+            if calls:
+                await self._run([packed for _, packed in calls], futures)
         except BaseException as error:
             why = error if isinstance(error, Exception) else CallFailed("the executor was shut down")
             for future in futures.values():
@@ -132,52 +162,75 @@ class GridExecutor(concurrent.futures.Executor):
         with tempfile.TemporaryDirectory(prefix="deskgrid-") as place:
             context, answers = Path(place) / "context", Path(place) / "answers"
             context.mkdir()
-            await asyncio.to_thread(write_calls, context, calls)
-            array = await self._grid.asynchronous.submit_array(self._spec, count=len(calls), context=context)
+            answers.mkdir()
+            await asyncio.to_thread(functools.partial(write_calls, context, calls, trusted=self._trusted))
+            submitting = asyncio.ensure_future(self._grid.asynchronous.submit_array(self._spec, count=len(calls), context=context))
             try:
-                await self._collect(array.id, answers, futures)
+                array_id = (await asyncio.shield(submitting)).id
+                await self._collect(array_id, answers, futures)
             except BaseException:
-                await asyncio.shield(self._drop(array.id, cancel=True))
+                # Also if that came while the server was about to take it: nobody would wait for those jobs.
+                with contextlib.suppress(DeskgridError):
+                    await self._grid.asynchronous.cancel_array((await submitting).id)
                 raise
-            await self._drop(array.id)
+            with contextlib.suppress(DeskgridError):  # it stays for a while, as any array does
+                await self._grid.asynchronous.remove_array(array_id)
 
     async def _collect(self, array_id: ArrayId, answers: Path, futures: dict[int, concurrent.futures.Future[Any]]) -> None:
-        """Give each future its answer when its job has ended."""
-        grid, seen = self._grid.asynchronous, (0, 0)
-        async for array in grid.array_changes(array_id):
-            counts = _ended(array)
-            if counts[0] > seen[0]:
-                await grid.array_results(array_id, answers)
-                for number in [number for number in futures if (answers / str(number) / ANSWER).exists()]:
-                    self._answer(futures.pop(number), answers / str(number) / ANSWER)
-            if counts[1] > seen[1]:
-                for state in (JobState.FAILED, JobState.CANCELLED):
-                    async for job in grid.jobs_of(array_id, state=state):
-                        if (future := futures.pop(job.index, None)) is not None:
-                            future.set_exception(CallFailed(f"job {job.id}: {job.message or state.value}"))
-            seen = counts
-            await asyncio.sleep(_LOOK_GAP_S)
-        for future in futures.values():
-            future.set_exception(CallFailed("its job left no answer"))
-        futures.clear()
+        """Give each future its answer when its job has ended. While the server is away, go on trying."""
+        failures = 0
+        while futures:
+            try:
+                async for array in self._grid.asynchronous.array_changes(array_id):
+                    failures = 0
+                    done = await self._look(array, answers, futures)
+                    await asyncio.sleep(max(_LOOK_GAP_S, done / _LISTED_PER_S))
+                for future in futures.values():
+                    await asyncio.to_thread(future.set_exception, CallFailed("its job left no answer"))
+                futures.clear()
+            except (Unreachable, StoreUnavailable):
+                failures += 1
+                await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
 
-    def _answer(self, future: concurrent.futures.Future[Any], file: Path) -> None:
-        try:
-            future.set_result(read_answer(file, trusted=self._trusted))
-        except Exception as error:
-            future.set_exception(error)
-
-    async def _drop(self, array_id: ArrayId, *, cancel: bool = False) -> None:
-        """Remove an array whose answers are here, or are not wanted any more."""
+    async def _look(self, array: Array, answers: Path, futures: dict[int, concurrent.futures.Future[Any]]) -> int:
+        """Answer the futures of jobs that have ended since the last look; return how many have ended in all."""
         grid = self._grid.asynchronous
-        with contextlib.suppress(DeskgridError):  # it stays for a while, as any array does
-            await (grid.cancel_array(array_id) if cancel else grid.remove_array(array_id))
+        ended = {state: array.jobs.get(state, 0) for state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)}
+        done = sum(ended.values())
+        if len(futures) > array.count - done:
+            places = asyncio.Semaphore(_FETCHED_AT_ONCE)
+            async with asyncio.TaskGroup() as tasks:
+                for state in [state for state, count in ended.items() if count]:
+                    async for job in grid.jobs_of(array.id, state=state):
+                        if (future := futures.pop(job.index, None)) is not None:
+                            tasks.create_task(self._finish(job, future, answers / str(job.index), places))
+        return done
 
-
-def _ended(array: Array) -> tuple[int, int]:
-    """Return how many jobs have completed, and how many have ended otherwise."""
-    failed = array.jobs.get(JobState.FAILED, 0) + array.jobs.get(JobState.CANCELLED, 0)
-    return array.jobs.get(JobState.COMPLETED, 0), failed
+    async def _finish(self, job: Job, future: concurrent.futures.Future[Any], place: Path, places: asyncio.Semaphore) -> None:
+        """Fetch the answer of a job and give it to its future; what is wrong with it is that call's alone."""
+        failures = 0
+        while True:
+            try:
+                if job.state is not JobState.COMPLETED:
+                    raise CallFailed(f"job {job.id}: {job.message or job.state.value}")
+                async with places:
+                    await self._grid.asynchronous.results_of(job, place, limits=_LIMITS)
+                file = place / ANSWER
+                if not file.is_file():
+                    raise CallFailed(f"job {job.id} left no answer")
+                value = await asyncio.to_thread(read_answer, file, trusted=self._trusted)
+            except (Unreachable, StoreUnavailable):
+                failures += 1
+                await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
+            except asyncio.CancelledError:
+                future.set_exception(CallFailed("the executor was shut down"))
+                raise
+            except BaseException as error:
+                await asyncio.to_thread(future.set_exception, error)
+                return
+            else:
+                await asyncio.to_thread(future.set_result, value)
+                return
 
 
 def _of_each(function: Callable[..., T]) -> Callable[[Sequence[tuple[Any, ...]]], list[T]]:

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -164,14 +165,21 @@ class Grid:
         """Fetch and unpack a job's result into a new folder, whole or not at all. Raise Conflict if there is none (yet)."""
         return await self.results_of((await self.job(job_id)).job, destination, progress)
 
-    async def results_of(self, job: Job, destination: Path, progress: Progress | None = None) -> archive.UnpackReport:
+    async def results_of(
+        self,
+        job: Job,
+        destination: Path,
+        progress: Progress | None = None,
+        *,
+        limits: archive.UnpackLimits = archive.UnpackLimits(),  # noqa: B008 - frozen
+    ) -> archive.UnpackReport:
         """Fetch the result of a job whose state is known already, as `results` does."""
         if job.result is None or job.result_bytes is None:
             raise Conflict(f"job {job.id} is {job.state} and has no result", hint=f"deskgrid job wait {job.id}")
         with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
             packed = Path(folder) / "result.tar.zst"
             await self.transport.download(Blob(sha256=job.result, size_bytes=job.result_bytes), packed, progress)
-            return await asyncio.to_thread(archive.unpack, packed, destination)
+            return await asyncio.to_thread(partial(archive.unpack, packed, destination, limits=limits))
 
     # Arrays and sets
 
@@ -480,7 +488,9 @@ class Grid:
         return await make_link(self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses, owner=owner)
 
     async def pilot_link(self, *, pilot_s: float, lifetime_s: float = 86400.0, uses: int = 1) -> Link:
-        """Make a link by which `uses` pilots of the caller's may join, each for `pilot_s`."""
+        """Make a link by which `uses` pilots of the caller's may join, each for `pilot_s`. Raise InvalidInput for no time: that were a worker's."""
+        if pilot_s <= 0:
+            raise InvalidInput("a pilot lives for some time", where="pilot_s", hint="as in 14400.0, four hours")
         return await make_link(
             self.transport, "join", wire.ADD_JOIN_SECRET, lifetime_s=lifetime_s, uses=uses, owner="", pilot_s=pilot_s
         )

@@ -247,6 +247,8 @@ def _read(key: Key, value: Any, where: str, entry_where: Callable[[str], str]) -
 
 
 def _from_options(options: Mapping[str, Any]) -> dict[str, _Written]:
+    for name in options.keys() - BY_OPTION.keys():
+        raise InvalidInput(f"unknown option {shown(name)}", where=shown(name), hint=f"allowed: {', '.join(sorted(BY_OPTION))}")
     given = {BY_OPTION[name]: value for name, value in options.items() if value is not None}
     return {key.path: _from_option(key, value) for key, value in given.items()}
 

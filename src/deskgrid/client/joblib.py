@@ -34,6 +34,7 @@ def register(grid: Grid, name: str = "deskgrid", **options: Any) -> None:
 
 class _Backend(ParallelBackendBase):  # type: ignore[misc]
     supports_retrieve_callback = True
+    default_n_jobs = -1
 
     def __init__(self, grid: Grid, options: dict[str, Any]) -> None:
         super().__init__()

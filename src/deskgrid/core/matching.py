@@ -73,6 +73,8 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     """The jobs have secrets."""
     data: tuple[Sha256, ...] = ()
     """Blobs that the jobs find as files."""
+    pilot: bool = False
+    """The jobs are pilots: none runs in another one."""
 
 
 class Queue(Struct, frozen=True):
@@ -182,6 +184,7 @@ def requirement_of(
         trust=() if EVERYONE in trust else tuple(sorted(set(trust))),
         secrets=bool(spec.secrets),
         data=tuple(sorted({one.sha256 for one in blobs})),
+        pilot=spec.pilot,
     )
 
 
@@ -294,6 +297,7 @@ def suits(ask: Ask, queue: Queue, person: Person) -> bool:
         and (not wanted.trust or _is_trusted(ask, queue))
         and (ask.has_key or not wanted.secrets)
         and (ask.pilot_of in (None, queue.owner_id) or queue.team in ask.pilot_groups)
+        and (ask.pilot_of is None or not wanted.pilot)
         and _accepts(ask, queue, person)
     )
 

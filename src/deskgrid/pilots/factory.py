@@ -86,6 +86,9 @@ class Factory:
                 record.joined = True
                 self._states[record.system] = after_joining(self._states.get(record.system, SystemState()))
                 _log.info("pilot_joined", pilot=record.name, system=record.system)
+        for record in [one for one in self.out.values() if one.joined and one.name not in joined]:
+            _log.info("pilot_ended", pilot=record.name, system=record.system, joined=True)
+            del self.out[record.name]
         for name, system in self._systems.items():
             known = {
                 one.reference: one for one in self.out.values() if one.system == name and one.reference and one.name not in joined

@@ -176,8 +176,10 @@ class Swarm:
 
     async def _until_checked(self) -> None:
         while True:
-            changed = self._engine.changed
-            if self._engine.state(self.name).checked:
+            changed, state = self._engine.changed, self._engine.state(self.name)
+            if state.error:
+                raise ProtocolError(f"the file cannot be shared: {state.error}")
+            if state.checked:
                 return
             await changed.wait()
 

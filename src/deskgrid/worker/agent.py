@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -128,6 +129,7 @@ class Agent:
     ) -> None:
         self._home = home
         self._term = term
+        self._began_at = clock.monotonic()
         self._settings = settings
         self._connection = connection
         self._clock = clock
@@ -287,16 +289,25 @@ class Agent:
         term = self._term
         if term is None:
             return
-        started = busy_at = self._clock.monotonic()
+        busy_at = self._clock.monotonic()
         while True:
             now = self._clock.monotonic()
             busy_at = now if self._listed() else busy_at
-            is_over = bool(term.lifetime_s) and now - started >= term.lifetime_s
-            if is_over or (term.idle_s and now - busy_at >= term.idle_s):
+            is_over = self._left_s() <= 0
+            delivering = (
+                is_over and self._left_s() > -_DELIVER_S and any(one.entry.phase in _DELIVERING for one in self._runners.values())
+            )
+            if (is_over and not delivering) or (term.idle_s and now - busy_at >= term.idle_s):
                 _log.info("term_ends", why="lifetime" if is_over else "idle", attempts=len(self._listed()))
                 self._finish_as(_End.LEFT)
                 return
             await self._clock.sleep(_LOOK_S)
+
+    def _left_s(self) -> float:
+        """Return how long this worker is one yet."""
+        if self._term is None or not self._term.lifetime_s:
+            return math.inf
+        return self._began_at + self._term.lifetime_s - self._clock.monotonic()
 
     async def answer(self, command: str) -> StatusAnswer:
         """Carry out a command of control.py."""
@@ -360,7 +371,7 @@ class Agent:
             await finish(self._sight.close())
             self._ending.set()
             self._ended.set()
-        if self._end is _End.REVOKED:
+        if self._end is _End.REVOKED and self._term is None:
             raise Unauthenticated(
                 "the server does not know this worker any more, so it has stopped and removed its machines",
                 hint="deskgrid worker leave, then deskgrid worker join LINK with a new link",
@@ -402,6 +413,7 @@ class Agent:
             self._runners.clear()
         if self._end is _End.LEFT:
             self._goodbye = await self._say_goodbye()
+        if self._end is _End.LEFT or (self._end is _End.REVOKED and self._term is not None):  # the grid may be the first to end it
             await in_thread(remove_files, self._home)
         elif self._end is not _End.REVOKED:
             await self._give_all_back()
@@ -565,6 +577,8 @@ class Agent:
             _log.info("attempt_taken", attempt_id=runner.id, job_id=entry.assignment.job_id, number=entry.assignment.number)
             if self._owner.paused:
                 self._spawn(runner, runner.give_back(""))
+            elif entry.assignment.spec.limits.wall_time_s > self._left_s():
+                self._spawn(runner, runner.give_back("it may take longer than this worker is there"))
             else:
                 self._begin(runner)
         if new:
@@ -658,7 +672,7 @@ class Agent:
 
     def _free(self) -> Capacity:
         """Return what new attempts may use now."""
-        if self._owner.paused or self._ending.is_set():
+        if self._owner.paused or self._ending.is_set() or self._left_s() < _SHORTEST_S:
             return NOTHING
         return self._bounds.free((*(runner.usage() for runner in self._runners.values()), *self._warm.usages()))
 
@@ -694,6 +708,11 @@ class Agent:
             await largest.end(Verdict(AttemptState.REFUSED, reason))
 
 
+_DELIVERING = frozenset({Phase.EXITED, Phase.SETTLED, Phase.DONE})
+"""Phases in which a result is on its way."""
+_DELIVER_S = 60.0
+_SHORTEST_S = 30.0
+"""What is left of a worker's time in which it asks for nothing any more."""
 _GIVEN_BACK = frozenset({Phase.FETCHING, Phase.PREPARED, Phase.STARTED})
 """Phases whose work is lost when the worker stops; later ones have a result to bring, or are on the disk."""
 

@@ -239,7 +239,12 @@ class Sharing:
                 continue
             try:
                 swarm = self._swarm(await self._started(), Blob(sha256=sha256, size_bytes=file.stat().st_size))
-                if await swarm.share(file.name):
+                try:
+                    is_shared = await swarm.share(file.name)
+                except BaseException:
+                    swarm.leave()
+                    raise
+                if is_shared:
                     self._shared[sha256], self._due[sha256] = swarm, 0.0
                     self._wanted_at = self._clock.monotonic()
             except (DeskgridError, OSError) as error:

@@ -136,6 +136,18 @@ async def test_pilot_that_was_perhaps_sent_when_it_was_killed_counts_until_it_jo
     assert len(place.system.orders) == 1
 
 
+async def test_pilot_of_which_only_the_name_is_known_is_forgotten_when_it_has_left(place: Place) -> None:
+    """The factory was killed before it had written by what name the system knows it."""
+    await place.look(jobs=1)
+    [record] = place.factory.out.values()
+    record.reference = ""
+    place.grid.joined = {record.name}
+    await place.look()
+    place.grid.joined.clear()
+    await place.look(jobs=0)
+    assert place.factory.out == {}
+
+
 async def test_system_that_refuses_is_left_alone_for_longer_and_longer(place: Place) -> None:
     place.system.refuses = True
     tries = []

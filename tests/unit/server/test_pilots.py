@@ -24,7 +24,9 @@ from deskgrid.model.ids import JobId, Sha256
 from deskgrid.model.jobs import AttemptState, Job, JobSpec, Limits, Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 from deskgrid.model.workers import AttemptReport
-from deskgrid.server.store.pilots import end_pilots
+from deskgrid.server.chores import do_chores
+from deskgrid.server.store import accounts
+from deskgrid.server.store.pilots import end_pilots, join_in_attempt
 from deskgrid.server.store.schema import account, use
 from deskgrid.settings import ServerSettings
 from deskgrid.testing.grids import PlayedJob, TestGrid, play_job, played_sync, running_grid
@@ -211,6 +213,72 @@ async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: 
         after = await used(grid)
         assert after["bob", "hep"] == pytest.approx(100, rel=0.02)
         assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(2 * 150 - 100, rel=0.02)
+
+
+async def test_pilot_in_a_pilot_is_none(grid: TestGrid):
+    ann, bob = await people(grid, "ann", "bob")
+    async with Grid(await grid.admin()) as admin:
+        await admin.add_group("hep")
+        await admin.set_members("hep", add=["ann", "bob"])
+    async with Transport(await grid.worker()) as host:
+        _, job = await pilot_job(ann, host)
+        async with joined(job) as pilot, Grid(bob) as user:
+            async with Transport(await grid.worker("other")) as other:
+                await play_job(bob, other)
+            await user.submit_pilot(Pilot(disk="played", group="hep"))
+            assert (await pilot.call(wire.SYNC, played_sync(room=True))).assignments == ()
+            link = await user.pilot_link(pilot_s=3600)
+        async with Transport(await join(link, "elsewhere")) as elsewhere:
+            assert (await elsewhere.call(wire.SYNC, played_sync(room=True))).assignments == ()
+
+
+async def test_token_of_an_attempt_that_has_ended_makes_no_pilot(grid: TestGrid):
+    [ann] = await people(grid, "ann")
+    async with Transport(await grid.worker()) as host, Grid(ann) as user:
+        played, job = await pilot_job(ann, host)
+        async with Transport(job) as late:
+            caller = await grid.services.store.read(lambda tx: accounts.authenticate(tx, job.token))
+            await user.cancel(played.id)
+            with pytest.raises(Unauthenticated):  # as by a call that began before
+                await grid.services.store.write(lambda tx: join_in_attempt(tx, caller, "late"))
+            with pytest.raises(Unauthenticated):
+                await late.call(wire.WHO)
+        assert not [one for one in await user.workers() if one.pilot_of]
+
+
+async def test_pilot_whose_attempt_was_lost_may_come_back_with_it_until_the_job_is_over(grid: TestGrid):
+    [ann] = await people(grid, "ann")
+    async with Transport(await grid.worker()) as host, Grid(ann) as user:
+        played, job = await pilot_job(ann, host)
+        await played.report(AttemptState.RUNNING)
+        async with joined(job) as pilot:
+            await host.call(wire.SYNC, played_sync())  # it does not list it: lost
+            await grid.services.store.write(end_pilots)
+            own = await submit_process(ann)
+            assert set(await taken(pilot)) == {own.id}
+            await played.report(AttemptState.RUNNING)
+            await user.cancel(played.id)
+            with pytest.raises(Unauthenticated):
+                await taken(pilot)
+
+
+async def test_what_waits_is_told_with_the_workers_that_could_run_it(grid: TestGrid):
+    ann, bob = await people(grid, "ann", "bob")
+    spec = JobSpec(machine=Machine(kind=MachineKind.PROCESS, need=("root",), memory_bytes=GIB, cpus=2), command=("true",))
+    async with Grid(ann) as user, Transport(await grid.worker()) as pc:
+        assert await user.waiting() == ()
+        await user.submit_array(spec, count=7)
+        await do_chores(grid.services)
+        await submit_process(bob)
+        [found] = await user.waiting()
+        assert (found.jobs, found.packages, found.cpus, found.memory_bytes, found.workers) == (7, ("root",), 2, GIB, 0)
+        sync = played_sync()
+        able = msgspec.structs.replace(sync.profile, drivers=(PROCESS,), packages=("root",))
+        await pc.call(wire.SYNC, msgspec.structs.replace(sync, profile=able))
+        assert [one.workers for one in await user.waiting()] == [1]
+        small = msgspec.structs.replace(able, lent=msgspec.structs.replace(able.lent, cpus=1))
+        await pc.call(wire.SYNC, msgspec.structs.replace(sync, profile=small))
+        assert [one.workers for one in await user.waiting()] == [0]
 
 
 async def used(grid: TestGrid) -> dict[tuple[str, str], float]:

@@ -460,7 +460,7 @@ async def test_leave_removes_everything_and_tells_the_server(rig: Rig) -> None:
 @pytest.mark.parametrize("term", [Term(lifetime_s=100.0), Term(lifetime_s=100.0, idle_s=10.0)])
 async def test_worker_for_a_time_leaves_when_that_is_over_and_gives_its_job_back(rig: Rig, term: Term) -> None:
     task = asyncio.create_task(rig.agent(term=term).run())
-    await rig.running()
+    await rig.running(limits=Limits(wall_time_s=99.0))
     await rig.clock.advance(90.0)
     assert not task.done()
     await rig.through(task, step_s=1.0)
@@ -479,6 +479,24 @@ async def test_worker_for_a_time_leaves_when_it_has_had_no_job_for_long(rig: Rig
     assert not task.done()
     await rig.through(task, step_s=1.0)
     assert rig.server.left
+
+
+async def test_worker_for_a_time_takes_no_job_that_may_take_longer_than_it_is_there(rig: Rig) -> None:
+    task = asyncio.create_task(rig.agent(term=Term(lifetime_s=100.0)).run())
+    long = rig.server.submit(limits=Limits(wall_time_s=200.0))
+    report = await rig.ended(long)
+    assert report.state is AttemptState.REFUSED
+    await rig.through(task, step_s=1.0)
+    assert rig.server.left
+
+
+async def test_worker_for_a_time_that_the_grid_ends_first_leaves_nothing(rig: Rig) -> None:
+    task = asyncio.create_task(rig.agent(term=Term(lifetime_s=1000.0)).run())
+    await rig.running(limits=Limits(wall_time_s=500.0))
+    rig.home.credentials.write_text("{}")
+    rig.server.revoked = True
+    await rig.through(task, step_s=1.0)
+    assert list(rig.home.folder.iterdir()) == [] and not rig.pc.machines
 
 
 async def test_worker_for_a_time_leaves_when_it_is_stopped(rig: Rig) -> None:

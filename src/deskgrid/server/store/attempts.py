@@ -20,7 +20,17 @@ from deskgrid.model.jobs import AttemptState, JobSpec, JobState
 from deskgrid.model.workers import Assignment
 from deskgrid.server.store.engine import Transaction
 from deskgrid.server.store.queues import come_back, count, note_use, revoked_queues
-from deskgrid.server.store.schema import IS_LIVE, WITHOUT_SECRETS, attempt, job, queue, submission, submission_data, worker
+from deskgrid.server.store.schema import (
+    IS_LIVE,
+    WITHOUT_SECRETS,
+    attempt,
+    job,
+    pilot_use,
+    queue,
+    submission,
+    submission_data,
+    worker,
+)
 from deskgrid.server.store.statement import Statement, constant
 from deskgrid.server.store.submissions import WORK, array_topic, forget_secrets, held_until_started, job_topic, tell_dependants
 
@@ -400,7 +410,7 @@ def apply_event(tx: Transaction, attempt_id: AttemptId | Held, event: AttemptEve
     if not changed:
         return False
     if over and held.state in LIVE_STATES:
-        _charge(tx, held)
+        _charge(tx, held, may_come_back=new is AttemptState.LOST)
     _after_attempt(tx, held, new, outcome)
     return True
 
@@ -412,29 +422,28 @@ def _halted_at(tx: Transaction, held: Held, new: AttemptState) -> float | None:
 
 
 PILOT_ENDS: list[Callable[[Transaction, AttemptId], float]] = []
-"""What is done when the attempt of a pilot ends; returns the CPU seconds that its jobs were charged for."""
+"""What is done when the attempt of a pilot has ended for good; returns the CPU seconds that its jobs were charged for."""
 
 
-def _charge(tx: Transaction, held: Held) -> None:
+def _charge(tx: Transaction, held: Held, *, may_come_back: bool = False) -> None:
     """Charge the time of an attempt that has ended to its user; of a pilot's, what is left of it after its own jobs."""
     spec = common(tx, held.job.submission_id).spec
     since = held.started_at if held.started_at is not None else held.leased_at
     cpu_s = max(0.0, tx.now - since) * spec.machine.cpus
-    if _is_in_pilot(tx, held.worker_id):
-        tx.run(sa.update(worker).where(worker.c.id == held.worker_id).values(served_s=worker.c.served_s + cpu_s))
-    if spec.pilot:
+    if (pilot := _pilot_of(tx, held.worker_id)) is not None:
+        tx.run(sa.insert(pilot_use).values(attempt_id=pilot, cpu_s=cpu_s))
+    if spec.pilot and not may_come_back:
         cpu_s -= sum(end(tx, held.id) for end in PILOT_ENDS)
     note_use(tx, held.job.owner_id, spec.group, cpu_s)
 
 
-def _is_in_pilot(tx: Transaction, worker_id: WorkerId) -> bool:
-    """Tell whether a worker is a pilot in a job of this grid. Of one worker that never changes."""
-    known: dict[WorkerId, bool] = tx.memo.setdefault("in pilots", {})
+def _pilot_of(tx: Transaction, worker_id: WorkerId) -> AttemptId | None:
+    """Return the attempt that a worker is the pilot of, None for other workers. Of one worker that never changes."""
+    known: dict[WorkerId, AttemptId | None] = tx.memo.setdefault("in pilots", {})
     if worker_id not in known:
         if len(known) > _MOST_KNOWN:
             known.clear()
-        found = tx.value(sa.select(worker.c.pilot_attempt_id).where(worker.c.id == worker_id))
-        known[worker_id] = found is not None
+        known[worker_id] = tx.value(sa.select(worker.c.pilot_attempt_id).where(worker.c.id == worker_id))
     return known[worker_id]
 
 

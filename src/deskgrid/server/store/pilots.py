@@ -8,17 +8,18 @@ from __future__ import annotations
 import msgspec
 import sqlalchemy as sa
 
-from deskgrid.core.lifecycle import AttemptEvent
+from deskgrid.core.lifecycle import FINAL_JOB_STATES, AttemptEvent
 from deskgrid.core.matching import Ask, Person, fits, suits
 from deskgrid.core.rights import Right
-from deskgrid.errors import Conflict, Forbidden
+from deskgrid.errors import Conflict, Forbidden, Unauthenticated
 from deskgrid.model.ids import AttemptId, UserId, WorkerId
+from deskgrid.model.jobs import AttemptState
 from deskgrid.model.wire import LIST_WAITING, WaitingClass
 from deskgrid.model.workers import Profile
 from deskgrid.server.store import accounts, attempts, queues, swarm, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import attempt, queue, worker
+from deskgrid.server.store.schema import IS_LIVE, attempt, job, pilot_use, queue, worker
 
 __all__ = ["end_pilots", "join_in_attempt", "let_go", "waiting"]
 
@@ -30,27 +31,50 @@ def join_in_attempt(tx: Transaction, caller: Caller, name: str) -> WorkerId:
     if caller.attempt_id is None or caller.user_id is None or Right.PILOT not in (caller.rights or ()):
         raise Forbidden("only a job that is a pilot joins so")
     host = tx.row(
-        sa.select(worker.c.owner_id).join(attempt, attempt.c.worker_id == worker.c.id).where(attempt.c.id == caller.attempt_id)
+        sa.select(worker.c.owner_id, worker.c.pilot_of)
+        .join(attempt, attempt.c.worker_id == worker.c.id)
+        .where(attempt.c.id == caller.attempt_id, IS_LIVE)
+        .with_for_update(of=attempt)
     )
+    if host is None:
+        raise Unauthenticated("this token was valid while its job ran")
+    if host.pilot_of is not None:
+        raise Forbidden("a pilot in a pilot is none")
     if tx.value(sa.select(worker.c.id).where(worker.c.pilot_attempt_id == caller.attempt_id)) is not None:
         raise Conflict("this pilot has joined already", hint="a pilot joins once in an attempt")
-    owner = UserId(host.owner_id) if host is not None and host.owner_id is not None else None
+    owner = UserId(host.owner_id) if host.owner_id is not None else None
     return workers.add_worker(tx, name, owner=owner, pilot_of=caller.user_id, attempt_id=caller.attempt_id)
 
 
 def let_go(tx: Transaction, worker_id: WorkerId) -> None:
-    """Give back all that a worker holds and let it go. Idempotent."""
+    """Give back all that a worker holds and let it go. Idempotent. Its row is locked first, as by its own calls."""
+    workers.leave(tx, worker_id)
     for held in attempts.held_by(tx, worker_id).values():
         attempts.apply_event(tx, held, AttemptEvent.RETURNED)
-    workers.leave(tx, worker_id)
     swarm.forget_member(tx, f"worker:{worker_id}")
 
 
 def end_pilots(tx: Transaction) -> None:
     """Let those go whose time is over."""
-    over = sa.select(worker.c.id).where(worker.c.pilot_of.is_not(None), worker.c.left_at.is_(None), worker.c.ends_at <= tx.now)
-    for row in tx.rows(over.limit(_AT_ONCE)):
+    # A lost attempt may come back, until its job is over.
+    ended = sa.and_(
+        ~IS_LIVE, sa.or_(attempt.c.state != AttemptState.LOST.value, job.c.state.in_(_FINAL), attempt.c.ended_at < tx.now - _BACK_S)
+    )
+    of_attempt = worker.outerjoin(attempt, attempt.c.id == worker.c.pilot_attempt_id).outerjoin(job, job.c.id == attempt.c.job_id)
+    over = sa.or_(
+        worker.c.ends_at <= tx.now, sa.and_(worker.c.pilot_attempt_id.is_not(None), sa.or_(attempt.c.id.is_(None), ended))
+    )
+    there = (worker.c.pilot_of.is_not(None), worker.c.left_at.is_(None))
+    for row in tx.rows(
+        sa.select(worker.c.id, worker.c.pilot_attempt_id).select_from(of_attempt).where(*there, over).limit(_AT_ONCE)
+    ):
         let_go(tx, WorkerId(row.id))
+        if row.pilot_attempt_id is not None:
+            _charged(tx, row.pilot_attempt_id)
+
+
+_FINAL = [state.value for state in FINAL_JOB_STATES]
+_BACK_S = 86400.0
 
 
 def waiting(tx: Transaction, caller: Caller, offline_after_s: float) -> tuple[WaitingClass, ...]:
@@ -117,7 +141,15 @@ def _end_of_attempt(tx: Transaction, attempt_id: AttemptId) -> float:
         return 0.0
     if row.left_at is None:
         let_go(tx, WorkerId(row.id))
-    return float(tx.value(sa.select(worker.c.served_s).where(worker.c.id == row.id)))
+    return _charged(tx, attempt_id)
+
+
+def _charged(tx: Transaction, attempt_id: AttemptId) -> float:
+    """Return what others were charged for jobs of an attempt's pilot, and forget it."""
+    mine = pilot_use.c.attempt_id == attempt_id
+    found = float(tx.value(sa.select(sa.func.coalesce(sa.func.sum(pilot_use.c.cpu_s), 0.0)).where(mine)))
+    tx.run(sa.delete(pilot_use).where(mine))
+    return found
 
 
 attempts.PILOT_ENDS.append(_end_of_attempt)

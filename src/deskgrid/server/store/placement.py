@@ -484,7 +484,7 @@ def _guarded(tx: Transaction, host: Host, wanted: Iterable[Sha256]) -> tuple[Sha
 
 def _others_with(tx: Transaction, host: Host, content: Sha256) -> sa.Select[tuple[int]]:
     """Return a query for the other workers, heard of lately, that have a content or were told to fetch it."""
-    lately = (worker.c.left_at.is_(None), worker.c.seen_at > tx.now - GONE_S)
+    lately = (worker.c.left_at.is_(None), worker.c.seen_at > tx.now - GONE_S, worker.c.pilot_of.is_(None))
     return sa.select(copy.c.worker_id).join(worker).where(copy.c.content == content, copy.c.worker_id != host.worker_id, *lately)
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "membership",
     "metadata",
     "peer",
+    "pilot_use",
     "placement",
     "queue",
     "requirement",
@@ -133,15 +134,10 @@ worker = _numbered(
     Column("reserved_until", Float),
     Column("pilot_of", _Id),
     Column("pilot_attempt_id", _Id),
-    Column("served_s", Float, nullable=False, server_default="0"),
     Column("ends_at", Float),
 )
-Index(
-    "ix_worker_pilot",
-    worker.c.pilot_of,
-    sqlite_where=worker.c.pilot_of.is_not(None),
-    postgresql_where=worker.c.pilot_of.is_not(None),
-)
+_pilot_there = sa.text("pilot_of IS NOT NULL AND left_at IS NULL")
+Index("ix_worker_pilot", worker.c.pilot_of, sqlite_where=_pilot_there, postgresql_where=_pilot_there)
 Index(
     "ix_worker_pilot_attempt",
     worker.c.pilot_attempt_id,
@@ -150,8 +146,15 @@ Index(
     postgresql_where=worker.c.pilot_attempt_id.is_not(None),
 )
 """`told`: hash of profile and cache, so that what did not change is not written again. `call`: the key of its last call that leased
-something. `reserved_for`: user:NAME or group:NAME. `pilot_of`: whose pilot it is, in the attempt `pilot_attempt_id` or on another system; `served_s`: the
-CPU seconds that its jobs were charged for; it ends with its attempt or at `ends_at`."""
+something. `reserved_for`: user:NAME or group:NAME. `pilot_of`: whose pilot it is, in the attempt `pilot_attempt_id` or on another system; it
+ends with its attempt or at `ends_at`."""
+
+pilot_use = _numbered(
+    "pilot_use",
+    Column("attempt_id", _Id, nullable=False, index=True),
+    Column("cpu_s", Float, nullable=False),
+)
+"""CPU seconds that others were charged for jobs of the pilot in an attempt: rows are added only, so that nobody waits for another."""
 
 secret = Table(
     "secret",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 import sqlalchemy as sa
 
-from deskgrid.errors import Conflict, InvalidInput, NotFound
+from deskgrid.errors import Conflict, InvalidInput, NotFound, Unauthenticated
 from deskgrid.model.ids import AttemptId, Sha256, UserId, WorkerId, is_sha256
 from deskgrid.model.users import Role
 from deskgrid.model.wire import Sync
@@ -36,9 +36,9 @@ def add_worker(
 
     Raise Conflict if its owner has `max_per_user` (0: no bound) already.
     """
-    if owner is not None and max_per_user and pilot_of is None:
+    if owner is not None and max_per_user:
         mine = sa.select(sa.func.count()).select_from(worker).where(worker.c.owner_id == owner, worker.c.left_at.is_(None))
-        mine = mine.where(worker.c.pilot_of.is_(None))
+        mine = mine.where(worker.c.pilot_of.is_(None) if pilot_of is None else worker.c.pilot_of == owner)
         if int(tx.value(mine)) >= max_per_user:
             raise Conflict(f"{max_per_user} PCs of this user have joined already", hint="remove one: deskgrid worker remove")
     shown = "".join(letter for letter in name if letter.isprintable())[:128] or "worker"
@@ -62,7 +62,15 @@ class Known(NamedTuple):
 
 
 _LOOK = Statement(
-    sa.select(worker.c.told, worker.c.call, worker.c.owner_id, worker.c.reserved_for, worker.c.reserved_until, worker.c.pilot_of)
+    sa.select(
+        worker.c.told,
+        worker.c.call,
+        worker.c.owner_id,
+        worker.c.reserved_for,
+        worker.c.reserved_until,
+        worker.c.pilot_of,
+        worker.c.left_at,
+    )
     .where(worker.c.id == sa.bindparam("worker_id"))
     .with_for_update(key_share=True)  # a call that it repeats at another process waits for the first, and finds what that leased
 )
@@ -78,7 +86,9 @@ def seen(tx: Transaction, worker_id: WorkerId, sync: Sync) -> Known:
     contents = [one for one in (*sync.cached[:1000], *sync.held[:1000]) if is_sha256(one)]
     profile, cached = msgspec.json.encode(sync.profile), msgspec.json.encode(contents)
     told = hashlib.sha256(profile).hexdigest()[:32] + hashlib.sha256(cached).hexdigest()[:32]
-    [(before, call, owner_id, reserved_for, reserved_until, pilot_of)] = tx.fast(_LOOK, worker_id=worker_id)
+    [(before, call, owner_id, reserved_for, reserved_until, pilot_of, left_at)] = tx.fast(_LOOK, worker_id=worker_id)
+    if left_at is not None:  # since its token was looked at
+        raise Unauthenticated("this worker has left the grid")
     tx.change(_SEEN, worker_id=worker_id, at=tx.now, is_paused=sync.paused)
     if told != before:
         disks = [one for one in sync.cached[:1000] if is_sha256(one)]
