@@ -54,11 +54,11 @@ def test_root_analysis_works_as_written(physicist: Newcomer) -> None:
 def test_pilot_elsewhere_joins_by_its_link_works_and_leaves(system: System) -> None:
     """As a batch job would: one command with a file, and nothing stays."""
     system.publish()
-    made = system.json("pilot", "link", "--lifetime", "1h")
+    made = system.json("pilot", "link", "--lifetime", "2h")
     home, file = system.folder / "batch", system.folder / "link.txt"
     file.write_text(made["link"])
     job = system.submit("duration_s = 1\n")
-    run = ("worker", "run", "--once", "--join", file, "--name", "batch", "--home", home, "--idle", "3s", "--lifetime", "1h")
+    run = ("worker", "run", "--once", "--join", file, "--name", "batch", "--home", home, "--idle", "3s", "--lifetime", "2h")
     system.cli(*run)
     system.wait_for(job, "completed", ["succeeded"])
     assert [attempt["worker"] for attempt in system.job(job)["attempts"]] == ["batch"]
@@ -76,7 +76,8 @@ if what == "submit":
     script = tempfile.NamedTemporaryFile("w", suffix=".sh", delete=False)
     script.write(sys.stdin.read())
     script.close()
-    print(subprocess.Popen(["sh", script.name], start_new_session=True, stdout=2, stdin=subprocess.DEVNULL, stderr=open(rest[0], "a")).pid)
+    log = open(rest[0], "a")
+    print(subprocess.Popen(["sh", script.name], start_new_session=True, stdout=log, stdin=subprocess.DEVNULL, stderr=log).pid)
 elif what == "alive":
     status = open(f"/proc/{rest[0]}/stat").read().rpartition(")")[2].split()[0]
     print("running" if status != "Z" else "", end="")
@@ -88,6 +89,7 @@ else:
 
 def test_factory_sends_pilots_to_another_system_while_jobs_wait_that_no_worker_could_run(system: System) -> None:
     system.add_worker(DESKGRID_WORKER_DRIVERS="process")
+    until(lambda: [one["state"] for one in system.json("worker", "list")] == ["online"], what="the worker is there")
     batch, log = system.folder / "batch.py", system.folder / "batch.log"
     batch.write_text(BATCH)
     program = [sys.executable, str(batch)]

@@ -321,9 +321,12 @@ class Grid:
         """Call a function with each of the items, as jobs with these options, `chunksize` calls a job; return what it returned, in order."""
         executor = self.executor(trust=trust, **options)
         try:
-            return list(executor.map(function, *iterables, timeout=timeout, chunksize=chunksize))
-        finally:  # if one failed, or that took too long, the others are not waited for
+            found = list(executor.map(function, *iterables, timeout=timeout, chunksize=chunksize))
+        except BaseException:  # one failed, or that took too long: the others are not waited for
             executor.shutdown(cancel_futures=True)
+            raise
+        executor.shutdown()
+        return found
 
     # Data
 

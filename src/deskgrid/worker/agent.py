@@ -578,7 +578,7 @@ class Agent:
             if self._owner.paused:
                 self._spawn(runner, runner.give_back(""))
             elif entry.assignment.spec.limits.wall_time_s > self._left_s():
-                self._spawn(runner, runner.give_back("it may take longer than this worker is there"))
+                self._spawn(runner, runner.give_back("it may take longer than this worker is there", for_good=True))
             else:
                 self._begin(runner)
         if new:

@@ -302,15 +302,15 @@ class Runner:
             self._kit.fault(reason)
         self._kit.freed()
 
-    async def give_back(self, reason: str) -> None:
+    async def give_back(self, reason: str, *, for_good: bool = False) -> None:
         """Let it end as refused, at once, its machine and files removed and the rest of its output unsent. `run` must not be running.
 
         One that never started goes back without a reason: that says it was nothing about the job, which may be offered to us
-        again at once.
+        again at once; unless it is `for_good`.
         """
         self._output.close()
         started = self.entry.phase in (Phase.STARTED, Phase.SAVED)
-        await self.settle(AttemptState.REFUSED, reason if started else "", rests=False)
+        await self.settle(AttemptState.REFUSED, reason if started or for_good else "", rests=False)
         await self.run()
 
     async def discard(self, *, grace_s: float = 0.0) -> None:
