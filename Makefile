@@ -43,7 +43,7 @@ docs: setup ## write the generated parts of the documentation anew
 
 bench: ## run all benchmarks (minutes); QUICK=1 for a short look
 	@tools/setup bench
-	@for name in warm_start checkpoint caps scratch delta transfer distribution thousand churn overlay hub dispatch scale; do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
+	@for name in pilot warm_start checkpoint caps scratch delta transfer distribution thousand churn overlay hub dispatch scale; do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick); done
 
 lock: setup ## resolve the dependencies anew into requirements.lock, those of the templates and of the benchmarks
 	$(BIN)/python -m venv --clear .cache/lock

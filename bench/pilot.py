@@ -1,0 +1,165 @@
+"""A pilot with ROOT: from an empty grid to the first result, and what the worker in the machine costs its jobs.
+
+The disk is built before, if it is not there (docs/how-to.md). Then:
+
+    first result     from the start of the worker on the PC, which has nothing, to the result of a job that needs ROOT: the disk is fetched and unpacked, the
+                     pilot boots and joins, the job runs. Yardstick: the same machine booted as a plain job whose context.sh runs the same program, on
+                     the same PC that has nothing.
+    jobs             how long a job takes in a row of them, one after the other, in a pilot with one CPU: from the first's start to the last's end. Yardstick:
+                     the same programs one after the other by hand, as in that machine's context.sh.
+
+A job is `python3 part.py N`: ROOT starts, fills a histogram a thousand times, and writes it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from report import Figure, arguments, publish
+from tests.system.harness import System, until
+
+from deskgrid.testing.tiny_template import template_cache
+
+_LIMIT_S = 3600.0
+_MEMORY, _SCRATCH = "2GiB", "4GiB"
+PART = """
+import sys
+
+import ROOT
+
+mass = ROOT.TH1D("mass", "", 60, 60.0, 120.0)
+chance = ROOT.TRandom3(int(sys.argv[1]) + 1)
+for _ in range(1000):
+    mass.Fill(chance.Gaus(91.2, 2.5))
+file = ROOT.TFile("part.root", "RECREATE")
+mass.Write()
+file.Close()
+"""
+BY_HAND = """
+now() {{ cut -d' ' -f1 /proc/uptime; }}
+begun=$(now)
+for number in $(seq {count}); do mkdir "/tmp/$number"; (cd "/tmp/$number" && python3 -W ignore /context/part.py "$number"); done
+echo "$begun $(now)" >/scratch/times
+"""
+
+
+def _disk() -> Path:
+    """Return the root disk, built if it is not there."""
+    file = template_cache() / "bench-root.qcow2"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "deskgrid", "disk", "build", "root", "-o", str(file)], check=True)
+    return file
+
+
+def _system(folder: Path, disk: Path) -> System:
+    system = System(folder)
+    system.start_server()
+    system.cli("disk", "import", disk, "--name", "root", "--agent")
+    return system
+
+
+def _job(system: System, name: str, text: str, script: str) -> Path:
+    folder = system.folder / name
+    (folder / "context").mkdir(parents=True)
+    (folder / "context" / "part.py").write_text(PART)
+    (folder / "context" / "context.sh").write_text(script)
+    (folder / "job.toml").write_text(text)
+    return folder / "job.toml"
+
+
+def _ended(system: System, job: int) -> Any:
+    detail = until(lambda: _is_over(system.job(job)), what=f"job {job} has ended", limit_s=_LIMIT_S)
+    if detail["job"]["state"] != "completed":
+        raise SystemExit(f"job {job}: {detail['job']['message']}\n{system.logs()}")
+    return detail
+
+
+def _is_over(detail: Any) -> Any:
+    return detail if detail["job"]["state"] in ("completed", "failed", "cancelled") else None
+
+
+def by_hand(folder: Path, disk: Path, count: int) -> tuple[float, float]:
+    """Return the seconds from the worker's start to the result of a machine that runs the programs, less what all but the first took, and those for
+    each of them."""
+    folder.mkdir()
+    system = _system(folder, disk)
+    try:
+        text = f'[machine]\ndisk = "root"\ncontext = "context/"\nmemory = "{_MEMORY}"\nscratch = "{_SCRATCH}"\n[limits]\nboot_time = "15m"\nwall_time = "2h"\n'
+        system.cli("job", "submit", _job(system, "hand", text, BY_HAND.format(count=count)))
+        start = time.time()
+        system.add_worker(DESKGRID_WORKER_DRIVERS="qemu")
+        detail = _ended(system, 1)
+        seconds = detail["job"]["finished_at"] - start
+        system.cli("job", "results", "1", "-o", folder / "out")
+        begun, over = map(float, (folder / "out" / "times").read_text().split())
+        each = (over - begun) / count
+        return seconds - each * (count - 1), each
+    finally:
+        system.stop()
+
+
+def by_pilot(folder: Path, disk: Path, count: int) -> tuple[float, float]:
+    """Return the same for jobs in a pilot, each for itself."""
+    folder.mkdir()
+    system = _system(folder, disk)
+    try:
+        pilot = (
+            "--disk",
+            "root",
+            "--packages",
+            "root",
+            "--memory",
+            _MEMORY,
+            "--scratch",
+            _SCRATCH,
+            "--idle",
+            "30m",
+            "--lifetime",
+            "6h",
+        )
+        system.cli("pilot", "submit", *pilot)
+        text = (
+            'command = ["python3", "-W", "ignore", "/context/part.py", "{index}"]\n[machine]\nkind = "process"\nneed = ["root"]\n'
+            f'context = "context/"\nmemory = "1GiB"\nscratch = "64MiB"\n[array]\ncount = {count}\n'
+        )
+        system.cli("job", "submit", _job(system, "jobs", text, ""))
+        start = time.time()
+        system.add_worker(DESKGRID_WORKER_DRIVERS="qemu")
+        details = [_ended(system, 2 + number) for number in range(count)]
+        ends = sorted(detail["job"]["finished_at"] for detail in details)
+        begun = min(detail["attempts"][-1]["leased_at"] for detail in details)
+        system.cli("job", "cancel", "1")
+        return ends[0] - start, (ends[-1] - begun) / count
+    finally:
+        system.stop()
+
+
+def figures(*, quick: bool) -> list[Figure]:
+    """Run all and return the figures."""
+    disk, count = _disk(), 2 if quick else 6
+    with tempfile.TemporaryDirectory(prefix="deskgrid-bench-", dir="/var/tmp") as name:
+        hand_first, hand_each = by_hand(Path(name) / "hand", disk, count)
+        print(f"by hand: first result after {hand_first:.0f} s, {hand_each:.1f} s a job", flush=True)
+        first, each = by_pilot(Path(name) / "pilot", disk, count)
+        print(f"in a pilot: first result after {first:.0f} s, {each:.1f} s a job", flush=True)
+    return [
+        Figure("from an empty grid to the first result of ROOT", first, "s", hand_first, first / hand_first, None),
+        # At least 0.9 times as many jobs as by hand.
+        Figure("time of a job in one pilot", each, "s", hand_each, each / hand_each, 1 / 0.9),
+    ]
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    publish("pilot", figures(quick=options.quick), options)
+
+
+if __name__ == "__main__":
+    main()
