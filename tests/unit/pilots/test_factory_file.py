@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,9 @@ def test_mistake_is_told_with_its_place(text: str, words: str, tmp_path: Path) -
 def test_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"none\.toml"):
         read_factory(tmp_path / "none.toml")
+
+
+def test_file_of_the_how_to_is_right(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to.md").read_text()
+    [block] = [block for block in re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "[[system]]" in block]
+    assert [part.name for part in read_factory(read(tmp_path, block)).system] == ["vm", "batch"]
