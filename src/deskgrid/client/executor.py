@@ -75,6 +75,7 @@ class GridExecutor(concurrent.futures.Executor):
         spec = read_job(None, as_written({**options, "command": command})).spec
         self._spec = msgspec.structs.replace(spec, results=Results(paths=(ANSWER,)))
         self._modules = tuple(modules)
+        self._functions: dict[bytes, bytes] = {}
         self._trusted = bool(trust) and "everyone" not in trust
         self._lock = threading.Lock()
         self._pending: list[_Waiting] = []
@@ -84,6 +85,7 @@ class GridExecutor(concurrent.futures.Executor):
     def submit(self, function: Callable[..., T], /, *arguments: Any, **keywords: Any) -> concurrent.futures.Future[T]:
         """See Executor.submit. Raise InvalidInput for what cannot be packed."""
         packed = pack_call(function, arguments, keywords, self._modules)
+        packed.function = self._functions.setdefault(packed.function, packed.function)  # once in memory, however many calls
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
