@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ from deskgrid.client.entering import join_as_pilot
 from deskgrid.client.grid import Grid, join
 from deskgrid.client.pilots import Pilot, pilot_spec
 from deskgrid.client.transport import Credentials, Transport
-from deskgrid.clock import SystemClock
+from deskgrid.clock import Clock, SystemClock
 from deskgrid.core.rights import Right
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, Unauthenticated
 from deskgrid.link import hash_secret, make_secret
@@ -45,9 +45,20 @@ class Later(SystemClock):
 
 
 @pytest.fixture
-async def grid(tmp_path: Path) -> AsyncIterator[TestGrid]:
-    async with running_grid(tmp_path / "server", ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, lease_s=1e6)) as running:
-        yield running
+def database() -> str:
+    """SQLite; tests/contract has the same tests on PostgreSQL."""
+    return ""
+
+
+def running(folder: Path, database: str, clock: Clock | None = None) -> AbstractAsyncContextManager[TestGrid]:
+    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, lease_s=1e6, database=database)
+    return running_grid(folder / "server", settings, clock)
+
+
+@pytest.fixture
+async def grid(tmp_path: Path, database: str) -> AsyncIterator[TestGrid]:
+    async with running(tmp_path, database) as found:
+        yield found
 
 
 async def pilot_job(owner: Credentials, host: Transport, **pilot: object) -> tuple[PlayedJob, Credentials]:
@@ -165,9 +176,9 @@ async def test_pilot_ends_with_its_attempt_and_what_it_holds_goes_back(grid: Tes
         assert not [one for one in await user.workers() if one.pilot_of]
 
 
-async def test_pilot_elsewhere_joins_by_a_link_for_a_time(tmp_path: Path):
+async def test_pilot_elsewhere_joins_by_a_link_for_a_time(tmp_path: Path, database: str):
     clock = Later()
-    async with running_grid(tmp_path / "server", ServerSettings(listen="127.0.0.1:0", reserve_bytes=0), clock) as grid:
+    async with running(tmp_path, database, clock) as grid:
         [ann] = await people(grid, "ann")
         async with Grid(ann) as user:
             link = await user.pilot_link(pilot_s=3600)
@@ -189,10 +200,9 @@ async def test_pilot_elsewhere_joins_by_a_link_for_a_time(tmp_path: Path):
                 assert await user.workers() == ()
 
 
-async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: Path):
+async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: Path, database: str):
     clock = Later()
-    settings = ServerSettings(listen="127.0.0.1:0", reserve_bytes=0, lease_s=1e6)
-    async with running_grid(tmp_path / "server", settings, clock) as grid:
+    async with running(tmp_path, database, clock) as grid:
         ann, bob = await people(grid, "ann", "bob")
         async with Grid(await grid.admin()) as admin:
             await admin.add_group("hep")
