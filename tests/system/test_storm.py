@@ -90,10 +90,12 @@ async def _kill(servers: Servers, rng: Random) -> None:
     while True:
         await asyncio.sleep(rng.uniform(0.5, 3.0))
         victim = rng.choice(programs)
-        await asyncio.to_thread(victim.kill)
+        killed = asyncio.ensure_future(asyncio.to_thread(victim.kill))
         try:
+            await asyncio.shield(killed)
             await asyncio.sleep(rng.choice((0.0, 0.5, 6.0)))
-        finally:
+        finally:  # also if the storm ends while it is being killed
+            await killed
             victim.start()
 
 

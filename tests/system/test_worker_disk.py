@@ -66,7 +66,7 @@ def test_machine_of_the_worker_disk_is_a_worker_that_runs_jobs(system: System, d
     (attempt,) = system.job(2)["attempts"]
     assert attempt["worker"] == "inner"
     system.wait_for(1, "completed", limit_s=LONG_S)
-    said = system.cli("job", "logs", "1").stderr
+    said = system.cli("job", "logs", "1", "--stderr").stdout
     [of_server_bytes] = re.findall(r"fetched_from_others .*of_server_bytes=(\d+)", said)
     assert int(of_server_bytes) < EVENTS_BYTES // 2
     until(lambda: "inner" not in system.cli("worker", "list").stdout, what="the worker in the machine has left")
