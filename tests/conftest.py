@@ -5,8 +5,13 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import structlog
+
+# No test fails because the machine was busy for a moment.
+hypothesis.settings.register_profile("deskgrid", deadline=None)
+hypothesis.settings.load_profile("deskgrid")
 
 
 def pytest_configure() -> None:

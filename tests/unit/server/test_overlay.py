@@ -595,6 +595,7 @@ def test_job_may_call_exactly_these():
         "list_sets",
         "get_set",
         "cancel_set",
+        "join_pilot",
         "register_app",
         "list_apps",
         "get_app",
