@@ -42,7 +42,7 @@ def test_root_analysis_works_as_written(physicist: Newcomer) -> None:
     for plot in ("fit/mass.png", "skim/momentum.png", "merged/merged.png"):
         assert (physicist.folder / plot).read_bytes().startswith(PNG)
     assert "pilot-root" in printed["deskgrid pilot list"] and "job-1" in printed["deskgrid pilot list"]
-    jobs = json.loads(physicist.type("deskgrid job list --json"))["jobs"]
+    jobs = json.loads(physicist.type("deskgrid job list --json"))
     ran = [job for job in jobs if not job["spec"].get("pilot")]
     for job in ran:
         detail = json.loads(physicist.type(f"deskgrid job show {job['id']} --json"))
