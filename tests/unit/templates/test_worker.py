@@ -15,6 +15,7 @@ from deskgrid.errors import OperatorError
 from deskgrid.templates import program
 from deskgrid.templates.debian import debian_recipe
 from deskgrid.templates.program import PROGRAM_FOLDER, program_files
+from deskgrid.templates.root import root_recipe
 from deskgrid.templates.worker import worker_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -57,6 +58,19 @@ def test_lock_pins_all_that_deskgrid_needs_to_what_a_checkout_has() -> None:
     assert here.items() <= checkout.items()
     assert ";" not in LOCK.read_text(), "a marker would be judged by the Python that builds"
     assert "://" not in LOCK.read_text()
+
+
+def test_root_is_the_worker_template_with_root_a_compiler_and_nothing_from_an_address() -> None:
+    recipe, base = root_recipe(["bc"]), worker_recipe(["bc"])
+    assert (recipe.name, recipe.program) == ("root", True)
+    assert {"g++", "libsm6"} <= set(recipe.packages) - set(base.packages)
+    assert set(recipe.files) - set(base.files) == {"/usr/local/bin/root"}
+    checked = subprocess.run(["sh", "-n"], input=recipe.commands, text=True, capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    [(folder, lock)] = recipe.python.items()
+    text = (Path(program.__file__).parent / lock).read_text()
+    assert folder.startswith("/usr/local/lib/") and "root" in pins(Path(program.__file__).parent / lock)
+    assert "://" not in text and ";" not in text
 
 
 def test_files_are_this_deskgrid_and_the_packages_without_scripts_and_bytecode(pip: Path, tmp_path: Path) -> None:
