@@ -28,6 +28,7 @@ from deskgrid.model.ids import JobId, Sha256
 from deskgrid.model.machines import ContextLabel
 from deskgrid.server.setup import init_server, make_login_link
 from deskgrid.settings import ServerSettings
+from deskgrid.testing.reaper import follow
 
 LIMIT_S = 60.0
 T = TypeVar("T")
@@ -65,6 +66,7 @@ class Program:
         with self.log.open("ab") as log:
             command = [*self.prefix, sys.executable, "-m", "deskgrid", *self.arguments]
             self.process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        follow(self.process.pid)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """End the process (and what runs it, if it was started through another program)."""

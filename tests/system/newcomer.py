@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deskgrid.testing.reaper import follow
 from deskgrid.testing.tiny_template import template_cache
 from tests.system.harness import LIMIT_S, until
 
@@ -95,6 +96,7 @@ class Newcomer:
                 stderr=file,
             )
         self.background.append(process)
+        follow(process.pid)
         awaited = "listening on" if "server" in words else ""
         until(lambda: _said(log, awaited) or process.poll() is not None, what=f"{words} has begun")
         assert process.poll() is None, self.said()

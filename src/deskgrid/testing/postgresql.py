@@ -13,6 +13,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from deskgrid.testing.reaper import follow
+
 __all__ = ["emptied", "running_postgresql"]
 
 _START_LIMIT_S = 60.0
@@ -34,6 +36,7 @@ def running_postgresql() -> Iterator[str]:
         options: list[str | Path] = ["-D", data, "-k", folder, "-c", "listen_addresses=", "-c", "max_connections=40"]
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen([programs / "postgres", *options], user=user, stdout=log, stderr=log, cwd=folder)
+        follow(server.pid)
         try:
             _wait(programs, folder, server)
             yield f"postgresql+psycopg://grid@/postgres?host={folder}"

@@ -1,0 +1,56 @@
+"""Ends what tests started and could not end themselves, because they were killed.
+
+    follow(process.pid)
+
+A process beside the tests knows what they follow, and that they are there by a pipe. When that closes, it asks what still runs to end, and kills what does not.
+Not the parent's death signal of Linux: that comes with the end of a thread, and tests start programs from threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+
+import psutil
+
+__all__ = ["follow"]
+
+_GRACE_S = 15.0
+
+
+def follow(pid: int) -> None:
+    """Let a process of ours not outlive us."""
+    reaper = _reaper()
+    assert reaper.stdin is not None
+    reaper.stdin.write(f"{pid} {psutil.Process(pid).create_time()}\n".encode())
+    reaper.stdin.flush()
+
+
+@functools.cache
+def _reaper() -> subprocess.Popen[bytes]:
+    # In a session of its own: what is sent to all of ours must not end it before them.
+    return subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, start_new_session=True)
+
+
+def main() -> None:
+    """Wait for the end of those who started us, then end what they leave."""
+    followed = [line.split() for line in sys.stdin]
+    left = []
+    for pid, created in followed:
+        try:
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(created):
+                process.terminate()
+                left.append(process)
+        except psutil.Error:
+            continue
+    for process in psutil.wait_procs(left, _GRACE_S)[1]:
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+
+
+if __name__ == "__main__":
+    main()
