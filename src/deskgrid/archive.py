@@ -47,6 +47,7 @@ from typing import BinaryIO
 from msgspec import Struct
 
 from deskgrid.errors import BadArchive, Conflict, InvalidInput, NoSpace
+from deskgrid.files import sync_folder
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -68,7 +69,6 @@ __all__ = [
     "out_of_space",
     "pack_folder",
     "printable",
-    "sync_folder",
     "unpack",
     "write_all",
     "zstd",
@@ -193,17 +193,6 @@ def atomic_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
             sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Write a folder's entries to disk, where the system has such a call; a rename lasts only after it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(output: BinaryIO, data: Bytes) -> None:

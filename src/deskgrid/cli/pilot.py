@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from deskgrid.cli.connection import connected
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table, warn
 from deskgrid.cli.user import lifetime_of
 from deskgrid.errors import Conflict, Unreachable
+from deskgrid.files import locked
 from deskgrid.units import parse_size
 
 __all__ = ["app"]
@@ -167,7 +168,7 @@ async def factory(
     wanted, folder = read_factory(file), home or client_home() / "factory"
     async with connected() as grid:
         systems = [make_system(part, grid) for part in wanted.system]
-        with alone(folder):
+        with _alone(folder):
             made = Factory(grid, systems, folder, clock=SystemClock(), rng=random.Random())  # noqa: S311 - jitter
             if stop:
                 await made.call_all_back()
@@ -185,14 +186,12 @@ async def factory(
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """Be the only factory with a folder. Raise Conflict if another one runs."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / "lock", wait=False))
         except OSError as error:
             raise Conflict(f"a factory runs with {folder}", hint="use another --home") from error
         yield

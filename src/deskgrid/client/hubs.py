@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import socket
@@ -28,6 +27,7 @@ from deskgrid.client.transport import Credentials, Transport, load_credentials, 
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, OperatorError, Unauthenticated
+from deskgrid.files import write_durably
 from deskgrid.link import Link
 from deskgrid.model import wire
 from deskgrid.overlay.hub import HubServer
@@ -173,11 +173,7 @@ def _ensure_key(file: Path) -> str:
     if not file.exists():
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        temporary = file.with_suffix(".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "wb") as output:
-            output.write(pem)
-        temporary.replace(file)
+        write_durably(file, pem)
     try:
         text = file.read_bytes().decode("ascii")
         _public_pem(text)

@@ -28,6 +28,7 @@ from deskgrid import errors
 from deskgrid.client.direct import BlobStore
 from deskgrid.client.pace import Pace
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NotFound, ProtocolError, StoreUnavailable, Unreachable
+from deskgrid.files import write_durably
 from deskgrid.link import Link
 from deskgrid.model import wire
 from deskgrid.model.data import Blob
@@ -72,12 +73,9 @@ def load_credentials(file: Path) -> Credentials:
 
 
 def save_credentials(file: Path, credentials: Credentials) -> None:
-    """Write credentials, readable by their owner only, whole or not at all."""
+    """Write credentials, readable by their owner only, so that a power cut leaves them whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = file.with_suffix(".new")
-    temporary.touch(mode=0o600)
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(credentials)))
-    temporary.replace(file)
+    write_durably(file, msgspec.json.format(msgspec.json.encode(credentials)))
 
 
 async def fetch_authority(link: Link) -> Credentials:

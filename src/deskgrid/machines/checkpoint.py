@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from deskgrid.archive import sync_folder
+from deskgrid.files import sync_folder
 
 __all__ = [
     "NOTE_NAME",

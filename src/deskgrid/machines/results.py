@@ -37,8 +37,9 @@ from typing import BinaryIO
 import msgspec
 from msgspec import Struct
 
-from deskgrid.archive import MAX_REPORTED, ArchiveWriter, Extent, PackReport, out_of_space, printable, sync_folder, zstd
+from deskgrid.archive import MAX_REPORTED, ArchiveWriter, Extent, PackReport, out_of_space, printable, zstd
 from deskgrid.errors import BadImage, DeskgridError, InvalidInput, MachineFailed, NoSpace
+from deskgrid.files import sync_folder
 from deskgrid.machines.ext4 import ROOT_INODE, Ext4, Inode, Run, file_reader
 from deskgrid.machines.qcow2 import Qcow2Reader, is_qcow2
 from deskgrid.machines.result_folder import MOST_OPEN, REPORT_BYTES, ResultFolder, Unreadable, read_report

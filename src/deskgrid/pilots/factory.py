@@ -6,8 +6,6 @@ started again sends none twice and forgets none: a pilot is known by its name, w
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import secrets
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from msgspec import Struct
 from deskgrid.clock import Clock
 from deskgrid.core.pilots import Demand, Plan, Sent, SystemState, after_failure, after_joining, plan
 from deskgrid.errors import DeskgridError, InvalidInput
+from deskgrid.files import write_durably
 from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.wire import WaitingClass
 from deskgrid.pilots.system import Order, System
@@ -162,16 +161,7 @@ class Factory:
             raise InvalidInput(str(error), where=str(self._file), hint="remove it if it is not the factory's") from error
 
     def _write(self) -> None:
-        unfinished = self._file.with_suffix(".new")
-        try:
-            with unfinished.open("wb") as file:
-                file.write(msgspec.json.encode(list(self.out.values())))
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self._file)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                unfinished.unlink()
+        write_durably(self._file, msgspec.json.encode(list(self.out.values())))
 
 
 def _demand(found: WaitingClass) -> Demand:

@@ -35,6 +35,7 @@ from sqlalchemy import Connection
 from deskgrid import __version__
 from deskgrid.clock import SystemClock
 from deskgrid.errors import InvalidInput, OperatorError, StoreUnavailable
+from deskgrid.files import sync_folder
 from deskgrid.server.store.engine import open_engine
 from deskgrid.server.store.migrate import check_revision, migrate, revision_of
 
@@ -137,17 +138,9 @@ def _new_file(file: Path) -> Iterator[IO[Any]]:
                 os.link(part, file)
             else:
                 os.link(f"/proc/self/fd/{descriptor}", file, src_dir_fd=descriptor)
-        _sync_folder(folder)
+        sync_folder(folder)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write(connection: Connection, home: Path, output: IO[Any], *, blobs: bool, keys: bool) -> BackupReport:
@@ -406,7 +399,7 @@ class _Restore:
         part.chmod(0o444)
         self._made.append(place)
         part.replace(place)
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
 
     def _keep_key(self, name: str, content: bytes) -> None:
         file = self._home / "authority" / name

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
 
 from deskgrid.errors import Conflict, InvalidInput, NotFound, StoreUnavailable
+from deskgrid.files import sync_folder
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256
 from deskgrid.server.repository import Reading, Standing, check_size
@@ -275,8 +276,4 @@ def _settle(part: Path, place: Path) -> None:
     part.chmod(0o444)
     part.replace(place)
     for folder in (place.parent, place.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(folder)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import os
 import re
 import signal
 import socket
@@ -30,6 +29,7 @@ from starlette.types import ASGIApp
 
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.errors import InvalidInput, OperatorError
+from deskgrid.files import locked
 from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model.users import User
 from deskgrid.server.app import make_app, sweep_forever
@@ -261,20 +261,6 @@ def claimed(home: Path, *, several: bool = False) -> Iterator[int]:
             continue
     hint = "end some" if several else "end it first; several servers in one folder need PostgreSQL"
     raise OperatorError(f"a server runs in {home} already", hint=hint)
-
-
-@contextlib.contextmanager
-def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that other processes respect, as far as the system has such. Raise BlockingIOError if it is taken and we do not wait."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

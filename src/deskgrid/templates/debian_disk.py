@@ -11,7 +11,6 @@ machine's apt takes its own and are kept in a cache, package lists too, so that 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -23,13 +22,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from uuid import NAMESPACE_DNS, uuid5
 
 from msgspec import Struct
 
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
+from deskgrid.files import locked
 from deskgrid.machines.processes import find_program
 from deskgrid.machines.work_folders import work_folder
 from deskgrid.templates.ext4_times import set_times
@@ -129,7 +129,8 @@ def build_disk(disk: Path, cache: Path, recipe: DebianRecipe, progress: Progress
         work.chmod(0o755)
         progress("package lists", 0.0)
         raw = _make_disk(work / "disk.raw", _make_boot_loader(work), recipe.size_bytes)
-        with _lock(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / "lock"):
             began = int(time.time())
             _make_system(raw, work, cache, recipe, progress)
         set_times(raw, _PARTITION_BYTES, changed_since=began, epoch=EPOCH)
@@ -142,14 +143,6 @@ def build_disk(disk: Path, cache: Path, recipe: DebianRecipe, progress: Progress
         finally:
             unfinished.unlink(missing_ok=True)
     progress("done", 1.0)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _large_folder() -> Path:

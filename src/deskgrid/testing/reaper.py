@@ -9,6 +9,7 @@ Not the parent's death signal of Linux: that comes with the end of a thread, and
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -21,16 +22,17 @@ _GRACE_S = 15.0
 
 def follow(pid: int) -> None:
     """Let a process of ours not outlive us."""
-    reaper = _reaper()
-    assert reaper.stdin is not None
-    reaper.stdin.write(f"{pid} {psutil.Process(pid).create_time()}\n".encode())
-    reaper.stdin.flush()
+    os.write(_reaper(), f"{pid} {psutil.Process(pid).create_time()}\n".encode())
 
 
 @functools.cache
-def _reaper() -> subprocess.Popen[bytes]:
-    # In a session of its own: what is sent to all of ours must not end it before them.
-    return subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, start_new_session=True)
+def _reaper() -> int:
+    """Start it, and return the end of the pipe to it."""
+    reads, writes = os.pipe()
+    # In a session of its own, and nobody's child: what is sent to all of ours must not end it before them, and tests count their children.
+    subprocess.run(["setsid", "--fork", sys.executable, "-m", __name__], stdin=reads, check=True)
+    os.close(reads)
+    return writes
 
 
 def main() -> None:

@@ -24,11 +24,12 @@ from msgspec import Struct
 from deskgrid import errors
 from deskgrid.clock import Clock, SystemClock
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, Unreachable
+from deskgrid.files import write_durably
 from deskgrid.model.ids import AttemptId, JobId
 from deskgrid.model.machines import Fingerprint
 from deskgrid.model.workers import Capacity
 from deskgrid.units import format_size
-from deskgrid.worker.home import Home, locked, write_durably
+from deskgrid.worker.home import Home, locked
 
 __all__ = ["COMMANDS", "AttemptStatus", "StatusAnswer", "ask", "control_server"]
 

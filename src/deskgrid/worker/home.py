@@ -16,20 +16,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from msgspec import Struct
 
-from deskgrid.archive import sync_folder
+from deskgrid import files
 from deskgrid.errors import Conflict
 from deskgrid.machines.clear_secrets import wipe_secrets
 from deskgrid.machines.folders import wipe
 from deskgrid.model.ids import AttemptId
 
-__all__ = ["MACHINE", "SECRETS", "Home", "locked", "make_empty", "remove", "remove_attempt", "write_durably", "write_whole"]
+__all__ = ["MACHINE", "SECRETS", "Home", "locked", "make_empty", "remove", "remove_attempt"]
 
 
 class Home(Struct, frozen=True):
@@ -93,49 +91,14 @@ class Home(Struct, frozen=True):
 
 @contextlib.contextmanager
 def locked(home: Home) -> Iterator[None]:
-    """Be the only worker of this folder. Raise Conflict if another is; the system ends a lock with its process."""
+    """Be the only worker of this folder. Raise Conflict if another is."""
     home.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with home.lock.open("a+b") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            _lock(file)
+            stack.enter_context(files.locked(home.lock, wait=False))
         except OSError as error:
             raise Conflict(f"a worker runs in {home.folder} already", hint="deskgrid worker status") from error
         yield
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(file: BinaryIO) -> None:
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(file: BinaryIO) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def write_durably(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Write a file such that after a power cut it is there whole, or as it was before. Raise OSError."""
-    write_whole(path, data, mode=mode, synced=True)
-    sync_folder(path.parent)
-
-
-def write_whole(path: Path, data: bytes, *, mode: int = 0o600, synced: bool = False) -> None:
-    """Write a file such that it is there whole or as it was before, whenever we are killed. Raise OSError. `synced`: it is on the disk."""
-    temporary = path.with_name(f"{path.name}.new")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            if synced:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def make_empty(folder: Path) -> None:

@@ -13,10 +13,10 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid.errors import BadImage, InvalidInput, MachineFailed, NotFound
+from deskgrid.files import write_durably
 from deskgrid.machines.images import check_image
 from deskgrid.model.jobs import INSTALLED
 from deskgrid.model.machines import ContextLabel, DiskFormat
-from deskgrid.worker.home import write_durably
 
 __all__ = ["InstalledDisk", "InstalledDisks"]
 

@@ -18,12 +18,12 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from deskgrid.archive import out_of_space, sync_folder
+from deskgrid.archive import out_of_space
+from deskgrid.files import sync_folder, write_durably, write_whole
 from deskgrid.machines.driver import Exited, MachineHandle, decode_handle, encode_handle
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState
 from deskgrid.model.workers import Assignment, AttemptReport
-from deskgrid.worker.home import write_durably, write_whole
 
 __all__ = ["Entry", "Journal", "Phase", "Verdict"]
 

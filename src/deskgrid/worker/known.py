@@ -18,9 +18,9 @@ from msgspec import Struct
 
 from deskgrid import __version__
 from deskgrid.clock import Clock
+from deskgrid.files import write_whole
 from deskgrid.machines.driver import Driver, Recalling
 from deskgrid.model.machines import Fingerprint
-from deskgrid.worker.home import write_whole
 
 __all__ = ["Known"]
 

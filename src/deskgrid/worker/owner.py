@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deskgrid.archive import sync_folder
 from deskgrid.core.owner import Rules, parse_spans
 from deskgrid.errors import InvalidInput
+from deskgrid.files import sync_folder, write_durably
 from deskgrid.settings import WorkerSettings
-from deskgrid.worker.home import write_durably
 
 __all__ = ["Owner", "rules_of"]
 

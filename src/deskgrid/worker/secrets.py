@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from deskgrid.core.sealing import for_attempt, open_secrets, sealing_key
 from deskgrid.errors import InvalidInput
+from deskgrid.files import write_durably
 from deskgrid.model.workers import Assignment
-from deskgrid.worker.home import SECRETS, write_durably
+from deskgrid.worker.home import SECRETS
 
 __all__ = ["SecretsKey", "write_secrets"]
 
