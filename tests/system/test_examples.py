@@ -15,9 +15,7 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
     drivers = {"DESKGRID_WORKER_DRIVERS": "process", "DESKGRID_WORKER_CPUS": "5", "DESKGRID_WORKER_MEMORY_BYTES": str(1 << 30)}
     somebody = Newcomer(tmp_path, **drivers)
     try:
-        for line in commands("README.md"):
-            if line.startswith(("deskgrid server", "deskgrid login", "deskgrid worker")) and "status" not in line:
-                somebody.type(line)
+        somebody.set_up()
         yield somebody
     finally:
         somebody.leave()

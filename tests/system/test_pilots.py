@@ -20,9 +20,7 @@ PNG = b"\x89PNG\r\n"
 def physicist(tmp_path: Path) -> Iterator[Newcomer]:
     somebody = Newcomer(tmp_path, command_s=1800.0, DESKGRID_WORKER_CPUS="2", DESKGRID_WORKER_SHARE="true")
     try:
-        for line in commands("README.md"):
-            if line.startswith(("deskgrid server", "deskgrid login", "deskgrid worker")) and "status" not in line:
-                somebody.type(line)
+        somebody.set_up()
         yield somebody
     finally:
         somebody.leave()

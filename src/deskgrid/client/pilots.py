@@ -14,12 +14,13 @@ from msgspec import Struct
 from deskgrid.errors import InvalidInput
 from deskgrid.model.jobs import JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import Network
-from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, Reach, parse_reach
+from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
 __all__ = ["OWN_BYTES", "Pilot", "pilot_spec", "write_pilot"]
 
-_GRID, _CACHE = "grid", "cache"
+_GRID, _CACHE = parse_reach("grid", str(API_SERVICE)), parse_reach("cache", str(CACHE_SERVICE))
+"""All that it reaches."""
 OWN_BYTES = 384 * MIB
 """Of a machine's memory, for its system and the worker."""
 _AROUND_S = 900.0
@@ -53,7 +54,6 @@ def pilot_spec(pilot: Pilot) -> JobSpec:
         raise InvalidInput(
             f"{format_size(pilot.memory_bytes)} are too little for a pilot", where="memory", hint=f"at least {format_size(least)}"
         )
-    reach = (parse_reach(_GRID, str(API_SERVICE)), parse_reach(_CACHE, str(CACHE_SERVICE)))
     return JobSpec(
         name=pilot.name,
         group=pilot.group,
@@ -65,7 +65,7 @@ def pilot_spec(pilot: Pilot) -> JobSpec:
             memory_bytes=pilot.memory_bytes,
             scratch_bytes=pilot.scratch_bytes,
             network=Network.OVERLAY,
-            reach=reach,
+            reach=(_GRID, _CACHE),
         ),
         limits=Limits(wall_time_s=pilot.lifetime_s + _AROUND_S, boot_time_s=_AROUND_S, attempts=1),
         results=Results(paths=("pilot.log",)),
@@ -85,7 +85,7 @@ def write_pilot(folder: Path, pilot: Pilot) -> None:
         "packages": ",".join(pilot.packages),
         "accepts": ",".join(pilot.accepts),
         "share": "true",
-        "share_near": _near(pilot_spec(pilot).machine.reach),
+        "share_near": f"{_CACHE.name}:{_CACHE.port}",
         "nice": 0,
     }
     command = ["deskgrid", "worker", "run", "--once", "--join", "/context/grid/credentials.json", "--home", "/scratch/.pilot"]
@@ -96,7 +96,3 @@ def write_pilot(folder: Path, pilot: Pilot) -> None:
         f"exec {shlex.join(command)}",
     ]
     (folder / "context.sh").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _near(reach: tuple[Reach, ...]) -> str:
-    return next(f"{one.name}:{one.port}" for one in reach if one.service == CACHE_SERVICE)

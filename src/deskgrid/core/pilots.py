@@ -19,26 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from msgspec import Struct
 
 from deskgrid.core.backoff import Chance, delay_s
+from deskgrid.model.machines import MachineKind, Network
+from deskgrid.model.wire import WaitingClass
 
-__all__ = ["Demand", "Plan", "Sent", "System", "SystemState", "plan", "suits"]
+__all__ = ["Plan", "Sent", "System", "SystemState", "after_failure", "plan", "suits"]
 
 _BURST = 10
 _FIRST_S, _LONGEST_S = 60.0, 3600.0
-
-
-class Demand(Struct, frozen=True, kw_only=True):
-    """Waiting jobs of one class."""
-
-    jobs: int
-    packages: frozenset[str] = frozenset()
-    cpus: int = 1
-    memory_bytes: int = 0
-    is_process: bool = True
-    platforms: frozenset[str] = frozenset()
-    """Where they may run; none: anywhere."""
-    needs_network: bool = False
-    workers: int = 0
-    """Online, that could run them; pilots aside."""
 
 
 class System(Struct, frozen=True, kw_only=True):
@@ -69,7 +56,10 @@ class Sent(Struct, frozen=True, kw_only=True):
     name: str
     system: str
     sent_at: float
+    """Seconds since 1970."""
     joined: bool = False
+    reference: str = ""
+    """By what the system knows it; empty: perhaps it never got there."""
 
 
 class Plan(Struct, frozen=True):
@@ -83,20 +73,20 @@ class Plan(Struct, frozen=True):
     """Those among them that never came."""
 
 
-def suits(system: System, demand: Demand) -> bool:
-    """Tell whether a system's pilots could run jobs of a class."""
+def suits(system: System, wanted: WaitingClass) -> bool:
+    """Tell whether a system's pilots could run jobs of a class. They run processes without a network."""
     return (
-        demand.is_process
-        and not demand.needs_network
-        and demand.packages <= system.packages
-        and demand.cpus <= system.cpus
-        and demand.memory_bytes <= system.memory_bytes
-        and (not demand.platforms or system.platform in demand.platforms)
+        wanted.kind is MachineKind.PROCESS
+        and wanted.network is Network.NONE
+        and system.packages.issuperset(wanted.packages)
+        and wanted.cpus <= system.cpus
+        and wanted.memory_bytes <= system.memory_bytes
+        and (not wanted.platforms or system.platform in wanted.platforms)
     )
 
 
 def plan(
-    demands: Iterable[Demand],
+    waiting: Iterable[WaitingClass],
     systems: Sequence[System],
     states: Mapping[str, SystemState],
     sent: Sequence[Sent],
@@ -105,10 +95,10 @@ def plan(
 ) -> Plan:
     """Decide what is sent and called back."""
     jobs = dict.fromkeys((system.name for system in systems), 0)
-    for demand in demands:
-        first = next((system for system in systems if suits(system, demand)), None)
-        if first is not None and demand.workers == 0:
-            jobs[first.name] += demand.jobs
+    for wanted in waiting:
+        first = next((system for system in systems if suits(system, wanted)), None)
+        if first is not None and wanted.workers == 0:
+            jobs[first.name] += wanted.jobs
     send: dict[str, int] = {}
     call_back: list[str] = []
     overdue: list[str] = []
@@ -117,14 +107,14 @@ def plan(
         late = [one for one in mine if not one.joined and now - one.sent_at >= system.patience_s]
         coming = [one for one in mine if not one.joined and one not in late]
         joined = sum(one.joined for one in mine)
-        wanted = min(math.ceil(jobs[system.name] / system.jobs_per_pilot), system.most)
+        needed = min(math.ceil(jobs[system.name] / system.jobs_per_pilot), system.most)
         overdue += [one.name for one in late]
         call_back += [one.name for one in late]
-        too_many = min(joined + len(coming) - wanted, len(coming))
+        too_many = min(joined + len(coming) - needed, len(coming))
         if too_many > 0:
             call_back += [one.name for one in sorted(coming, key=lambda one: one.sent_at)[-too_many:]]
         elif (
-            (missing := min(wanted - joined - len(coming), _BURST)) > 0
+            (missing := min(needed - joined - len(coming), _BURST)) > 0
             and states.get(system.name, SystemState()).until <= now
             and not late
         ):
@@ -136,8 +126,3 @@ def after_failure(state: SystemState, *, now: float, rng: Chance) -> SystemState
     """Return what is known of a system after it refused a pilot, or one never came."""
     failures = state.failures + 1
     return SystemState(failures, now + delay_s(failures, first_s=_FIRST_S, max_s=_LONGEST_S, rng=rng))
-
-
-def after_joining(_state: SystemState) -> SystemState:
-    """Return what is known of a system after one of its pilots joined."""
-    return SystemState()

@@ -14,35 +14,21 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
-from msgspec import Struct
 
 from deskgrid.clock import Clock
-from deskgrid.core.pilots import Demand, Plan, Sent, SystemState, after_failure, after_joining, plan
+from deskgrid.core.pilots import Plan, Sent, SystemState, after_failure, plan
 from deskgrid.errors import DeskgridError, InvalidInput
 from deskgrid.files import write_durably
-from deskgrid.model.machines import MachineKind, Network
-from deskgrid.model.wire import WaitingClass
 from deskgrid.pilots.system import Order, System
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
 
-__all__ = ["Factory", "Record"]
+__all__ = ["Factory"]
 
 _log = structlog.get_logger()
 _JOIN_S = 7 * 86400.0
 """How long a link may be used: for as long as a pilot may wait in a queue."""
-
-
-class Record(Struct, kw_only=True):
-    """A pilot that is out."""
-
-    name: str
-    system: str
-    sent_at: float
-    reference: str = ""
-    """By what the system knows it; empty: perhaps it never got there."""
-    joined: bool = False
 
 
 class Factory:
@@ -55,16 +41,15 @@ class Factory:
         self._states: dict[str, SystemState] = {}
         self._file = folder / "pilots.json"
         folder.mkdir(parents=True, exist_ok=True)
-        self.out: dict[str, Record] = {one.name: one for one in self._read()}
+        self.out: dict[str, Sent] = {one.name: one for one in self._read()}
 
     async def look(self) -> Plan:
         """Look once, send and call back what is to be; return what was decided. Raise DeskgridError if the grid does not answer."""
         joined = {one.name for one in await self._grid.workers() if one.pilot_of}
-        demands = [_demand(one) for one in await self._grid.waiting()]
+        waiting = await self._grid.waiting()
         await self._note_what_is_there(joined)
-        sent = [Sent(name=one.name, system=one.system, sent_at=one.sent_at, joined=one.joined) for one in self.out.values()]
         systems = [system.plan for system in self._systems.values()]
-        decided = plan(demands, systems, self._states, sent, now=self._clock.now())
+        decided = plan(waiting, systems, self._states, list(self.out.values()), now=self._clock.now())
         for name in decided.call_back:
             await self._call_back(self.out[name], is_late=name in decided.overdue)
         for name, count in decided.send.items():
@@ -75,19 +60,19 @@ class Factory:
 
     async def call_all_back(self) -> None:
         """Call back all that are out."""
-        for record in list(self.out.values()):
-            await self._call_back(record, is_late=False)
+        for pilot in list(self.out.values()):
+            await self._call_back(pilot, is_late=False)
 
     async def _note_what_is_there(self, joined: set[str]) -> None:
         """Note who has joined, and forget those that have ended."""
-        for record in self.out.values():
-            if record.name in joined and not record.joined:
-                record.joined = True
-                self._states[record.system] = after_joining(self._states.get(record.system, SystemState()))
-                _log.info("pilot_joined", pilot=record.name, system=record.system)
-        for record in [one for one in self.out.values() if one.joined and one.name not in joined]:
-            _log.info("pilot_ended", pilot=record.name, system=record.system, joined=True)
-            del self.out[record.name]
+        for pilot in list(self.out.values()):
+            if pilot.name in joined and not pilot.joined:
+                self.out[pilot.name] = msgspec.structs.replace(pilot, joined=True)
+                self._states.pop(pilot.system, None)
+                _log.info("pilot_joined", pilot=pilot.name, system=pilot.system)
+        for pilot in [one for one in self.out.values() if one.joined and one.name not in joined]:
+            _log.info("pilot_ended", pilot=pilot.name, system=pilot.system, joined=True)
+            del self.out[pilot.name]
         for name, system in self._systems.items():
             known = {
                 one.reference: one for one in self.out.values() if one.system == name and one.reference and one.name not in joined
@@ -100,51 +85,52 @@ class Factory:
                 _log.warning("system_does_not_answer", system=name, error=str(error))
                 continue
             for reference in gone:
-                record = known[reference]
-                _log.info("pilot_ended", pilot=record.name, system=name, joined=record.joined)
-                if not record.joined:
+                pilot = known[reference]
+                _log.info("pilot_ended", pilot=pilot.name, system=name, joined=pilot.joined)
+                if not pilot.joined:
                     self._failed(name)
-                del self.out[record.name]
-        for record in [one for one in self.out.values() if one.system not in self._systems]:
-            _log.warning("pilot_of_no_system", pilot=record.name, system=record.system)
-            del self.out[record.name]
+                del self.out[pilot.name]
+        for pilot in [one for one in self.out.values() if one.system not in self._systems]:
+            _log.warning("pilot_of_no_system", pilot=pilot.name, system=pilot.system)
+            del self.out[pilot.name]
         self._write()
 
     async def _send(self, system: System) -> bool:
         """Send one pilot; return whether the system took it."""
         name = system.plan.name
-        record = Record(name=f"{name}-{secrets.token_hex(4)}", system=name, sent_at=self._clock.now())
-        self.out[record.name] = record
+        pilot = Sent(name=f"{name}-{secrets.token_hex(4)}", system=name, sent_at=self._clock.now())
+        self.out[pilot.name] = pilot
         self._write()
         try:
             link = ""
             if system.uses_links:
                 patience_s = max(_JOIN_S, system.plan.patience_s)
                 link = str(await self._grid.pilot_link(pilot_s=system.lifetime_s, lifetime_s=patience_s))
-            order = Order(name=record.name, link=link, lifetime_s=system.lifetime_s, idle_s=system.idle_s)
-            record.reference = await system.send(order)
+            order = Order(name=pilot.name, link=link, lifetime_s=system.lifetime_s, idle_s=system.idle_s)
+            pilot = msgspec.structs.replace(pilot, reference=await system.send(order))
         except DeskgridError as error:
             _log.warning("system_refuses", system=name, error=str(error))
-            del self.out[record.name]
+            del self.out[pilot.name]
             self._failed(name)
             self._write()
             return False
-        _log.info("pilot_sent", pilot=record.name, system=name, reference=record.reference)
+        self.out[pilot.name] = pilot
+        _log.info("pilot_sent", pilot=pilot.name, system=name, reference=pilot.reference)
         self._write()
         return True
 
-    async def _call_back(self, record: Record, *, is_late: bool) -> None:
-        _log.info("pilot_called_back", pilot=record.name, system=record.system, is_late=is_late)
-        system = self._systems.get(record.system)
-        if system is not None and record.reference:
+    async def _call_back(self, pilot: Sent, *, is_late: bool) -> None:
+        _log.info("pilot_called_back", pilot=pilot.name, system=pilot.system, is_late=is_late)
+        system = self._systems.get(pilot.system)
+        if system is not None and pilot.reference:
             try:
-                await system.call_back(record.reference)
+                await system.call_back(pilot.reference)
             except DeskgridError as error:
-                _log.warning("system_does_not_answer", system=record.system, error=str(error))
+                _log.warning("system_does_not_answer", system=pilot.system, error=str(error))
                 return
         if is_late:
-            self._failed(record.system)
-        del self.out[record.name]
+            self._failed(pilot.system)
+        del self.out[pilot.name]
         self._write()
 
     def _failed(self, system: str) -> None:
@@ -152,9 +138,9 @@ class Factory:
         if state.until <= self._clock.now():  # several at once are one failure
             self._states[system] = after_failure(state, now=self._clock.now(), rng=self._rng)
 
-    def _read(self) -> list[Record]:
+    def _read(self) -> list[Sent]:
         try:
-            return msgspec.json.decode(self._file.read_bytes(), type=list[Record])
+            return msgspec.json.decode(self._file.read_bytes(), type=list[Sent])
         except FileNotFoundError:
             return []
         except msgspec.DecodeError as error:
@@ -162,16 +148,3 @@ class Factory:
 
     def _write(self) -> None:
         write_durably(self._file, msgspec.json.encode(list(self.out.values())))
-
-
-def _demand(found: WaitingClass) -> Demand:
-    return Demand(
-        jobs=found.jobs,
-        packages=frozenset(found.packages),
-        cpus=found.cpus,
-        memory_bytes=found.memory_bytes,
-        is_process=found.kind is MachineKind.PROCESS,
-        platforms=frozenset(found.platforms),
-        needs_network=found.network is not Network.NONE,
-        workers=found.workers,
-    )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from deskgrid.clock import FakeClock
@@ -140,7 +141,7 @@ async def test_pilot_of_which_only_the_name_is_known_is_forgotten_when_it_has_le
     """The factory was killed before it had written by what name the system knows it."""
     await place.look(jobs=1)
     [record] = place.factory.out.values()
-    record.reference = ""
+    place.factory.out[record.name] = msgspec.structs.replace(record, reference="")
     place.grid.joined = {record.name}
     await place.look()
     place.grid.joined.clear()
