@@ -309,6 +309,11 @@ class Agent:
             return math.inf
         return self._began_at + self._term.lifetime_s - self._clock.monotonic()
 
+    def _why_not(self, assignment: Assignment) -> str:
+        """Return why this worker does not begin a job, empty if it does."""
+        is_long = assignment.spec.limits.wall_time_s > self._left_s()
+        return "it may take longer than this worker is there" if is_long else ""
+
     async def answer(self, command: str) -> StatusAnswer:
         """Carry out a command of control.py."""
         if command == "leave":
@@ -577,13 +582,13 @@ class Agent:
             _log.info("attempt_taken", attempt_id=runner.id, job_id=entry.assignment.job_id, number=entry.assignment.number)
             if self._owner.paused:
                 self._spawn(runner, runner.give_back(""))
-            elif entry.assignment.spec.limits.wall_time_s > self._left_s():
-                self._spawn(runner, runner.give_back("it may take longer than this worker is there", for_good=True))
+            elif reason := self._why_not(entry.assignment):
+                self._spawn(runner, runner.give_back(reason, for_good=True))
             else:
                 self._begin(runner)
         if new:
             self._warm.trim()
-        self._warm.take(one for one in given if self._warm.takes(one))
+        self._warm.take((one for one in given if self._warm.takes(one)), self._why_not)
 
     def _add(self, runner: Runner) -> None:
         """Hold an attempt; one for which there is no place waits for it."""

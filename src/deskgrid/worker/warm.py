@@ -114,16 +114,16 @@ class WarmPool:
 
     # ---- what the agent tells
 
-    def take(self, assignments: Iterable[Assignment]) -> None:
-        """Hold jobs of warm programs, which begin when `run` runs. What cannot be done is answered so."""
+    def take(self, assignments: Iterable[Assignment], why_not: Callable[[Assignment], str]) -> None:
+        """Hold jobs of warm programs, which begin when `run` runs. What cannot be done is answered so, and what is not to be done here, for what
+        `why_not` returns."""
         for assignment in assignments:
             if assignment.attempt_id in self._attempts:
                 continue
             line = self._line_of(assignment)
             attempt = self._attempts[assignment.attempt_id] = WarmAttempt(assignment, line)
-            fault = fault_of_warm(assignment)
-            if fault or self._kit.owner.paused:
-                attempt.settle(Verdict(AttemptState.FAILED, fault) if fault else BACK)
+            if verdict := self._verdict_on(assignment, why_not):
+                attempt.settle(verdict)
                 self.settled(attempt)
                 self._forget(line)
             elif assignment.hold:
@@ -131,6 +131,15 @@ class WarmPool:
             else:
                 line.waiting.append(attempt)
         self.spread()
+
+    def _verdict_on(self, assignment: Assignment, why_not: Callable[[Assignment], str]) -> Verdict | None:
+        """Return how a job ends at once, if it does."""
+        if fault := fault_of_warm(assignment):
+            return Verdict(AttemptState.FAILED, fault)
+        if self._kit.owner.paused:
+            return BACK
+        reason = why_not(assignment)
+        return Verdict(AttemptState.REFUSED, reason, rests=False) if reason else None
 
     def release(self, attempt_id: AttemptId) -> None:
         """Let a job start that was held until all of its set can. Idempotent."""

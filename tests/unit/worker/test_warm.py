@@ -30,7 +30,7 @@ from deskgrid.model.jobs import AttemptState, JobSpec, Limits, Machine, Results
 from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.workers import MOST_VALUE_BYTES, AttemptReport
 from deskgrid.units import MIB
-from deskgrid.worker.agent import Agent
+from deskgrid.worker.agent import Agent, Term
 from deskgrid.worker.conversation import MOST_LINE_BYTES, Answer, AnswerReader, Task, task_line, value_of
 from deskgrid.worker.home import Home
 from deskgrid.worker.journal import Journal
@@ -260,6 +260,15 @@ async def test_program_stays_and_does_one_job_after_the_other(warm: Warm) -> Non
         assert (await warm.final(second)).value == b"\0\1"
         assert len(warm.rig.pc.made) == 1
     assert warm.nothing_left()
+
+
+async def test_job_that_may_take_longer_than_the_worker_is_there_is_refused(warm: Warm) -> None:
+    task = asyncio.create_task(warm.rig.agent(term=Term(lifetime_s=100.0)).run())
+    [long] = warm.submit(spec=msgspec.structs.replace(SPEC, limits=Limits(wall_time_s=200.0)))
+    report = await warm.final(long)
+    assert (report.state, report.reason) == (AttemptState.REFUSED, "it may take longer than this worker is there")
+    await warm.rig.through(task, step_s=1.0)
+    assert warm.rig.server.left and not warm.rig.pc.made
 
 
 async def test_jobs_are_not_journalled_but_their_machine_is(warm: Warm) -> None:
