@@ -104,7 +104,7 @@ def double(number: int) -> int:
 
 
 class Strange:
-    """Of no module that reading an answer allows."""
+    """No plain value."""
 
 
 OPTIONS = {"memory": "128MiB", "scratch": "64MiB"}

@@ -20,6 +20,7 @@ ANSWER = "answer"
 WHOLE = "whole"
 """A file of the context: the answer is to be a pickle, for somebody who trusts this PC."""
 _LONG = 1 << 53
+_KEYS = (type(None), bool, str, bytes, float, datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
 
 
 def main(folder: Path, number: str) -> None:
@@ -57,18 +58,22 @@ class NotPlainError(TypeError):
 def plain(value: Any) -> Any:
     """Return a value as JSON has it: scalars as they are, all else as an object with one member that says what it is. Raise NotPlainError."""
     kind = type(value)
-    if value is None or kind in (bool, str):
+    if value is None or kind is bool:
         return value
+    if kind is str:
+        return value if _is_utf8(value) else {"str": _base64(value.encode("utf-8", "surrogatepass"))}
     if kind is int:
-        return value if -_LONG < value < _LONG else {"int": str(value)}
+        return value if -_LONG < value < _LONG else {"int": hex(value)}
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}
-    if kind in (list, tuple, set, frozenset):
+    if kind in (list, tuple):
         return {kind.__name__: [plain(one) for one in value]}
+    if kind in (set, frozenset):
+        return {kind.__name__: [plain(checked_key(one)) for one in value]}
     if kind is dict:
-        return {"dict": [[plain(key), plain(one)] for key, one in value.items()]}
+        return {"dict": [[plain(checked_key(key)), plain(one)] for key, one in value.items()]}
     if kind in (bytes, bytearray):
-        return {kind.__name__: base64.b64encode(value).decode()}
+        return {kind.__name__: _base64(value)}
     if kind is complex:
         return {"complex": [plain(value.real), plain(value.imag)]}
     if kind is range:
@@ -77,30 +82,58 @@ def plain(value: Any) -> Any:
         return {kind.__name__: value.isoformat()}
     if kind is datetime.timedelta:
         return {"timedelta": [value.days, value.seconds, value.microseconds]}
-    if kind in (decimal.Decimal, fractions.Fraction):
-        return {kind.__name__: str(value)}
+    if kind is decimal.Decimal:
+        return {"Decimal": str(value)}
+    if kind is fractions.Fraction:
+        return {"Fraction": [plain(value.numerator), plain(value.denominator)]}
     return _array(value)
+
+
+def checked_key(value: Any) -> Any:
+    """Return a value if it may be a key: not one of those of which a great many with the same hash are easily made. Raise NotPlainError."""
+    if type(value) in (tuple, frozenset):
+        for one in value:
+            checked_key(one)
+    elif not (type(value) in _KEYS or (type(value) is int and -_LONG < value < _LONG)):
+        raise NotPlainError(f"a key of the type {type(value).__qualname__}")
+    return value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # as a file's name may be
+        return False
+    return True
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _array(value: Any) -> Any:
     """Return numpy's arrays and scalars, as numpy.save writes them."""
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)) and not value.dtype.hasobject:
-        import io
+    if numpy is None or not (type(value) is numpy.ndarray or isinstance(value, numpy.generic)) or value.dtype.hasobject:
+        # Not what only looks like an array: the mask of a masked one, or a unit, would be lost.
+        raise NotPlainError(f"{type(value).__module__}.{type(value).__qualname__}")
+    import io
 
-        file = io.BytesIO()
-        numpy.save(file, numpy.asarray(value), allow_pickle=False)
-        return {"ndarray" if isinstance(value, numpy.ndarray) else "scalar": base64.b64encode(file.getvalue()).decode()}
-    raise NotPlainError(f"{type(value).__module__}.{type(value).__qualname__}")
+    file = io.BytesIO()
+    numpy.save(file, numpy.asarray(value), allow_pickle=False)
+    return {"ndarray" if isinstance(value, numpy.ndarray) else "scalar": _base64(file.getvalue())}
 
 
 def _told(error: BaseException) -> dict[str, Any]:
-    arguments = [one if isinstance(one, (int, float, str, bool, type(None))) else repr(one) for one in error.args]
+    try:
+        arguments = [plain(one if type(one) in (int, float, str, bool, type(None)) else repr(one)) for one in error.args]
+    except Exception:  # a repr that raises
+        arguments = []
     text = "".join(traceback.format_exception(error))
     return {
         "module": type(error).__module__,
         "name": type(error).__qualname__,
-        "arguments": [plain(one) for one in arguments],
+        "arguments": arguments,
         "text": text,
     }
 

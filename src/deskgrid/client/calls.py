@@ -36,7 +36,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from deskgrid.client import call_runner
+from deskgrid.client.call_runner import checked_key
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
+from deskgrid.units import format_size
 
 __all__ = ["ANSWER", "CallFailed", "Packed", "of_module", "pack_call", "read_answer", "write_calls"]
 
@@ -110,8 +112,9 @@ def _module_of(function: Callable[..., Any]) -> ModuleType | None:
 def _is_users(module: ModuleType) -> bool:
     """Tell whether a module is the user's own, and no library that is installed: that one the PC has, or does not."""
     file = getattr(module, "__file__", None)
-    libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return file is not None and not any(library and Path(file).is_relative_to(library) for library in libraries)
+    if file is None or {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return False
+    return not any(Path(file).is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 
 
 def write_calls(folder: Path, calls: Sequence[Packed], *, trusted: bool) -> None:
@@ -140,7 +143,9 @@ def read_answer(file: Path, *, trusted: bool) -> Any:
     `trusted`: the answer is a pickle. Otherwise raise CallFailed for what is not plain, and for exceptions that are not Python's own.
     """
     if file.stat().st_size > _MOST_ANSWER_BYTES:
-        raise CallFailed("its answer is too large", hint="let it leave a file, and fetch the job's results")
+        raise CallFailed(
+            "its answer is too large", hint=f"at most {format_size(_MOST_ANSWER_BYTES)}; put more where you can fetch it"
+        )
     data = file.read_bytes()
     return _read_whole(data) if trusted else _read_plain(data)
 
@@ -237,13 +242,14 @@ def _array(inside: Any, _depth: int) -> Any:
 
 
 _READERS: dict[str, Callable[[Any, int], Any]] = {
-    "int": _of_text(int),
+    "str": lambda inside, depth: _bytes(inside, depth).decode("utf-8", "surrogatepass"),
+    "int": _of_text(lambda text: int(text, 16)),
     "float": _of_text(float),
     "list": _values,
     "tuple": lambda inside, depth: tuple(_values(inside, depth)),
-    "set": lambda inside, depth: set(_values(inside, depth)),
-    "frozenset": lambda inside, depth: frozenset(_values(inside, depth)),
-    "dict": lambda inside, depth: {_value(key, depth): _value(one, depth) for key, one in inside},
+    "set": lambda inside, depth: {checked_key(one) for one in _values(inside, depth)},
+    "frozenset": lambda inside, depth: frozenset(checked_key(one) for one in _values(inside, depth)),
+    "dict": lambda inside, depth: {checked_key(_value(key, depth)): _value(one, depth) for key, one in inside},
     "bytes": _bytes,
     "bytearray": lambda inside, depth: bytearray(_bytes(inside, depth)),
     "complex": lambda inside, depth: complex(*(float(one) for one in _values(inside, depth))),
@@ -253,7 +259,7 @@ _READERS: dict[str, Callable[[Any, int], Any]] = {
     "time": _of_text(datetime.time.fromisoformat),
     "timedelta": lambda inside, _depth: datetime.timedelta(*(int(one) for one in inside)),
     "Decimal": _of_text(decimal.Decimal),
-    "Fraction": _of_text(fractions.Fraction),
+    "Fraction": lambda inside, depth: fractions.Fraction(*(int(one) for one in _values(inside, depth))),
     "ndarray": _array,
     "scalar": lambda inside, depth: _array(inside, depth)[()],
 }

@@ -15,9 +15,12 @@ import contextlib
 import functools
 import itertools
 import random
+import secrets
+import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,11 +32,13 @@ from deskgrid.client.calls import ANSWER, CallFailed, Packed, of_module, pack_ca
 from deskgrid.client.jobfile import as_written, read_job
 from deskgrid.core.backoff import delay_s
 from deskgrid.errors import DeskgridError, InvalidInput, StoreUnavailable, Unreachable
+from deskgrid.model import wire
 from deskgrid.model.ids import ArrayId
-from deskgrid.model.jobs import Array, Job, JobState, Results
+from deskgrid.model.jobs import Array, Job, JobSpec, JobState, Results
 
 if TYPE_CHECKING:
     from deskgrid.client.blocking import Grid
+    from deskgrid.client.grid import Grid as AsyncGrid
 
 __all__ = ["GridExecutor"]
 
@@ -45,6 +50,7 @@ _LOOK_GAP_S = 0.2
 _LISTED_PER_S = 5000.0
 """Of an array's jobs that have ended: all are looked through for those that are new."""
 _FETCHED_AT_ONCE = 4
+_ANSWERING = "deskgrid-answers"
 _LIMITS = UnpackLimits(files=10, bytes=1 << 29, apparent_bytes=1 << 29)
 _NO_OPTIONS = {"array", "command", "context", "fill", "paths", "secret", "table", "warm"}
 _rng = random.Random()  # noqa: S311 - jitter
@@ -76,20 +82,22 @@ class GridExecutor(concurrent.futures.Executor):
         self._spec = msgspec.structs.replace(spec, results=Results(paths=(ANSWER,)))
         self._modules = tuple(modules)
         self._functions: dict[bytes, bytes] = {}
+        """Of calls that wait to be sent: each once in memory, however many calls there are."""
         self._trusted = bool(trust) and "everyone" not in trust
         self._lock = threading.Lock()
         self._pending: list[_Waiting] = []
         self._arrays: set[concurrent.futures.Future[None]] = set()
         self._closed = False
+        self._answering = ThreadPoolExecutor(_FETCHED_AT_ONCE, thread_name_prefix=_ANSWERING)
 
     def submit(self, function: Callable[..., T], /, *arguments: Any, **keywords: Any) -> concurrent.futures.Future[T]:
         """See Executor.submit. Raise InvalidInput for what cannot be packed."""
         packed = pack_call(function, arguments, keywords, self._modules)
-        packed.function = self._functions.setdefault(packed.function, packed.function)  # once in memory, however many calls
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
+            packed.function = self._functions.setdefault(packed.function, packed.function)
             self._pending.append((future, packed))
             begins = len(self._pending) == 1
         if begins:
@@ -127,6 +135,8 @@ class GridExecutor(concurrent.futures.Executor):
             concurrent.futures.wait(arrays)
             with self._lock:
                 arrays = {one for one in self._arrays if not one.done()}
+        if wait:
+            self._answering.shutdown(wait=threading.current_thread().name.partition("_")[0] != _ANSWERING)
 
     def _begin(self) -> None:
         sending = self._grid.begin(self._send())
@@ -138,101 +148,134 @@ class GridExecutor(concurrent.futures.Executor):
         with self._lock:
             self._arrays.discard(sent)
 
-    # ---- in the grid's loop. Futures are answered in another thread: what waits for them may use the grid.
-
     async def _send(self) -> None:
-        """Submit what has gathered, and stay until all of it is answered."""
+        """Submit what has gathered, in the grid's loop, and stay until all of it is answered."""
         await asyncio.sleep(_GATHER_S)
         with self._lock:
             pending, self._pending = self._pending[:_MOST_CALLS], self._pending[_MOST_CALLS:]
+            self._functions.clear()
             is_more = bool(self._pending)
         if is_more:
             self._begin()
         calls = [(future, packed) for future, packed in pending if future.set_running_or_notify_cancel()]
-        futures = dict(enumerate(future for future, _ in calls))
+        if calls:
+            await _Batch(self._grid.asynchronous, self._spec, self._answering, calls, trusted=self._trusted).run()
+
+
+class _Batch:
+    """The calls of one array. Futures are answered in threads of their own: what waits for them may use the grid."""
+
+    def __init__(
+        self, grid: AsyncGrid, spec: JobSpec, answering: ThreadPoolExecutor, calls: Sequence[_Waiting], *, trusted: bool
+    ) -> None:
+        self._grid, self._spec, self._answering, self._trusted = grid, spec, answering, trusted
+        self._calls = [packed for _, packed in calls]
+        self._futures = dict(enumerate(future for future, _ in calls))
+        """Of jobs that have not ended, as far as is known."""
+        self._places = asyncio.Semaphore(_FETCHED_AT_ONCE)
+
+    async def run(self) -> None:
+        """Submit the calls and answer all futures, whatever happens."""
+        why: BaseException = CallFailed("its job left no answer")
         try:
-            if calls:
-                await self._run([packed for _, packed in calls], futures)
-        except BaseException as error:
-            why = error if isinstance(error, Exception) else CallFailed("the executor was shut down")
-            for future in futures.values():
-                future.set_exception(why)
-            if not isinstance(error, Exception):
-                raise
+            with tempfile.TemporaryDirectory(prefix="deskgrid-") as place:
+                await self._run(Path(place))
+        except asyncio.CancelledError:
+            why = CallFailed("the executor was shut down")
+            raise
+        except Exception as error:
+            why = error
+        finally:
+            for future in self._futures.values():
+                self._answer(future, None, why)
 
-    async def _run(self, calls: Sequence[Packed], futures: dict[int, concurrent.futures.Future[Any]]) -> None:
-        with tempfile.TemporaryDirectory(prefix="deskgrid-") as place:
-            context, answers = Path(place) / "context", Path(place) / "answers"
-            context.mkdir()
-            answers.mkdir()
-            await asyncio.to_thread(functools.partial(write_calls, context, calls, trusted=self._trusted))
-            submitting = asyncio.ensure_future(self._grid.asynchronous.submit_array(self._spec, count=len(calls), context=context))
-            try:
-                array_id = (await asyncio.shield(submitting)).id
-                await self._collect(array_id, answers, futures)
-            except BaseException:
-                # Also if that came while the server was about to take it: nobody would wait for those jobs.
-                with contextlib.suppress(DeskgridError):
-                    await self._grid.asynchronous.cancel_array((await submitting).id)
-                raise
-            with contextlib.suppress(DeskgridError):  # it stays for a while, as any array does
-                await self._grid.asynchronous.remove_array(array_id)
+    async def _run(self, place: Path) -> None:
+        context, answers = place / "context", place / "answers"
+        context.mkdir()
+        answers.mkdir()
+        await asyncio.to_thread(functools.partial(write_calls, context, self._calls, trusted=self._trusted))
+        submitting = asyncio.ensure_future(self._submit(context))
+        try:
+            array_id = (await asyncio.shield(submitting)).id
+            await self._collect(array_id, answers)
+        except BaseException:
+            # Also if that came while the server was about to take it: nobody would wait for those jobs.
+            with contextlib.suppress(DeskgridError):
+                await self._grid.cancel_array((await submitting).id)
+            raise
+        with contextlib.suppress(DeskgridError):  # it stays for a while, as any array does
+            await self._grid.remove_array(array_id)
 
-    async def _collect(self, array_id: ArrayId, answers: Path, futures: dict[int, concurrent.futures.Future[Any]]) -> None:
-        """Give each future its answer when its job has ended. While the server is away, go on trying."""
-        failures = 0
-        while futures:
-            try:
-                async for array in self._grid.asynchronous.array_changes(array_id):
-                    failures = 0
-                    done = await self._look(array, answers, futures)
-                    await asyncio.sleep(max(_LOOK_GAP_S, done / _LISTED_PER_S))
-                for future in futures.values():
-                    await asyncio.to_thread(future.set_exception, CallFailed("its job left no answer"))
-                futures.clear()
-            except (Unreachable, StoreUnavailable):
-                failures += 1
-                await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
+    async def _submit(self, context: Path) -> Array:
+        key = secrets.token_hex(16)  # one array, however often it is asked for
+        blob = await _patiently(lambda: self._grid.send_folder(context))
+        request = wire.SubmitArray(spec=self._spec, count=len(self._calls), context=blob)
+        return await _patiently(lambda: self._grid.transport.call(wire.SUBMIT_ARRAY, request, key=key))
 
-    async def _look(self, array: Array, answers: Path, futures: dict[int, concurrent.futures.Future[Any]]) -> int:
+    async def _collect(self, array_id: ArrayId, answers: Path) -> None:
+        """Answer each future when its job has ended, until the array has."""
+
+        async def watch() -> None:
+            async for array in self._grid.array_changes(array_id):
+                done = await self._look(array, answers)
+                await asyncio.sleep(max(_LOOK_GAP_S, done / _LISTED_PER_S))
+
+        await _patiently(watch)
+
+    async def _look(self, array: Array, answers: Path) -> int:
         """Answer the futures of jobs that have ended since the last look; return how many have ended in all."""
-        grid = self._grid.asynchronous
-        ended = {state: array.jobs.get(state, 0) for state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED)}
-        done = sum(ended.values())
-        if len(futures) > array.count - done:
-            places = asyncio.Semaphore(_FETCHED_AT_ONCE)
-            async with asyncio.TaskGroup() as tasks:
-                for state in [state for state, count in ended.items() if count]:
-                    async for job in grid.jobs_of(array.id, state=state):
-                        if (future := futures.pop(job.index, None)) is not None:
-                            tasks.create_task(self._finish(job, future, answers / str(job.index), places))
+        ended = [state for state in (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED) if array.jobs.get(state)]
+        done = sum(array.jobs[state] for state in ended)
+        if len(self._futures) > array.count - done:
+            jobs = [job for state in ended async for job in self._grid.jobs_of(array.id, state=state) if job.index in self._futures]
+            await asyncio.gather(*(self._finish(job, self._futures.pop(job.index), answers / str(job.index)) for job in jobs))
         return done
 
-    async def _finish(self, job: Job, future: concurrent.futures.Future[Any], place: Path, places: asyncio.Semaphore) -> None:
+    async def _finish(self, job: Job, future: concurrent.futures.Future[Any], place: Path) -> None:
         """Fetch the answer of a job and give it to its future; what is wrong with it is that call's alone."""
-        failures = 0
-        while True:
-            try:
-                if job.state is not JobState.COMPLETED:
-                    raise CallFailed(f"job {job.id}: {job.message or job.state.value}")
-                async with places:
-                    await self._grid.asynchronous.results_of(job, place, limits=_LIMITS)
-                file = place / ANSWER
-                if not file.is_file():
-                    raise CallFailed(f"job {job.id} left no answer")
-                value = await asyncio.to_thread(read_answer, file, trusted=self._trusted)
-            except (Unreachable, StoreUnavailable):
-                failures += 1
-                await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
-            except asyncio.CancelledError:
-                future.set_exception(CallFailed("the executor was shut down"))
-                raise
-            except BaseException as error:
-                await asyncio.to_thread(future.set_exception, error)
-                return
-            else:
-                await asyncio.to_thread(future.set_result, value)
-                return
+        value: Any = None
+        error: BaseException | None = CallFailed("the executor was shut down")
+        try:
+            if job.state is not JobState.COMPLETED:
+                raise CallFailed(f"job {job.id}: {job.message or job.state.value}")
+            async with self._places:
+                await _patiently(lambda: self._grid.results_of(job, place, limits=_LIMITS))
+                reading = functools.partial(_outcome, place, trusted=self._trusted)
+                value, error = await asyncio.get_running_loop().run_in_executor(self._answering, reading)
+        except Exception as wrong:
+            error = wrong
+        finally:
+            self._answer(future, value, error)
+
+    def _answer(self, future: concurrent.futures.Future[Any], value: Any, error: BaseException | None) -> None:
+        def answer() -> None:
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                future.set_result(value) if error is None else future.set_exception(error)
+
+        self._answering.submit(answer)
+
+
+def _outcome(place: Path, *, trusted: bool) -> tuple[Any, BaseException | None]:
+    """Return what a call returned or raised, and remove its files. Nothing is raised here: a StopIteration would be lost on its way."""
+    try:
+        if not (place / ANSWER).is_file():
+            return None, CallFailed("its job left no answer")
+        return read_answer(place / ANSWER, trusted=trusted), None
+    except BaseException as error:
+        return None, error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Return what a call returns; while the server is away, go on trying."""
+    failures = 0
+    while True:
+        try:
+            return await call()
+        except (Unreachable, StoreUnavailable):
+            failures += 1
+            await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
 
 
 def _of_each(function: Callable[..., T]) -> Callable[[Sequence[tuple[Any, ...]]], list[T]]:

@@ -37,6 +37,8 @@ __all__ = ["Credentials", "Transport", "fetch_authority", "load_credentials", "s
 
 A = TypeVar("A")
 _CHUNK = 1 << 20
+_MOST_CONNECTIONS = 1000
+"""Each job or array that is waited for holds one."""
 _ANSWER_LIMIT_S = 30.0
 _CONNECT_LIMIT_S, _NEXT_LIMIT_S = 10.0, 4.0
 """How long a server may take to accept; the second if there is another one."""
@@ -137,7 +139,7 @@ class Transport:
         self._session = aiohttp.ClientSession(
             base_url=f"https://{self._addresses[0]}",
             headers=headers,
-            connector=aiohttp.TCPConnector(ssl=context),
+            connector=aiohttp.TCPConnector(ssl=context, limit=_MOST_CONNECTIONS),
         )
         return self
 

@@ -34,10 +34,11 @@ SCALARS = (
     | st.binary()
     | st.complex_numbers(allow_nan=False)
 )
-DATES = st.dates() | st.datetimes() | st.times() | st.timedeltas() | st.fractions() | st.decimals(allow_nan=False)
-HASHABLE = SCALARS | DATES | st.tuples(SCALARS, DATES) | st.frozensets(SCALARS, max_size=3)
+KEYS = st.none() | st.booleans() | st.integers(-(2**52), 2**52) | st.floats(allow_nan=False) | st.text() | st.binary()
+TIMES = st.dates() | st.datetimes() | st.times() | st.timedeltas()
+HASHABLE = KEYS | TIMES | st.tuples(KEYS, TIMES) | st.frozensets(KEYS, max_size=3)
 VALUES = st.recursive(
-    HASHABLE,
+    HASHABLE | SCALARS | st.fractions() | st.decimals(allow_nan=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(HASHABLE, inner, max_size=4) | st.tuples(inner),
     max_leaves=12,
 )
@@ -57,7 +58,7 @@ def test_plain_values_come_back_as_they_were(value: Any, tmp_path_factory: pytes
 
 
 def test_special_numbers_and_long_ones_come_back(tmp_path: Path) -> None:
-    values = [math.inf, -math.inf, 10**3000, -(2**63), range(1, 10, 2), bytearray(b"x"), {1, 2}]
+    values = [math.inf, -math.inf, 10**4500, -(2**63), range(1, 10, 2), bytearray(b"x"), {1, 2}, "\udc80.root"]
     assert read_answer(answer(tmp_path, {"value": plain(values)}), trusted=False) == values
     assert math.isnan(read_answer(answer(tmp_path, {"value": plain(math.nan)}), trusted=False))
     exact = [decimal.Decimal("0.1"), fractions.Fraction(1, 3), datetime.datetime.now(datetime.UTC)]
@@ -72,9 +73,22 @@ def test_arrays_of_numpy_come_back(array: Any, tmp_path: Path) -> None:
     assert found.dtype == array.dtype and (found == array).all()
 
 
-def test_array_of_objects_is_not_plain() -> None:
+@pytest.mark.parametrize(
+    "value",
+    [
+        numpy.array([object()]),
+        numpy.ma.masked_array([1, 2], mask=[True, False]),
+        {1j: 1},
+        {2**61 - 1},
+        {fractions.Fraction(1, 3): 1},
+        {(1, 2**70): 1},
+        object(),
+        type("Text", (str,), {})("x"),
+    ],
+)
+def test_what_would_not_come_back_the_same_is_not_plain(value: Any) -> None:
     with pytest.raises(NotPlainError):
-        plain(numpy.array([object()]))
+        plain(value)
 
 
 class Evil:
@@ -106,6 +120,9 @@ HUGE = base64.b64encode(
         {"value": {"dict": [[{"list": []}, 1]]}},
         {"value": {"range": [0, 1, 0]}},
         {"value": {"date": "yesterday"}},
+        {"value": {"Fraction": "1e999999999"}},
+        {"value": {"set": [{"int": hex(number * (2**61 - 1))} for number in range(1, 4)]}},
+        {"value": {"dict": [[{"complex": [0, 1]}, 1]]}},
         {"value": {"ndarray": ZEROS}},
         {"value": {"ndarray": HUGE}},
         {"value": {"ndarray": "AAAA"}},
@@ -150,6 +167,25 @@ class Odd(Exception):
 
 def odd() -> None:
     raise Odd("seven", 7)
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise ValueError("no words")
+
+
+def stop() -> None:
+    raise StopIteration(1)
+
+
+def unspeakable() -> None:
+    raise ValueError(Unspeakable())
+
+
+@pytest.mark.parametrize(("function", "kind"), [(stop, StopIteration), (unspeakable, ValueError)])
+def test_odd_exceptions_come_back(function: Any, kind: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(kind):
+        run(tmp_path, function)
 
 
 def test_function_of_a_module_of_the_users_own_goes_with_the_call(tmp_path: Path) -> None:
