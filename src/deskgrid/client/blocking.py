@@ -381,7 +381,9 @@ class Grid:
 
 def _pass_on(done: concurrent.futures.Future[None], ready: concurrent.futures.Future[tuple[str, int]]) -> None:
     """Let who waits for an address hear why none comes."""
-    if not ready.done() and not done.cancelled() and (error := done.exception()) is not None:
+    if done.cancelled():  # the grid was closed
+        ready.cancel()
+    elif not ready.done() and (error := done.exception()) is not None:
         ready.set_exception(error)
 
 

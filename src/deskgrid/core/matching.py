@@ -8,25 +8,28 @@ work does not depend on how many jobs wait. Rules:
    PCs they trust, its owner is one of those; if they have secrets, it has a key to which these can be sealed.
 2. Among queues that suit and fit into what is free, the order is: the group or user that has used least (core/shares.py), the higher
    priority, those of whose disk and data the least is missing in the worker's cache, the one whose next job was submitted first.
-3. Nothing is promised twice: each job taken lessens what is free, and the user's quota of running jobs.
-4. A worker that ends many jobs of a class a second gets some more than fit at once, as many as it asks for (`ahead`): they wait there.
+3. A worker that is one for a time gets no job whose wall time is longer than what is left of that.
+4. Nothing is promised twice: each job taken lessens what is free, and the user's quota of running jobs.
+5. A worker that ends many jobs of a class a second gets some more than fit at once, as many as it asks for (`ahead`): they wait there.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from msgspec import Struct
 
 from deskgrid.core.manifests import is_accepted
 from deskgrid.core.reach import EVERYONE
+from deskgrid.core.sealing import is_sealing_key
 from deskgrid.core.shares import Standings
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256, UserId, WorkerId
-from deskgrid.model.jobs import JobSpec
+from deskgrid.model.jobs import JobSpec, Limits
 from deskgrid.model.machines import Fingerprint, MachineKind, Network
-from deskgrid.model.workers import Capacity
+from deskgrid.model.workers import Capacity, Profile
 from deskgrid.units import GIB
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "Queue",
     "Requirement",
     "Share",
+    "ask_of",
     "fits",
     "match",
     "need_of",
@@ -75,6 +79,8 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     """Blobs that the jobs find as files."""
     pilot: bool = False
     """The jobs are pilots: none runs in another one."""
+    wall_time_s: float = Limits().wall_time_s
+    """How long one may take."""
 
 
 class Queue(Struct, frozen=True):
@@ -118,6 +124,22 @@ class Ask(Struct, frozen=True, kw_only=True):
     """user:NAME or group:NAME, or empty."""
     has_key: bool = False
     """Secrets can be sealed to it."""
+    left_s: float | None = None
+    """How long it is a worker yet; None: no bound."""
+
+
+def ask_of(profile: Profile, free: Capacity, **more: Any) -> Ask:
+    """Return the ask of a worker with this profile; `more` are fields of Ask that its profile does not say."""
+    return Ask(
+        free=free,
+        drivers=profile.drivers,
+        platform=f"{profile.os}-{profile.arch}",
+        packages=frozenset(profile.packages),
+        accepts=profile.accepts,
+        endorsers=profile.endorsers,
+        has_key=is_sealing_key(profile.secrets_key),
+        **more,
+    )
 
 
 class Share(Struct, frozen=True):
@@ -185,6 +207,7 @@ def requirement_of(
         secrets=bool(spec.secrets),
         data=tuple(sorted({one.sha256 for one in blobs})),
         pilot=spec.pilot,
+        wall_time_s=spec.limits.wall_time_s,
     )
 
 
@@ -221,7 +244,8 @@ def _lines(ask: Ask, queues: Sequence[Queue]) -> dict[tuple[str, UserId], list[Q
     """Return the queues of which a job fits by group and user, each line in the order in which they go."""
     lines: dict[tuple[str, UserId], list[Queue]] = {}
     for queue in queues:
-        if queue.waiting > 0 and (fits(queue.requirement, ask.free) or ask.ahead.get(queue.class_id, 0) > 0):
+        has_time = ask.left_s is None or queue.requirement.wall_time_s <= ask.left_s
+        if queue.waiting > 0 and has_time and (fits(queue.requirement, ask.free) or ask.ahead.get(queue.class_id, 0) > 0):
             lines.setdefault((queue.team, queue.owner_id), []).append(queue)
     for line in lines.values():
         line.sort(

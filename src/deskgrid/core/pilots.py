@@ -26,6 +26,8 @@ __all__ = ["Plan", "Sent", "System", "SystemState", "after_failure", "plan", "su
 
 _BURST = 10
 _FIRST_S, _LONGEST_S = 60.0, 3600.0
+_BEGINNING_S = 60.0
+"""Of a pilot's life, before it has its first job."""
 
 
 class System(Struct, frozen=True, kw_only=True):
@@ -40,6 +42,8 @@ class System(Struct, frozen=True, kw_only=True):
     most: int = 10
     jobs_per_pilot: int = 10
     patience_s: float = 3600.0
+    lifetime_s: float = 14400.0
+    """Of a pilot, from when it begins."""
 
 
 class SystemState(Struct, frozen=True):
@@ -82,6 +86,7 @@ def suits(system: System, wanted: WaitingClass) -> bool:
         and wanted.cpus <= system.cpus
         and wanted.memory_bytes <= system.memory_bytes
         and (not wanted.platforms or system.platform in wanted.platforms)
+        and wanted.wall_time_s + _BEGINNING_S <= system.lifetime_s
     )
 
 

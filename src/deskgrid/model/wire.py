@@ -467,6 +467,8 @@ class WaitingClass(Struct, frozen=True, kw_only=True):
     memory_bytes: int
     packages: tuple[str, ...] = ()
     platforms: tuple[str, ...] = ()
+    wall_time_s: float = 3600.0
+    """How long one may take."""
     workers: int = 0
     """Online, that could run them if they were free; pilots aside."""
 
@@ -493,6 +495,8 @@ class Sync(Struct, frozen=True, kw_only=True):
     """Other data in its cache."""
     ahead: dict[int, int] = {}
     """Of these requirement classes, whose jobs it ends quickly, so many jobs more than fit into `free`."""
+    left_s: float | None = None
+    """Seconds for which it is a worker yet; None: no bound."""
 
 
 class SyncAnswer(Struct, frozen=True, kw_only=True):

@@ -160,6 +160,7 @@ def make_system(part: SystemPart, grid: Grid) -> System:
         most=part.most,
         jobs_per_pilot=part.jobs_per_pilot,
         patience_s=parse_duration(part.patience),
+        lifetime_s=lifetime_s,
     )
     if part.kind == "grid":
         pilot = Pilot(

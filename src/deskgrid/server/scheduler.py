@@ -10,10 +10,9 @@ import msgspec
 from msgspec import Struct
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, AttemptEvent, event_of_report
-from deskgrid.core.matching import Ask, match, need_of, without
+from deskgrid.core.matching import Ask, ask_of, match, need_of, without
 from deskgrid.core.pacing import Pace, Terms, pace
 from deskgrid.core.placement import Host
-from deskgrid.core.sealing import is_sealing_key
 from deskgrid.errors import Conflict, InvalidInput
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import AttemptId, WorkerId
@@ -240,23 +239,18 @@ def _lease(
 
 
 def _ask_of(worker_id: WorkerId, request: Sync, known: workers.Known) -> Ask:
-    profile = request.profile
-    return Ask(
-        free=request.free,
-        drivers=profile.drivers,
+    return ask_of(
+        request.profile,
+        request.free,
         cached=frozenset((*request.cached, *request.held[:1000])),
         ahead=request.ahead,
+        left_s=request.left_s,
         worker_id=worker_id,
-        platform=f"{profile.os}-{profile.arch}",
-        packages=frozenset(profile.packages),
         owner_id=known.owner_id,
         owner_groups=known.owner_groups,
         pilot_of=known.pilot_of,
         pilot_groups=known.pilot_groups,
-        accepts=profile.accepts,
-        endorsers=profile.endorsers,
         reserved_for=known.reserved_for,
-        has_key=is_sealing_key(profile.secrets_key),
     )
 
 

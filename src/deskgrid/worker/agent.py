@@ -129,7 +129,8 @@ class Agent:
     ) -> None:
         self._home = home
         self._term = term
-        self._began_at = clock.monotonic()
+        self._ends_at = clock.monotonic() + (term.lifetime_s if term is not None and term.lifetime_s else math.inf)
+        """When its time as a worker is over."""
         self._settings = settings
         self._connection = connection
         self._clock = clock
@@ -196,9 +197,9 @@ class Agent:
         self._owner_lock = asyncio.Lock()
         # What is known of the server.
         self._synced = asyncio.Event()
+        """Pulsed by each successful sync."""
         self._hold_s = _WAKE_HOLD_S
         """For how long the server holds our wake calls; 0: it does not."""
-        """Pulsed by each successful sync."""
         self._failures = 0
         self._trouble = ""
         self._connected_since: float | None = None
@@ -208,9 +209,16 @@ class Agent:
     # ---- what others ask
 
     def stop(self, *, keep: bool = False) -> None:
-        """Let `run` end. Attempts whose machine runs are given back, or with `keep` left running for the next worker. One for a time leaves."""
-        stopped = _End.STOPPED if self._term is None else _End.LEFT
-        self._finish_as(_End.KEEPING if keep else stopped)
+        """Let `run` end. Attempts whose machine runs are given back, or with `keep` left running for the next worker.
+
+        One for a time leaves; if results are on their way, a little later, unless it is told once more.
+        """
+        if keep or self._term is None:
+            self._finish_as(_End.KEEPING if keep else _End.STOPPED)
+        elif self._left_s() > 0 and self._is_delivering():
+            self._ends_at = self._clock.monotonic()
+        else:
+            self._finish_as(_End.LEFT)
 
     async def leave(self) -> StatusAnswer:
         """Leave the grid: everything is destroyed and removed, and `run` ends. Returns when that is done."""
@@ -294,20 +302,19 @@ class Agent:
             now = self._clock.monotonic()
             busy_at = now if self._listed() else busy_at
             is_over = self._left_s() <= 0
-            delivering = (
-                is_over and self._left_s() > -_DELIVER_S and any(one.entry.phase in _DELIVERING for one in self._runners.values())
-            )
-            if (is_over and not delivering) or (term.idle_s and now - busy_at >= term.idle_s):
+            if (is_over and not self._is_delivering()) or (term.idle_s and now - busy_at >= term.idle_s):
                 _log.info("term_ends", why="lifetime" if is_over else "idle", attempts=len(self._listed()))
                 self._finish_as(_End.LEFT)
                 return
             await self._clock.sleep(_LOOK_S)
 
     def _left_s(self) -> float:
-        """Return how long this worker is one yet."""
-        if self._term is None or not self._term.lifetime_s:
-            return math.inf
-        return self._began_at + self._term.lifetime_s - self._clock.monotonic()
+        """Return how long this worker is one yet; below 0: for how long it is none."""
+        return self._ends_at - self._clock.monotonic()
+
+    def _is_delivering(self) -> bool:
+        """Tell whether a result is on its way, and not for too long."""
+        return self._left_s() > -_DELIVER_S and any(one.entry.phase in _DELIVERING for one in self._runners.values())
 
     def _why_not(self, assignment: Assignment) -> str:
         """Return why this worker does not begin a job, empty if it does."""
@@ -353,7 +360,7 @@ class Agent:
     # ---- from beginning to end
 
     async def run(self) -> None:
-        """Work until `stop`, `leave` or a token that is not valid any more. Raise Unauthenticated for the last.
+        """Work until `stop`, `leave` or a token that is not valid any more. Raise Unauthenticated for the last, unless it is a worker for a time.
 
         However it ends, also by cancellation, machines are dealt with as rule 6 says.
         """
@@ -494,6 +501,7 @@ class Agent:
             cached=self._cache.entries(),
             ahead=self._ahead() if taking else {},
             held=self._cache.shared(),
+            left_s=max(left_s, 0.0) if math.isfinite(left_s := self._left_s()) else None,
         )
         answer = await self._connection.call(wire.SYNC, request)
         self._note_contact(asked_at, answer.lease_s)
@@ -738,8 +746,8 @@ async def run_worker(
 ) -> None:
     """Be the worker of a folder until SIGTERM, SIGINT, `leave`, or a token that is not valid any more.
 
-    `keep`: on a signal leave the machines running for the next worker. `term`: leave then, and on a signal. Raise InvalidInput if the folder has no credentials, Conflict if a
-    worker uses it already, Unauthenticated if the server does not know the worker any more.
+    `keep`: on a signal leave the machines running for the next worker. `term`: leave then, and on a signal. Raise InvalidInput if the folder has
+    no credentials, Conflict if a worker uses it already, Unauthenticated if the server does not know the worker any more and there is no term.
     """
     clock, rng = clock or SystemClock(), rng or random.Random()  # noqa: S311 - jitter
     place = Home(home.absolute())

@@ -33,6 +33,7 @@ requirements = st.builds(
     driver=st.sampled_from(["", "", "qemu", "virtualbox"]),
     trust=st.sampled_from([(), (), ("user:1",), ("group:hep", "user:2"), ("user:2",)]),
     secrets=st.booleans(),
+    wall_time_s=st.sampled_from([60.0, 3600.0]),
 )
 queues = st.lists(
     st.builds(
@@ -75,6 +76,39 @@ def match(
     ask: Ask, waiting: list[Queue], standings: Standings, *, limit: int, people: dict[UserId, Person] | None = None
 ) -> list[Share]:
     return match_suiting(ask, suiting(ask, waiting, people or {}), standings, limit=limit, people=people)
+
+
+@given(asks, queues, st.floats(0, 4000))
+def test_worker_for_a_time_gets_what_ends_before_it_and_nothing_else(ask: Ask, waiting: list[Queue], left_s: float):
+    for_a_time = msgspec.structs.replace(ask, left_s=left_s, ahead=dict.fromkeys(range(1, 6), 2))
+    short = [one for one in waiting if one.requirement.wall_time_s <= left_s]
+    shares = match(for_a_time, waiting, _even(), limit=100, people=PEOPLE)
+    assert shares == match(msgspec.structs.replace(for_a_time, left_s=None), short, _even(), limit=100, people=PEOPLE)
+
+
+PILOT = Ask(
+    free=Capacity(cpus=1, memory_bytes=GIB, disk_bytes=GIB),
+    drivers=(QEMU,),
+    owner_id=UserId(1),
+    owner_groups=frozenset({"hep"}),
+    pilot_of=UserId(3),
+    pilot_groups=frozenset({"astro"}),
+)
+
+
+def _of_bob(**wanted: object) -> Queue:
+    need = Requirement(kind=MachineKind.VM, network=Network.NONE, cpus=1, memory_bytes=0, disk_bytes=0, **wanted)  # type: ignore[arg-type]
+    return Queue(id=1, class_id=1, owner_id=UserId(2), requirement=need, waiting=1, team="astro")
+
+
+def test_pilot_of_a_user_who_is_not_trusted_gets_nothing_that_wants_trust():
+    bob = PEOPLE[UserId(2)]
+    assert suits(PILOT, _of_bob(), bob)
+    assert not suits(PILOT, _of_bob(trust=("user:1",)), bob), "the PC's owner is trusted, the pilot's user is not"
+    assert not suits(PILOT, _of_bob(trust=("user:3",)), bob), "the pilot's user is trusted, the PC's owner is not"
+    assert suits(PILOT, _of_bob(trust=("user:1", "user:3")), bob)
+    assert suits(PILOT, _of_bob(trust=("group:hep", "group:astro")), bob)
+    assert not suits(PILOT, _of_bob(pilot=True), bob), "no pilot in a pilot"
 
 
 def _even() -> Standings:

@@ -44,6 +44,7 @@ def test_class_goes_to_the_first_system_that_could_run_it() -> None:
         waiting(kind=MachineKind.VM),
         waiting(network=Network.OVERLAY),
         waiting(platforms=("windows-x86_64",)),
+        waiting(wall_time_s=14400.0),
         waiting(workers=1),
     ):
         assert plan([other], [ROOT, LARGE], {}, [], now=1.0).send == {}, other

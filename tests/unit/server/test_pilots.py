@@ -184,6 +184,10 @@ async def test_pilot_elsewhere_joins_by_a_link_for_a_time(tmp_path: Path, databa
             link = await user.pilot_link(pilot_s=3600)
             with pytest.raises(InvalidInput):
                 await user.pilot_link(pilot_s=-1)
+            async with Grid(await grid.admin()) as admin:
+                request = wire.SecretRequest(secret_hash=Sha256("0" * 64), lifetime_s=60, uses=1, owner="ann", pilot_s=60)
+                with pytest.raises(InvalidInput, match="who makes its link"):
+                    await admin.transport.call(wire.ADD_JOIN_SECRET, request)
             async with Transport(await join(link, "batch")) as pilot:
                 with pytest.raises(Unauthenticated):
                     await join(link, "thief")
@@ -223,6 +227,47 @@ async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: 
         after = await used(grid)
         assert after["bob", "hep"] == pytest.approx(100, rel=0.02)
         assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(2 * 150 - 100, rel=0.02)
+
+
+async def test_pilot_that_was_lost_is_charged_once_and_not_for_its_jobs(tmp_path: Path, database: str):
+    clock = Later()
+    async with running(tmp_path, database, clock) as grid:
+        ann, bob = await people(grid, "ann", "bob")
+        async with Grid(await grid.admin()) as admin:
+            await admin.add_group("hep")
+            await admin.set_members("hep", add=["ann", "bob"])
+        async with Transport(await grid.worker()) as host:
+            played, job = await pilot_job(ann, host)
+            before = await used(grid)
+            await played.report(AttemptState.RUNNING)
+            async with joined(job) as pilot:
+                await submit_process(bob, group="hep", limits=Limits(attempts=1))
+                [attempt_id] = (await taken(pilot)).values()
+                clock.ahead_s += 100
+                await host.call(wire.SYNC, played_sync())  # it does not list it: lost
+                clock.ahead_s += 20
+                await played.report(AttemptState.RUNNING)  # it is there again
+                clock.ahead_s += 30
+                await taken(pilot, AttemptReport(attempt_id=attempt_id, state=AttemptState.FAILED, exit_code=1))
+                await pilot.call(wire.LEAVE)  # before its attempt ends, which is lost once more and stays so
+                await host.call(wire.SYNC, played_sync())
+        after = await used(grid)
+        assert after["bob", "hep"] == pytest.approx(150, rel=0.02)
+        assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(0, abs=3)
+
+
+async def test_pilot_that_ends_soon_gets_no_long_job(grid: TestGrid):
+    [ann] = await people(grid, "ann")
+    async with Transport(await grid.worker()) as host:
+        _, job = await pilot_job(ann, host)
+        async with joined(job) as pilot:
+            for _ in range(50):
+                await submit_process(ann, limits=Limits(wall_time_s=7200.0))
+            short = await submit_process(ann, limits=Limits(wall_time_s=60.0))
+            sync = played_sync(room=True)
+            mine = msgspec.structs.replace(sync, profile=msgspec.structs.replace(sync.profile, drivers=(PROCESS,)), left_s=100.0)
+            answer = await pilot.call(wire.SYNC, mine)
+            assert [one.job_id for one in answer.assignments] == [short.id]
 
 
 async def test_pilot_in_a_pilot_is_none(grid: TestGrid):
@@ -280,12 +325,18 @@ async def test_what_waits_is_told_with_the_workers_that_could_run_it(grid: TestG
         await user.submit_array(spec, count=7)
         await do_chores(grid.services)
         await submit_process(bob)
+        await user.submit(msgspec.structs.replace(spec, trust=("mine",)))
         [found] = await user.waiting()
         assert (found.jobs, found.packages, found.cpus, found.memory_bytes, found.workers) == (7, ("root",), 2, GIB, 0)
         sync = played_sync()
         able = msgspec.structs.replace(sync.profile, drivers=(PROCESS,), packages=("root",))
         await pc.call(wire.SYNC, msgspec.structs.replace(sync, profile=able))
         assert [one.workers for one in await user.waiting()] == [1]
+        async with Grid(await grid.admin()) as admin:
+            [listed] = await admin.workers()
+            await admin.reserve_worker(listed.id, "user:bob", lifetime_s=60.0)
+            assert [one.workers for one in await user.waiting()] == [0]
+            await admin.reserve_worker(listed.id, "")
         small = msgspec.structs.replace(able, lent=msgspec.structs.replace(able.lent, cpus=1))
         await pc.call(wire.SYNC, msgspec.structs.replace(sync, profile=small))
         assert [one.workers for one in await user.waiting()] == [0]

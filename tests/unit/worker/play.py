@@ -97,6 +97,9 @@ class PlayServer:
         self.answers_to_lose = 0
         self.download_gate = asyncio.Event()
         self.download_gate.set()
+        self.upload_gate = asyncio.Event()
+        self.upload_gate.set()
+        self.uploading = 0
         self.upload_errors: list[DeskgridError] = []
         self.tries = 0
         self._wake = asyncio.Event()
@@ -194,6 +197,8 @@ class PlayServer:
         if self.upload_errors:
             raise self.upload_errors.pop(0)
         assert blob_of(file.read_bytes()) == blob
+        self.uploading += 1
+        await self.upload_gate.wait()
         self.uploads[blob.sha256] = file.read_bytes()
 
     def _check(self) -> None:

@@ -510,6 +510,21 @@ async def test_worker_for_a_time_leaves_when_it_is_stopped(rig: Rig) -> None:
     assert rig.server.left and not rig.pc.machines
 
 
+async def test_worker_for_a_time_that_is_stopped_brings_a_result_that_is_on_its_way(rig: Rig) -> None:
+    agent = rig.agent(term=Term())
+    task = asyncio.create_task(agent.run())
+    attempt = await rig.running()
+    rig.server.upload_gate.clear()
+    await rig.pc.machine.finish()
+    await rig.until(lambda: rig.server.uploading)
+    agent.stop()
+    await rig.clock.advance(10.0)
+    assert not task.done() and not rig.server.left
+    rig.server.upload_gate.set()
+    await rig.through(task, step_s=1.0)
+    assert rig.server.final[attempt].state is AttemptState.SUCCEEDED and rig.server.left
+
+
 # ---- the end and a new start
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deskgrid.errors import Forbidden, InvalidInput
 from deskgrid.model import wire
+from deskgrid.model.ids import UserId
 from deskgrid.model.users import Group, Role, Token, User
 from deskgrid.server.routes.handler import Call, reads, writes
 from deskgrid.server.store import accounts, pilots, workers
@@ -68,8 +69,8 @@ def add_join_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.Sec
     if wanted.owner and not is_admin and wanted.owner != call.caller.name:
         raise Forbidden("your links are for PCs of your own", hint="an admin can make links for others")
     owner = accounts.find_account(tx, wanted.owner).id if wanted.owner else None
-    if wanted.pilot_s and (owner := call.caller.user_id) is None:
-        raise Forbidden("a pilot is a user's")
+    if wanted.pilot_s:
+        owner = _pilots_user(call, owner)
     if not is_admin:
         owner = call.caller.user_id
         if wanted.uses > call.settings.max_workers_per_user:
@@ -84,6 +85,15 @@ def add_join_secret(tx: Transaction, call: Call[wire.SecretRequest]) -> wire.Sec
         pilot_s=wanted.pilot_s,
     )
     return wire.SecretAnswer(expires_at=expires_at)
+
+
+def _pilots_user(call: Call[wire.SecretRequest], owner: UserId | None) -> UserId:
+    """Return whose pilots those are that join by a link."""
+    if call.caller.user_id is None:
+        raise Forbidden("a pilot is a user's")
+    if owner not in (None, call.caller.user_id):
+        raise InvalidInput("a pilot is of who makes its link", where="owner")
+    return call.caller.user_id
 
 
 @writes(wire.ADD_LOGIN_SECRET)

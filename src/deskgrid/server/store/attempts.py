@@ -52,6 +52,7 @@ __all__ = [
     "move_job",
     "renew_leases",
     "sets_of",
+    "settle_pilot",
     "want_console",
     "wants_files",
     "worker_topic",
@@ -88,6 +89,7 @@ class Held(NamedTuple):
     leased_at: float
     started_at: float | None
     suspended_at: float | None
+    ended_at: float | None
     console_until: float | None
     job: Job
 
@@ -296,6 +298,7 @@ _HELD = (
     attempt.c.leased_at,
     attempt.c.started_at,
     attempt.c.suspended_at,
+    attempt.c.ended_at,
     attempt.c.console_until,
     job.c.id.label("job_id"),
     job.c.state.label("job_state"),
@@ -311,9 +314,10 @@ _ONE = Statement(_WITH_JOB.where(attempt.c.id == sa.bindparam("attempt_id")).wit
 
 
 def _held(row: tuple[Any, ...]) -> Held:
-    attempt_id, number, worker_id, state, leased_at, started_at, suspended_at, console_until, job_id, of_job, *rest = row
+    attempt_id, number, worker_id, state, leased_at, started_at, suspended_at, ended_at, console_until, job_id, of_job, *rest = row
     moved = Job(job_id, JobState(of_job), *rest)
-    return Held(attempt_id, number, worker_id, AttemptState(state), leased_at, started_at, suspended_at, console_until, moved)
+    times = (leased_at, started_at, suspended_at, ended_at, console_until)
+    return Held(attempt_id, number, worker_id, AttemptState(state), *times, moved)
 
 
 def held_by(tx: Transaction, worker_id: WorkerId) -> dict[AttemptId, Held]:
@@ -411,6 +415,8 @@ def apply_event(tx: Transaction, attempt_id: AttemptId | Held, event: AttemptEve
         return False
     if over and held.state in LIVE_STATES:
         _charge(tx, held, may_come_back=new is AttemptState.LOST)
+    elif new in LIVE_STATES and held.ended_at is not None:
+        _note_use(tx, held, -_cpu_s(tx, held, held.ended_at))  # it was lost, and is charged for all of its time when it ends
     _after_attempt(tx, held, new, outcome)
     return True
 
@@ -421,20 +427,40 @@ def _halted_at(tx: Transaction, held: Held, new: AttemptState) -> float | None:
     return tx.now if new is AttemptState.SUSPENDED and held.suspended_at is None else held.suspended_at
 
 
-PILOT_ENDS: list[Callable[[Transaction, AttemptId], float]] = []
-"""What is done when the attempt of a pilot has ended for good; returns the CPU seconds that its jobs were charged for."""
+PILOT_ENDS: list[Callable[[Transaction, AttemptId, bool], None]] = []
+"""Called with (tx, attempt_id, whether it may come back) when the attempt of a pilot has ended."""
 
 
 def _charge(tx: Transaction, held: Held, *, may_come_back: bool = False) -> None:
-    """Charge the time of an attempt that has ended to its user; of a pilot's, what is left of it after its own jobs."""
-    spec = common(tx, held.job.submission_id).spec
-    since = held.started_at if held.started_at is not None else held.leased_at
-    cpu_s = max(0.0, tx.now - since) * spec.machine.cpus
+    """Charge the time of an attempt that has ended to its user. What a pilot's jobs were charged for is his no more when it has ended, too."""
+    cpu_s = _cpu_s(tx, held, tx.now)
+    _note_use(tx, held, cpu_s)
     if (pilot := _pilot_of(tx, held.worker_id)) is not None:
         tx.run(sa.insert(pilot_use).values(attempt_id=pilot, cpu_s=cpu_s))
-    if spec.pilot and not may_come_back:
-        cpu_s -= sum(end(tx, held.id) for end in PILOT_ENDS)
-    note_use(tx, held.job.owner_id, spec.group, cpu_s)
+    if common(tx, held.job.submission_id).spec.pilot:
+        for react in PILOT_ENDS:
+            react(tx, held.id, may_come_back)
+
+
+def _cpu_s(tx: Transaction, held: Held, until: float) -> float:
+    since = held.started_at if held.started_at is not None else held.leased_at
+    return max(0.0, until - since) * common(tx, held.job.submission_id).spec.machine.cpus
+
+
+def _note_use(tx: Transaction, held: Held, cpu_s: float) -> None:
+    note_use(tx, held.job.owner_id, common(tx, held.job.submission_id).spec.group, cpu_s)
+
+
+def settle_pilot(tx: Transaction, attempt_id: AttemptId) -> None:
+    """Give back to a pilot's user what others were charged for its jobs, once its attempt has ended. Idempotent."""
+    held = _find(tx, attempt_id)
+    if held is not None and held.state in LIVE_STATES:
+        return
+    mine = pilot_use.c.attempt_id == attempt_id
+    cpu_s = float(tx.value(sa.select(sa.func.coalesce(sa.func.sum(pilot_use.c.cpu_s), 0.0)).where(mine)))
+    tx.run(sa.delete(pilot_use).where(mine))
+    if held is not None:
+        _note_use(tx, held, -cpu_s)
 
 
 def _pilot_of(tx: Transaction, worker_id: WorkerId) -> AttemptId | None:
@@ -537,13 +563,14 @@ def move_job(tx: Transaction, of_job: Job, new: JobState, *, outcome: Outcome = 
 def cancel_attempts(tx: Transaction, job_id: JobId, reason: str) -> None:
     """Cancel what is still live of a job that is over, and tell the workers, those of lost attempts too: they may still run."""
     unsettled = sa.or_(IS_LIVE, attempt.c.state == AttemptState.LOST.value)
-    for row in tx.rows(_WITH_JOB.where(attempt.c.job_id == job_id, unsettled)):
-        tx.topics.append(worker_topic(row.worker_id))
-        if row.state in LIVE_STATES:
-            _charge(tx, _held(tuple(row)))
+    rows = tx.rows(_WITH_JOB.where(attempt.c.job_id == job_id, unsettled))
     ends = [state.value for state in sources(AttemptEvent.CANCELLED)]
     over = sa.update(attempt).where(attempt.c.job_id == job_id, attempt.c.state.in_(ends))
     tx.run(over.values(state=AttemptState.CANCELLED.value, ended_at=tx.now, reason=reason))
+    for row in rows:
+        tx.topics.append(worker_topic(row.worker_id))
+        if row.state in LIVE_STATES:
+            _charge(tx, _held(tuple(row)))
 
 
 def fail_revoked(tx: Transaction, limit: int) -> int:

@@ -9,7 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, AttemptEvent
-from deskgrid.core.matching import Ask, Person, fits, suits
+from deskgrid.core.matching import Ask, Person, Requirement, ask_of, fits, suits
 from deskgrid.core.rights import Right
 from deskgrid.errors import Conflict, Forbidden, Unauthenticated
 from deskgrid.model.ids import AttemptId, UserId, WorkerId
@@ -19,7 +19,7 @@ from deskgrid.model.workers import Profile
 from deskgrid.server.store import accounts, attempts, queues, swarm, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
-from deskgrid.server.store.schema import IS_LIVE, attempt, job, pilot_use, queue, worker
+from deskgrid.server.store.schema import IS_LIVE, attempt, job, queue, worker
 
 __all__ = ["end_pilots", "join_in_attempt", "let_go", "waiting"]
 
@@ -52,6 +52,8 @@ def let_go(tx: Transaction, worker_id: WorkerId) -> None:
     for held in attempts.held_by(tx, worker_id).values():
         attempts.apply_event(tx, held, AttemptEvent.RETURNED)
     swarm.forget_member(tx, f"worker:{worker_id}")
+    if (attempt_id := tx.value(sa.select(worker.c.pilot_attempt_id).where(worker.c.id == worker_id))) is not None:
+        attempts.settle_pilot(tx, attempt_id)
 
 
 def end_pilots(tx: Transaction) -> None:
@@ -65,22 +67,22 @@ def end_pilots(tx: Transaction) -> None:
         worker.c.ends_at <= tx.now, sa.and_(worker.c.pilot_attempt_id.is_not(None), sa.or_(attempt.c.id.is_(None), ended))
     )
     there = (worker.c.pilot_of.is_not(None), worker.c.left_at.is_(None))
-    for row in tx.rows(
-        sa.select(worker.c.id, worker.c.pilot_attempt_id).select_from(of_attempt).where(*there, over).limit(_AT_ONCE)
-    ):
+    for row in tx.rows(sa.select(worker.c.id).select_from(of_attempt).where(*there, over).limit(_AT_ONCE)):
         let_go(tx, WorkerId(row.id))
-        if row.pilot_attempt_id is not None:
-            _charged(tx, row.pilot_attempt_id)
 
 
 _FINAL = [state.value for state in FINAL_JOB_STATES]
 _BACK_S = 86400.0
+"""For which a pilot whose attempt was lost is waited for."""
 
 
 def waiting(tx: Transaction, caller: Caller, offline_after_s: float) -> tuple[WaitingClass, ...]:
-    """Return what the caller's waiting jobs need, and those of his groups, with how many workers online could run them."""
+    """Return what the caller's waiting jobs need, and those of his groups, with how many workers online could run them.
+
+    Not of those that want certain PCs, owners or drivers, or have secrets: nobody knows whether a pilot that is not there yet will suit them.
+    """
     mine = accounts.visible(tx, caller, LIST_WAITING.name, owner=queue.c.owner_id, group=queue.c.team)
-    found = queues.waiting_queues(tx, mine)
+    found = [one for one in queues.waiting_queues(tx, mine) if not _is_particular(one.requirement)]
     people = queues.people_of(tx, {one.owner_id for one in found})
     kinds = _kinds_of_workers(tx, offline_after_s) if found else []
     counted: dict[WaitingClass, int] = {}
@@ -94,10 +96,15 @@ def waiting(tx: Transaction, caller: Caller, offline_after_s: float) -> tuple[Wa
             memory_bytes=wanted.memory_bytes,
             packages=wanted.packages,
             platforms=wanted.platforms,
+            wall_time_s=wanted.wall_time_s,
             workers=sum(count for ask, count in kinds if fits(wanted, ask.free) and suits(ask, one, person)),
         )
         counted[what] = counted.get(what, 0) + one.waiting
     return tuple(msgspec.structs.replace(what, jobs=jobs) for what, jobs in counted.items())
+
+
+def _is_particular(wanted: Requirement) -> bool:
+    return bool(wanted.on or wanted.trust or wanted.driver or wanted.secrets)
 
 
 _MOST_KINDS = 1000
@@ -108,48 +115,28 @@ def _kinds_of_workers(tx: Transaction, offline_after_s: float) -> list[tuple[Ask
     told = sa.func.substr(worker.c.told, 1, 32)
     there = (worker.c.left_at.is_(None), worker.c.pilot_of.is_(None), worker.c.paused.is_(False), worker.c.profile.is_not(None))
     lately = worker.c.seen_at >= tx.now - offline_after_s
-    columns = (
-        sa.func.min(worker.c.profile).label("profile"),
-        worker.c.owner_id,
-        worker.c.reserved_for,
-        sa.func.count().label("many"),
+    reserved_for = sa.case(
+        (sa.or_(worker.c.reserved_until.is_(None), worker.c.reserved_until > tx.now), worker.c.reserved_for), else_=""
     )
-    alike = sa.select(*columns).where(*there, lately).group_by(told, worker.c.owner_id, worker.c.reserved_for)
+    groups = (worker.c.owner_id, reserved_for.label("reserved_for"))
+    columns = (sa.func.min(worker.c.profile).label("profile"), sa.func.count().label("many"))
+    alike = sa.select(*columns, *groups).where(*there, lately).group_by(told, *groups)
     found = []
     for row in tx.rows(alike.limit(_MOST_KINDS)):
         profile = msgspec.json.decode(row.profile, type=Profile)
-        ask = Ask(
-            free=profile.lent,
-            drivers=profile.drivers,
-            platform=f"{profile.os}-{profile.arch}",
-            packages=frozenset(profile.packages),
-            owner_id=row.owner_id,
-            owner_groups=accounts.groups_of(tx, row.owner_id) if row.owner_id is not None else frozenset(),
-            accepts=profile.accepts,
-            endorsers=profile.endorsers,
-            reserved_for=row.reserved_for,
-            has_key=bool(profile.secrets_key),
-        )
+        owner_groups = accounts.groups_of(tx, row.owner_id) if row.owner_id is not None else frozenset[str]()
+        ask = ask_of(profile, profile.lent, owner_id=row.owner_id, owner_groups=owner_groups, reserved_for=row.reserved_for)
         found.append((ask, row.many))
     return found
 
 
-def _end_of_attempt(tx: Transaction, attempt_id: AttemptId) -> float:
-    """Let the pilot of an attempt go that has ended, and return the CPU seconds that its jobs were charged for."""
+def _attempt_ended(tx: Transaction, attempt_id: AttemptId, may_come_back: bool) -> None:
+    """Let the pilot of an attempt go, unless that may come back."""
     row = tx.row(sa.select(worker.c.id, worker.c.left_at).where(worker.c.pilot_attempt_id == attempt_id))
-    if row is None:
-        return 0.0
-    if row.left_at is None:
+    if row is not None and row.left_at is not None:
+        attempts.settle_pilot(tx, attempt_id)
+    elif row is not None and not may_come_back:
         let_go(tx, WorkerId(row.id))
-    return _charged(tx, attempt_id)
 
 
-def _charged(tx: Transaction, attempt_id: AttemptId) -> float:
-    """Return what others were charged for jobs of an attempt's pilot, and forget it."""
-    mine = pilot_use.c.attempt_id == attempt_id
-    found = float(tx.value(sa.select(sa.func.coalesce(sa.func.sum(pilot_use.c.cpu_s), 0.0)).where(mine)))
-    tx.run(sa.delete(pilot_use).where(mine))
-    return found
-
-
-attempts.PILOT_ENDS.append(_end_of_attempt)
+attempts.PILOT_ENDS.append(_attempt_ended)

@@ -87,8 +87,8 @@ def come_back(tx: Transaction, queue_id: int, job_id: int) -> None:
 
 
 def note_use(tx: Transaction, owner_id: int, group: str, cpu_s: float) -> None:
-    """Charge CPU seconds to a user."""
-    tx.add(Used(owner_id, group), max(0.0, cpu_s))
+    """Charge CPU seconds to a user; below 0: take them off again."""
+    tx.add(Used(owner_id, group), cpu_s)
 
 
 _ADD = Statement(
@@ -128,10 +128,10 @@ def _write_uses(tx: Transaction, deltas: Mapping[Hashable, float]) -> None:
         mine = (use.c.account_id == key.owner_id, use.c.team == key.team)
         row = tx.row(sa.select(use.c.cpu_s, use.c.at).where(*mine).with_for_update())
         if row is None:
-            tx.run(sa.insert(use).values(account_id=key.owner_id, team=key.team, cpu_s=cpu_s, at=tx.now))
+            tx.run(sa.insert(use).values(account_id=key.owner_id, team=key.team, cpu_s=max(0.0, cpu_s), at=tx.now))
         else:
             total = faded(row.cpu_s, row.at, now=tx.now, half_life_s=HALF_LIFE_S) + cpu_s
-            tx.run(sa.update(use).where(*mine).values(cpu_s=total, at=max(tx.now, row.at)))
+            tx.run(sa.update(use).where(*mine).values(cpu_s=max(0.0, total), at=max(tx.now, row.at)))
 
 
 BEFORE_COMMIT.extend([_write_counts, _write_uses])
