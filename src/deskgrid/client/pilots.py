@@ -23,8 +23,10 @@ _GRID, _CACHE = parse_reach("grid", str(API_SERVICE)), parse_reach("cache", str(
 """All that it reaches."""
 OWN_BYTES = 384 * MIB
 """Of a machine's memory, for its system and the worker."""
-_AROUND_S = 900.0
-"""For the boot, and for what is on its way when the time is over."""
+_BOOT_S, _GOODBYE_S = 900.0, 900.0
+"""For what is on its way when the time is over, too."""
+_NO_FILE = "pilot.log"
+"""A machine's results have a pattern; this one matches nothing that a pilot leaves."""
 
 
 class Pilot(Struct, frozen=True, kw_only=True):
@@ -67,8 +69,8 @@ def pilot_spec(pilot: Pilot) -> JobSpec:
             network=Network.OVERLAY,
             reach=(_GRID, _CACHE),
         ),
-        limits=Limits(wall_time_s=pilot.lifetime_s + _AROUND_S, boot_time_s=_AROUND_S, attempts=1),
-        results=Results(paths=("pilot.log",)),
+        limits=Limits(wall_time_s=_BOOT_S + pilot.lifetime_s + _GOODBYE_S, boot_time_s=_BOOT_S, attempts=1),
+        results=Results(paths=(_NO_FILE,)),
     )
 
 
