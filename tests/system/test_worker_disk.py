@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from deskgrid import Grid
 from tests.system.harness import System, until, wait
 from tests.system.test_debian import LIMIT_S, build
 
@@ -70,6 +71,21 @@ def test_machine_of_the_worker_disk_is_a_worker_that_runs_jobs(system: System, d
     [of_server_bytes] = re.findall(r"fetched_from_others .*of_server_bytes=(\d+)", said)
     assert int(of_server_bytes) < EVENTS_BYTES // 2
     until(lambda: "inner" not in system.cli("worker", "list").stdout, what="the worker in the machine has left")
+    system.nothing_left(limit_s=LIMIT_S)
+
+
+def test_functions_run_in_machines_of_a_named_disk(system: System, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system.add_worker(DESKGRID_WORKER_DRIVERS="qemu", DESKGRID_WORKER_ACCELERATOR="tcg")
+    system.cli("disk", "import", disk, "--name", "lab", "--agent")
+    monkeypatch.setenv("DESKGRID_CLIENT_HOME", str(system.folder / "client"))
+
+    def inside(number: int) -> tuple[int, str]:
+        return 2 * number, Path("/etc/hostname").read_text().strip()
+
+    with Grid() as grid:
+        found = grid.map(inside, [20, 21], chunksize=2, disk="lab", memory="1GiB", scratch="64MiB", boot_time="15m", timeout=LONG_S)
+    assert [number for number, _ in found] == [40, 42]
+    assert all(host != Path("/etc/hostname").read_text().strip() for _, host in found)
     system.nothing_left(limit_s=LIMIT_S)
 
 
