@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json as json_format
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ from deskgrid.settings import ServerSettings, load_settings, server_home
 from deskgrid.units import format_size
 
 if TYPE_CHECKING:
+    from deskgrid.link import Link
     from deskgrid.server.backup import BackupReport
 
 __all__ = ["app", "load_server_settings"]
@@ -287,17 +288,7 @@ async def join_link(*, uses: int = 1, lifetime: str = "7d", home: Home = None, j
     """
     from deskgrid.server.setup import make_join_link
 
-    if uses < 1:
-        raise InvalidInput(f"{uses} is too few", where="--uses", hint="1 or more")
-    configure_logs(json=json, verbose=False)
-    folder = home or server_home()
-    lifetime_s = lifetime_of(lifetime)
-    link = await make_join_link(folder, load_server_settings(folder), uses=uses, lifetime_s=lifetime_s)
-    if json:
-        print_json({"link": str(link), "uses": uses, "lifetime_s": lifetime_s})
-        return
-    warn(f"for {uses} PC{'s' if uses > 1 else ''}, within {lifetime}: deskgrid worker join LINK, where LINK is")
-    print_lines(str(link))
+    await _print_link(make_join_link, "PC", "deskgrid worker join LINK", uses, lifetime, home, json=json)
 
 
 @app.command(name="hub-link")
@@ -319,14 +310,21 @@ async def hub_link(*, uses: int = 1, lifetime: str = "7d", home: Home = None, js
     """
     from deskgrid.server.setup import make_hub_link
 
+    await _print_link(make_hub_link, "hub", "deskgrid hub join LINK", uses, lifetime, home, json=json)
+
+
+async def _print_link(
+    make: Callable[..., Awaitable[Link]], what: str, command: str, uses: int, lifetime: str, home: Path | None, *, json: bool
+) -> None:
+    """Make a link for so many of what is to be added, and print it with the command that takes it. Raise InvalidInput."""
     if uses < 1:
         raise InvalidInput(f"{uses} is too few", where="--uses", hint="1 or more")
     configure_logs(json=json, verbose=False)
     folder = home or server_home()
     lifetime_s = lifetime_of(lifetime)
-    link = await make_hub_link(folder, load_server_settings(folder), uses=uses, lifetime_s=lifetime_s)
+    link = await make(folder, load_server_settings(folder), uses=uses, lifetime_s=lifetime_s)
     if json:
         print_json({"link": str(link), "uses": uses, "lifetime_s": lifetime_s})
         return
-    warn(f"for {uses} hub{'s' if uses > 1 else ''}, within {lifetime}: deskgrid hub join LINK, where LINK is")
+    warn(f"for {uses} {what}{'s' if uses > 1 else ''}, within {lifetime}: {command}, where LINK is")
     print_lines(str(link))

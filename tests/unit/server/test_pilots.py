@@ -78,6 +78,13 @@ async def entered(owner: Credentials, played: PlayedJob) -> tuple[PlayedJob, Cre
     return played, msgspec.structs.replace(owner, token=token)
 
 
+async def add_hep(grid: TestGrid) -> None:
+    """Add a group of ann and bob."""
+    async with Grid(await grid.admin()) as admin:
+        await admin.add_group("hep")
+        await admin.set_members("hep", add=["ann", "bob"])
+
+
 @asynccontextmanager
 async def joined(job: Credentials) -> AsyncIterator[Transport]:
     async with Transport(await join_as_pilot(job, "inner")) as transport:
@@ -132,9 +139,7 @@ async def test_job_that_is_no_pilot_does_not_join(grid: TestGrid):
 
 async def test_pilot_gets_what_its_user_may_see_and_nothing_else(grid: TestGrid):
     ann, bob, eve = await people(grid, "ann", "bob", "eve")
-    async with Grid(await grid.admin()) as admin:
-        await admin.add_group("hep")
-        await admin.set_members("hep", add=["ann", "bob"])
+    await add_hep(grid)
     async with Transport(await grid.worker()) as host:
         _, job = await pilot_job(ann, host)
         async with joined(job) as pilot:
@@ -208,9 +213,7 @@ async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: 
     clock = Later()
     async with running(tmp_path, database, clock) as grid:
         ann, bob = await people(grid, "ann", "bob")
-        async with Grid(await grid.admin()) as admin:
-            await admin.add_group("hep")
-            await admin.set_members("hep", add=["ann", "bob"])
+        await add_hep(grid)
         async with Transport(await grid.worker()) as host:
             played, job = await pilot_job(ann, host, cpus=2)
             before = await used(grid)
@@ -233,9 +236,7 @@ async def test_pilot_that_was_lost_is_charged_once_and_not_for_its_jobs(tmp_path
     clock = Later()
     async with running(tmp_path, database, clock) as grid:
         ann, bob = await people(grid, "ann", "bob")
-        async with Grid(await grid.admin()) as admin:
-            await admin.add_group("hep")
-            await admin.set_members("hep", add=["ann", "bob"])
+        await add_hep(grid)
         async with Transport(await grid.worker()) as host:
             played, job = await pilot_job(ann, host)
             before = await used(grid)
@@ -272,9 +273,7 @@ async def test_pilot_that_ends_soon_gets_no_long_job(grid: TestGrid):
 
 async def test_pilot_in_a_pilot_is_none(grid: TestGrid):
     ann, bob = await people(grid, "ann", "bob")
-    async with Grid(await grid.admin()) as admin:
-        await admin.add_group("hep")
-        await admin.set_members("hep", add=["ann", "bob"])
+    await add_hep(grid)
     async with Transport(await grid.worker()) as host:
         _, job = await pilot_job(ann, host)
         async with joined(job) as pilot, Grid(bob) as user:
