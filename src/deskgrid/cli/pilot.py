@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from deskgrid.cli.connection import connected
 from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table, warn
 from deskgrid.cli.user import lifetime_of
-from deskgrid.errors import Conflict, Unreachable
+from deskgrid.errors import Conflict, OperatorError, PeerError
 from deskgrid.files import locked
 from deskgrid.units import parse_size
 
@@ -148,7 +148,7 @@ async def factory(
     Parameters
     ----------
     file
-        The systems: [[system]] parts with kind = "grid", "slurm", "ssh" or "command".
+        The systems: [[system]] parts with kind = "grid", "slurm", "htcondor", "ssh" or "command".
     once
         Look once, and end.
     stop
@@ -172,14 +172,18 @@ async def factory(
             made = Factory(grid, systems, folder, clock=SystemClock(), rng=random.Random())  # noqa: S311 - jitter
             if stop:
                 await made.call_all_back()
+                if made.out:
+                    raise OperatorError(
+                        f"{len(made.out)} pilots are not called back: {', '.join(made.out)}", hint="try again later"
+                    )
                 return
             while True:
                 try:
                     await made.look()
-                except Unreachable as error:
-                    warn(f"the grid does not answer: {error}")
+                except (PeerError, OperatorError) as error:
                     if once:
                         raise
+                    warn(f"the grid does not answer: {error}")
                 if once:
                     return
                 await asyncio.sleep(parse_duration(wanted.poll))

@@ -1,7 +1,8 @@
 """The factory: looks at what waits, and keeps as many pilots as that needs, on each system that it knows.
 
 What is decided stands in core/pilots.py. Which pilots are out is in a file of the factory's folder, written before each is sent, so one that is killed and
-started again sends none twice and forgets none: a pilot is known by its name, which it joins under.
+started again sends none twice and forgets none: a pilot is known by its name, which it joins under. While it is not at work its system is asked whether it
+is there; no answer is never taken for its end.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import structlog
 
 from deskgrid.clock import Clock
 from deskgrid.core.pilots import Plan, Sent, SystemState, after_failure, plan
-from deskgrid.errors import DeskgridError, InvalidInput
+from deskgrid.errors import DeskgridError, InvalidInput, StoreUnavailable, Unreachable
 from deskgrid.files import write_durably
-from deskgrid.pilots.system import Order, System
+from deskgrid.model.workers import WorkerState
+from deskgrid.pilots.system import GIVING_BACK_S, NoAnswer, Order, System
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
@@ -44,10 +46,12 @@ class Factory:
         self.out: dict[str, Sent] = {one.name: one for one in self._read()}
 
     async def look(self) -> Plan:
-        """Look once, send and call back what is to be; return what was decided. Raise DeskgridError if the grid does not answer."""
-        joined = {one.name for one in await self._grid.workers() if one.pilot_of}
+        """Look once, send and call back what is to be; return what was decided. Raise DeskgridError if the grid does not answer, or refuses."""
+        workers = {one.name: one.state for one in await self._grid.workers() if one.pilot_of}
         waiting = await self._grid.waiting()
-        await self._note_what_is_there(joined)
+        self._note_who_joined_and_left(set(workers))
+        for system in self._systems.values():
+            await self._ask(system, {name for name, state in workers.items() if state is not WorkerState.OFFLINE})
         systems = [system.plan for system in self._systems.values()]
         decided = plan(waiting, systems, self._states, list(self.out.values()), now=self._clock.now())
         for name in decided.call_back:
@@ -59,77 +63,82 @@ class Factory:
         return decided
 
     async def call_all_back(self) -> None:
-        """Call back all that are out."""
+        """Call back all that are out. Those whose system does not answer stay out."""
         for pilot in list(self.out.values()):
             await self._call_back(pilot, is_late=False)
 
-    async def _note_what_is_there(self, joined: set[str]) -> None:
-        """Note who has joined, and forget those that have ended."""
+    def _note_who_joined_and_left(self, names: set[str]) -> None:
         for pilot in list(self.out.values()):
-            if pilot.name in joined and not pilot.joined:
-                self.out[pilot.name] = msgspec.structs.replace(pilot, joined=True)
-                self._states.pop(pilot.system, None)
+            if pilot.system not in self._systems:
+                _log.warning("pilot_of_no_system", pilot=pilot.name, system=pilot.system)
+                self._forget(pilot)
+            elif pilot.name in names and not pilot.joined:
                 _log.info("pilot_joined", pilot=pilot.name, system=pilot.system)
-        for pilot in [one for one in self.out.values() if one.joined and one.name not in joined]:
-            _log.info("pilot_ended", pilot=pilot.name, system=pilot.system, joined=True)
-            del self.out[pilot.name]
-        for name, system in self._systems.items():
-            known = {
-                one.reference: one for one in self.out.values() if one.system == name and one.reference and one.name not in joined
-            }
-            if not known:
-                continue
-            try:
-                gone = await system.gone(list(known))
-            except DeskgridError as error:
-                _log.warning("system_does_not_answer", system=name, error=str(error))
-                continue
-            for reference in gone:
-                pilot = known[reference]
-                _log.info("pilot_ended", pilot=pilot.name, system=name, joined=pilot.joined)
-                if not pilot.joined:
-                    self._failed(name)
-                del self.out[pilot.name]
-        for pilot in [one for one in self.out.values() if one.system not in self._systems]:
-            _log.warning("pilot_of_no_system", pilot=pilot.name, system=pilot.system)
-            del self.out[pilot.name]
-        self._write()
+                self._states.pop(pilot.system, None)
+                self._keep(msgspec.structs.replace(pilot, joined=True))
+            elif pilot.joined and pilot.name not in names:
+                _log.info("pilot_ended", pilot=pilot.name, system=pilot.system, joined=True)
+                self._forget(pilot)
+
+    async def _ask(self, system: System, at_work: set[str]) -> None:
+        """Ask a system for its pilots that are not at work, and forget those that are gone."""
+        asked = [one for one in self.out.values() if one.system == system.plan.name and one.name not in at_work]
+        try:
+            gone = await system.gone(asked) if asked else set()
+        except DeskgridError as error:
+            _log.warning("system_does_not_answer", system=system.plan.name, error=str(error))
+            return
+        for pilot in [one for one in asked if one.name in gone]:
+            _log.info("pilot_ended", pilot=pilot.name, system=pilot.system, joined=pilot.joined)
+            if pilot.reference and not pilot.joined:  # without a reference it was never there, which is known as a failure already
+                self._failed(pilot.system)
+            self._forget(pilot)
 
     async def _send(self, system: System) -> bool:
-        """Send one pilot; return whether the system took it."""
+        """Send one pilot; return whether the system took it. Raise DeskgridError for what is not the system's failure but the grid's."""
         name = system.plan.name
+        link = await self._link(system)
         pilot = Sent(name=f"{name}-{secrets.token_hex(4)}", system=name, sent_at=self._clock.now())
-        self.out[pilot.name] = pilot
-        self._write()
+        self._keep(pilot)
         try:
-            link = ""
-            if system.uses_links:
-                patience_s = max(_JOIN_S, system.plan.patience_s)
-                link = str(await self._grid.pilot_link(pilot_s=system.lifetime_s, lifetime_s=patience_s))
-            order = Order(name=pilot.name, link=link, lifetime_s=system.lifetime_s, idle_s=system.idle_s)
-            pilot = msgspec.structs.replace(pilot, reference=await system.send(order))
+            reference = await system.send(Order(name=pilot.name, link=link, lifetime_s=system.lifetime_s, idle_s=system.idle_s))
+        except (Unreachable, StoreUnavailable):  # perhaps it was sent: it is asked for when the grid answers
+            raise
         except DeskgridError as error:
-            _log.warning("system_refuses", system=name, error=str(error))
-            del self.out[pilot.name]
+            is_sure = not isinstance(error, NoAnswer)
+            _log.warning("system_refuses", system=name, pilot=pilot.name, is_sure=is_sure, error=str(error))
             self._failed(name)
-            self._write()
+            if is_sure:
+                self._forget(pilot)
             return False
-        self.out[pilot.name] = pilot
-        _log.info("pilot_sent", pilot=pilot.name, system=name, reference=pilot.reference)
-        self._write()
+        _log.info("pilot_sent", pilot=pilot.name, system=name, reference=reference)
+        self._keep(msgspec.structs.replace(pilot, reference=reference))
         return True
+
+    async def _link(self, system: System) -> str:
+        if not system.uses_links:
+            return ""
+        patience_s = max(_JOIN_S, system.plan.patience_s)
+        return str(await self._grid.pilot_link(pilot_s=system.lifetime_s + GIVING_BACK_S, lifetime_s=patience_s))
 
     async def _call_back(self, pilot: Sent, *, is_late: bool) -> None:
         _log.info("pilot_called_back", pilot=pilot.name, system=pilot.system, is_late=is_late)
         system = self._systems.get(pilot.system)
-        if system is not None and pilot.reference:
-            try:
-                await system.call_back(pilot.reference)
-            except DeskgridError as error:
-                _log.warning("system_does_not_answer", system=pilot.system, error=str(error))
-                return
+        try:
+            if system is not None:
+                await system.call_back(pilot)
+        except DeskgridError as error:
+            _log.warning("system_does_not_answer", system=pilot.system, error=str(error))
+            return
         if is_late:
             self._failed(pilot.system)
+        self._forget(pilot)
+
+    def _keep(self, pilot: Sent) -> None:
+        self.out[pilot.name] = pilot
+        self._write()
+
+    def _forget(self, pilot: Sent) -> None:
         del self.out[pilot.name]
         self._write()
 

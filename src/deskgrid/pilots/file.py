@@ -12,7 +12,7 @@ memory = "3GiB"
 most = 10                      # pilots at the same time
 
 [[system]]
-kind = "slurm"                 # or ssh (host = "..."), or command (submit, alive, cancel)
+kind = "slurm"                 # or htcondor, ssh (host = "..."), command (submit, alive, cancel)
 name = "cluster"
 packages = ["root"]
 cpus = 4
@@ -25,18 +25,22 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from deskgrid.client.pilots import OWN_BYTES, Pilot
+from deskgrid.client.pilots import OWN_BYTES, Pilot, pilot_spec
 from deskgrid.core import pilots
 from deskgrid.errors import InvalidInput
-from deskgrid.pilots.commands import Commands, CommandSystem, slurm_commands, ssh_commands
+from deskgrid.pilots.commands import Commands, CommandSystem, check_commands, slurm_commands, ssh_commands
 from deskgrid.pilots.grid_jobs import GridSystem
+from deskgrid.pilots.htcondor import HTCondorSystem, check_lines
 from deskgrid.pilots.system import System
+from deskgrid.settings import WorkerSettings
 from deskgrid.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -46,20 +50,25 @@ __all__ = ["FactoryFile", "SystemPart", "make_system", "read_factory"]
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@:-]{0,200}")
+_LONGEST_S = 365 * 86400.0
+_ELSEWHERE = {"setup", "worker", "deskgrid"}
 _ALLOWED = {
     "grid": {"disk", "scratch", "accepts", "group"},
-    "slurm": {"options", "setup", "worker", "deskgrid"},
-    "ssh": {"host", "options", "setup", "worker", "deskgrid"},
-    "command": {"submit", "alive", "cancel", "setup", "worker", "deskgrid"},
+    "slurm": {"options", *_ELSEWHERE},
+    "htcondor": {"options", *_ELSEWHERE},
+    "ssh": {"host", "options", *_ELSEWHERE},
+    "command": {"submit", "alive", "cancel", *_ELSEWHERE},
 }
-_NEEDED = {"grid": {"disk"}, "slurm": set[str](), "ssh": {"host"}, "command": {"submit", "alive", "cancel"}}
+_NEEDED = {"grid": {"disk"}, "ssh": {"host"}, "command": {"submit", "alive", "cancel"}}
+_NOT_OF_SBATCH = re.compile(r"(?:-[aJMW]|--(?:array|job-name|clusters|wait)(?:=|$)).*")
+"""A pilot is one job, found again by its name, on one cluster."""
 
 
 class SystemPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One [[system]]."""
 
     name: str
-    kind: Literal["grid", "slurm", "ssh", "command"]
+    kind: Literal["grid", "slurm", "htcondor", "ssh", "command"]
     packages: tuple[str, ...] = ()
     """What its pilots have, for jobs that need it."""
     cpus: int = 1
@@ -79,7 +88,7 @@ class SystemPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     group: str = ""
     host: str = ""
     options: tuple[str, ...] = ()
-    """Further ones of sbatch or ssh."""
+    """Further ones of sbatch or ssh, or lines of HTCondor's submit description."""
     submit: tuple[str, ...] = ()
     alive: tuple[str, ...] = ()
     cancel: tuple[str, ...] = ()
@@ -117,17 +126,7 @@ def _check(part: SystemPart, where: str) -> None:
         raise InvalidInput(
             f"{part.name[:40]!r} is no name for a system", where=where, hint="a small letter, then letters, digits and -"
         )
-    own = set().union(*_ALLOWED.values())
-    blank = SystemPart(name=part.name, kind=part.kind)
-    given = {name for name in own if getattr(part, name) != getattr(blank, name)}
-    if wrong := given - _ALLOWED[part.kind]:
-        raise InvalidInput(
-            f"a {part.kind} has no {sorted(wrong)[0]}", where=where, hint=f"it has {', '.join(sorted(_ALLOWED[part.kind]))}"
-        )
-    if missing := {name for name in _NEEDED[part.kind] if not getattr(part, name)}:
-        raise InvalidInput(f"{sorted(missing)[0]} is missing", where=where)
-    if part.kind == "ssh" and not _HOST.fullmatch(part.host):
-        raise InvalidInput(f"{part.host[:80]!r} is no host", where=where)
+    _check_fields(part, where)
     for name, value, least, most in (
         ("cpus", part.cpus, 1, 1024),
         ("most", part.most, 0, 100_000),
@@ -137,19 +136,73 @@ def _check(part: SystemPart, where: str) -> None:
             raise InvalidInput(f"{name} = {value} is out of bounds", where=where, hint=f"{least} to {most}")
     for name in ("patience", "lifetime", "idle"):
         _seconds(getattr(part, name), name, where)
-    if any("\n" in word or "\0" in word for words in (part.submit, part.alive, part.cancel, part.options) for word in words):
-        raise InvalidInput("a word of a command has no line ends", where=where)
+    for name in ("memory", "scratch"):
+        with _at(f"{where}: {name}"):
+            parse_size(getattr(part, name))
+    if unknown := set(part.worker) - set(WorkerSettings.__struct_fields__):
+        raise InvalidInput(f"{sorted(unknown)[0][:40]!r} is no setting of a worker", where=where)
+    _CHECKS[part.kind](part, where)
+
+
+def _check_fields(part: SystemPart, where: str) -> None:
+    own = set().union(*_ALLOWED.values())
+    blank = SystemPart(name=part.name, kind=part.kind)
+    given = {name for name in own if getattr(part, name) != getattr(blank, name)}
+    if wrong := given - _ALLOWED[part.kind]:
+        raise InvalidInput(
+            f"a {part.kind} has no {sorted(wrong)[0]}", where=where, hint=f"it has {', '.join(sorted(_ALLOWED[part.kind]))}"
+        )
+    if missing := {name for name in _NEEDED.get(part.kind, ()) if not getattr(part, name)}:
+        raise InvalidInput(f"{sorted(missing)[0]} is missing", where=where)
+
+
+def _check_grid(part: SystemPart, where: str) -> None:
+    with _at(where):
+        pilot_spec(_pilot(part))
+
+
+def _check_slurm(part: SystemPart, where: str) -> None:
+    for option in filter(_NOT_OF_SBATCH.fullmatch, part.options):
+        raise InvalidInput(
+            f"options: {option[:80]!r} is not for a pilot", where=where, hint="it is one job, found by its name, on one cluster"
+        )
+    check_commands(_commands(part), where=where)
+
+
+def _check_ssh(part: SystemPart, where: str) -> None:
+    if not _HOST.fullmatch(part.host):
+        raise InvalidInput(f"{part.host[:80]!r} is no host", where=where)
+    check_commands(_commands(part), where=where)
+
+
+_CHECKS: dict[str, Callable[[SystemPart, str], object]] = {
+    "grid": _check_grid,
+    "slurm": _check_slurm,
+    "htcondor": lambda part, where: check_lines(part.options, where=where),
+    "ssh": _check_ssh,
+    "command": lambda part, where: check_commands(_commands(part), where=where),
+}
 
 
 def _seconds(text: str, name: str, where: str) -> float:
-    found = parse_duration(text)
-    if not 0 < found <= 366 * 86400:
-        raise InvalidInput(f"{name} = {text!r} is out of bounds", where=where, hint="up to 366d")
+    with _at(f"{where}: {name}"):
+        found = parse_duration(text)
+    if not 0 < found <= _LONGEST_S:
+        raise InvalidInput(f"{name} = {text!r} is out of bounds", where=where, hint="up to 365d")
     return found
 
 
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Let what is wrong name its place."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(error.message, where=where, hint=error.hint) from error
+
+
 def make_system(part: SystemPart, grid: Grid) -> System:
-    """Return the system that a part describes."""
+    """Return the system that a part describes. Raise OperatorError if what drives it is not installed."""
     memory_bytes, lifetime_s, idle_s = parse_size(part.memory), parse_duration(part.lifetime), parse_duration(part.idle)
     plan = pilots.System(
         name=part.name,
@@ -163,23 +216,30 @@ def make_system(part: SystemPart, grid: Grid) -> System:
         lifetime_s=lifetime_s,
     )
     if part.kind == "grid":
-        pilot = Pilot(
-            disk=part.disk,
-            packages=part.packages,
-            accepts=part.accepts,
-            group=part.group,
-            cpus=part.cpus,
-            memory_bytes=memory_bytes,
-            scratch_bytes=parse_size(part.scratch),
-            lifetime_s=lifetime_s,
-            idle_s=idle_s,
-        )
-        return GridSystem(plan, grid, pilot)
-    commands = {
-        "slurm": lambda: slurm_commands(part.options),
-        "ssh": lambda: ssh_commands(part.host, part.options),
-        "command": lambda: Commands(submit=part.submit, alive=part.alive, cancel=part.cancel),
-    }[part.kind]()
-    return CommandSystem(
-        plan, commands, lifetime_s=lifetime_s, idle_s=idle_s, command=part.deskgrid, settings=part.worker, setup=part.setup
+        return GridSystem(plan, grid, _pilot(part))
+    rest: dict[str, Any] = {"command": part.deskgrid, "settings": part.worker, "setup": part.setup}
+    if part.kind == "htcondor":
+        return HTCondorSystem(plan, check_lines(part.options, where=part.name), lifetime_s=lifetime_s, idle_s=idle_s, **rest)
+    return CommandSystem(plan, _commands(part), lifetime_s=lifetime_s, idle_s=idle_s, **rest)
+
+
+def _pilot(part: SystemPart) -> Pilot:
+    return Pilot(
+        disk=part.disk,
+        packages=part.packages,
+        accepts=part.accepts,
+        group=part.group,
+        cpus=part.cpus,
+        memory_bytes=parse_size(part.memory),
+        scratch_bytes=parse_size(part.scratch),
+        lifetime_s=parse_duration(part.lifetime),
+        idle_s=parse_duration(part.idle),
     )
+
+
+def _commands(part: SystemPart) -> Commands:
+    if part.kind == "slurm":
+        return slurm_commands(part.options)
+    if part.kind == "ssh":
+        return ssh_commands(part.host, part.options)
+    return Commands(submit=part.submit, alive=part.alive, cancel=(part.cancel,))

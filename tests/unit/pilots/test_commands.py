@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from deskgrid.core import pilots
+from deskgrid.core.pilots import Sent
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
-from deskgrid.pilots.commands import Commands, CommandSystem, slurm_commands, ssh_commands
-from deskgrid.pilots.system import Order, pilot_script
+from deskgrid.pilots.commands import Commands, CommandSystem, check_commands, slurm_commands, ssh_commands
+from deskgrid.pilots.system import NoAnswer, Order, pilot_script
 
 PLAN = pilots.System(name="batch", packages=frozenset({"root", "a b"}), cpus=3, memory_bytes=1 << 30)
 ORDER = Order(name="batch-1", link="deskgrid://grid:1/join?secret='x'", lifetime_s=90.0, idle_s=30.0)
 
 
 def system(submit: tuple[str, ...], alive: tuple[str, ...] = ("true",), cancel: tuple[str, ...] = ("true",)) -> CommandSystem:
-    return CommandSystem(PLAN, Commands(submit=submit, alive=alive, cancel=cancel), lifetime_s=90.0, idle_s=30.0)
+    return CommandSystem(PLAN, Commands(submit=submit, alive=alive, cancel=(cancel,)), lifetime_s=90.0, idle_s=30.0)
+
+
+def sent(reference: str = "", name: str = "") -> Sent:
+    return Sent(name=name or f"batch-{reference}", system="batch", sent_at=0.0, reference=reference)
 
 
 async def test_script_comes_on_standard_input_and_the_last_line_is_the_reference(tmp_path: Path) -> None:
@@ -44,7 +50,6 @@ async def test_script_comes_on_standard_input_and_the_last_line_is_the_reference
         (("sh", "-c", "true"), "names no pilot"),
         (("sh", "-c", "echo '1 2; rm -rf /'"), "names no pilot"),
         (("/nonexistent/sbatch",), "does not start"),
-        (("sh", "{colour}"), "colour"),
     ],
 )
 async def test_refusal_is_told(submit: tuple[str, ...], words: str) -> None:
@@ -52,16 +57,47 @@ async def test_refusal_is_told(submit: tuple[str, ...], words: str) -> None:
         await system(submit).send(ORDER)
 
 
-async def test_what_is_alive_says_so() -> None:
+async def test_failure_is_sure_only_if_the_system_cannot_be_asked_by_name() -> None:
+    fails = ("sh", "-c", "echo socket timed out >&2; exit 1")
+    with pytest.raises(NoAnswer, match="timed out"):
+        await system(fails, alive=("squeue", "--name={name}")).send(ORDER)
+    with pytest.raises(OperatorError, match="timed out") as caught:
+        await system(fails, alive=("squeue", "--jobs={reference}")).send(ORDER)
+    assert not isinstance(caught.value, NoAnswer)
+    with pytest.raises(OperatorError, match="does not start") as caught:
+        await system(("/nonexistent/sbatch",), alive=("squeue", "--name={name}")).send(ORDER)
+    assert not isinstance(caught.value, NoAnswer)
+
+
+async def test_submit_command_that_takes_too_long_has_perhaps_sent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deskgrid.pilots.commands._LIMIT_S", 0.05)
+    with pytest.raises(NoAnswer, match="does not end"):
+        await system(("sleep", "100")).send(ORDER)
+
+
+async def test_only_what_says_nothing_and_ends_well_is_gone() -> None:
     made = system(("true",), alive=("sh", "-c", 'case "$0" in 1) echo RUNNING;; 2) ;; 3) exit 1;; esac', "{reference}"))
-    assert await made.gone(["1", "2", "3"]) == {"2", "3"}
+    assert await made.gone([sent("1"), sent("2"), sent("3"), sent(name="x")]) == {"batch-2"}
+    with pytest.raises(OperatorError, match="ended with 1"):
+        await made.gone([sent("3")])
     with pytest.raises(OperatorError, match="does not start"):
-        await system(("true",), alive=("/nonexistent/squeue",)).gone(["1"])
+        await system(("true",), alive=("/nonexistent/squeue",)).gone([sent("1")])
 
 
-async def test_calling_back_what_is_gone_is_no_error(tmp_path: Path) -> None:
+async def test_pilot_without_a_reference_is_asked_for_and_cancelled_by_name(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    command = ("sh", "-c", 'echo "$0" >>"$1"', "{name}", str(seen))
+    made = system(("true",), alive=command, cancel=command)
+    assert await made.gone([sent(name="batch-x")]) == {"batch-x"}
+    await made.call_back(sent(name="batch-x"))
+    assert seen.read_text() == "batch-x\nbatch-x\n"
+
+
+async def test_cancel_that_fails_is_told(tmp_path: Path) -> None:
     cancel = ("sh", "-c", 'echo "$0" >>"$1"; exit 1', "{reference}", str(tmp_path / "cancelled"))
-    await system(("true",), cancel=cancel).call_back("7")
+    with pytest.raises(OperatorError, match="ended with 1"):
+        await system(("true",), cancel=cancel).call_back(sent("7"))
+    await system(("true",), cancel=cancel).call_back(sent(name="it has no reference"))
     assert (tmp_path / "cancelled").read_text() == "7\n"
 
 
@@ -95,11 +131,48 @@ def test_script_joins_by_a_file_leaves_nothing_and_ends_its_worker(tmp_path: Pat
     assert not place.exists()
 
 
-def test_commands_of_slurm_and_ssh_are_argument_lists() -> None:
-    slurm, ssh = slurm_commands(["--partition=short"]), ssh_commands("ann@desk", ["-p", "2222"])
-    assert slurm.submit[0] == "sbatch" and slurm.submit[-1] == "--partition=short"
-    assert ssh.submit[:6] == ("ssh", "-o", "BatchMode=yes", "-p", "2222", "ann@desk")
-    with pytest.raises(InvalidInput, match="colour"):
-        from deskgrid.pilots.commands import _filled
+def test_script_that_is_told_to_end_before_its_worker_begins_begins_none(tmp_path: Path) -> None:
+    fifo, begun = tmp_path / "fifo", tmp_path / "begun"
+    os.mkfifo(fifo)
+    script = pilot_script(ORDER, command=f"touch {begun}; true", settings={}, setup=f'echo "$place" >{fifo}; cat {fifo} >/dev/null')
+    with subprocess.Popen(["sh", "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+        place = Path(fifo.read_text().strip())
+        assert place.is_dir()
+        process.terminate()
+        fifo.write_text("go on\n")
+        assert process.wait(30) == 1
+    assert not begun.exists() and not place.exists()
 
-        _filled("{colour}", {"name": "x"})
+
+@pytest.mark.parametrize("left", [1, 40, -1, -3, -60])
+def test_script_that_was_cut_off_on_its_way_runs_nothing(left: int, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    script = pilot_script(ORDER, command=f"touch {begun}; true", settings={}, setup=f"touch {begun}")[:left]
+    script = script[: script.rindex("}")] if left == -1 else script
+    subprocess.run(["sh"], input=script, text=True, capture_output=True, check=False)
+    assert not begun.exists()
+
+
+def test_commands_of_slurm_and_ssh_are_argument_lists_that_need_a_name_only() -> None:
+    slurm, ssh = slurm_commands(["--partition=short"]), ssh_commands("ann@desk", ["-p", "2222"])
+    for commands in (slurm, ssh):
+        check_commands(commands, where="here")
+        later = [word for command in (commands.alive, *commands.cancel) for word in command]
+        assert any("{name}" in word for word in later) and not any("{reference}" in word for word in later)
+    assert slurm.submit[0] == "sbatch" and slurm.submit[-1] == "--partition=short"
+    assert ssh.submit[:6] == ("ssh", "-o", "BatchMode=yes", "-p", "2222", "-o")
+
+
+@pytest.mark.parametrize(
+    ("part", "word", "told"),
+    [
+        ("submit", "{colour}", "colour"),
+        ("submit", "{reference}", "reference"),
+        ("alive", "{minutes}", "minutes"),
+        ("cancel", "a\nb", "line ends"),
+    ],
+)
+def test_command_that_names_what_there_is_not_is_told(part: str, word: str, told: str) -> None:
+    words = {name: ("run", word) if name == part else ("true",) for name in ("submit", "alive", "cancel")}
+    with pytest.raises(InvalidInput, match=f"here: {part}: .*{told}"):
+        check_commands(Commands(submit=words["submit"], alive=words["alive"], cancel=(words["cancel"],)), where="here")

@@ -12,11 +12,13 @@ import pytest
 
 from deskgrid.clock import FakeClock
 from deskgrid.core import pilots
-from deskgrid.errors import InvalidInput, OperatorError
+from deskgrid.core.pilots import Sent
+from deskgrid.errors import DeskgridError, InvalidInput, OperatorError, StoreUnavailable, Unreachable
 from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.wire import WaitingClass
+from deskgrid.model.workers import WorkerState
 from deskgrid.pilots.factory import Factory
-from deskgrid.pilots.system import Order
+from deskgrid.pilots.system import NoAnswer, Order
 
 
 class PlaySystem:
@@ -30,7 +32,7 @@ class PlaySystem:
         self.orders: list[Order] = []
         self.there: dict[str, str] = {}
         self.called_back: list[str] = []
-        self.refuses = self.silent = False
+        self.refuses = self.silent = self.is_unsure = False
 
     async def send(self, order: Order) -> str:
         self.orders.append(order)
@@ -38,17 +40,20 @@ class PlaySystem:
             raise OperatorError("the queue is closed")
         reference = str(len(self.orders))
         self.there[reference] = order.name
+        if self.is_unsure:
+            raise NoAnswer("it takes too long")
         return reference
 
-    async def gone(self, references: Sequence[str]) -> set[str]:
+    async def gone(self, pilots: Sequence[Sent]) -> set[str]:
+        """As one that knows pilots by reference only."""
         if self.silent:
             raise OperatorError("it does not answer")
-        return {one for one in references if one not in self.there}
+        return {one.name for one in pilots if one.reference and one.reference not in self.there}
 
-    async def call_back(self, reference: str) -> None:
+    async def call_back(self, pilot: Sent) -> None:
         if self.silent:
             raise OperatorError("it does not answer")
-        self.called_back.append(self.there.pop(reference, ""))
+        self.called_back.append(self.there.pop(pilot.reference, ""))
 
 
 class PlayGrid:
@@ -57,10 +62,13 @@ class PlayGrid:
     def __init__(self) -> None:
         self.jobs = 0
         self.joined: set[str] = set()
+        self.offline: set[str] = set()
         self.links = 0
+        self.error: DeskgridError | None = None
 
     async def workers(self) -> list[Any]:
-        return [type("W", (), {"name": name, "pilot_of": "ann"}) for name in self.joined]
+        states = {name: WorkerState.OFFLINE if name in self.offline else WorkerState.ONLINE for name in self.joined}
+        return [type("W", (), {"name": name, "pilot_of": "ann", "state": state}) for name, state in states.items()]
 
     async def waiting(self) -> tuple[WaitingClass, ...]:
         one = WaitingClass(
@@ -69,7 +77,9 @@ class PlayGrid:
         return (one,) if self.jobs else ()
 
     async def pilot_link(self, *, pilot_s: float, lifetime_s: float) -> str:
-        assert pilot_s == 3600.0 and lifetime_s >= 600.0
+        assert pilot_s == 3600.0 + 300.0 and lifetime_s >= 600.0
+        if self.error:
+            raise self.error
         self.links += 1
         return f"deskgrid://link-{self.links}"
 
@@ -162,6 +172,44 @@ async def test_system_that_refuses_is_left_alone_for_longer_and_longer(place: Pl
     place.system.refuses = False
     await place.look(after_s=3601.0)
     assert len(place.system.there) == 4
+
+
+async def test_pilot_that_was_perhaps_taken_is_kept_and_no_other_is_sent_at_once(place: Place) -> None:
+    place.system.is_unsure = True
+    await place.look(jobs=3)
+    assert len(place.system.orders) == 1 and [record.reference for record in place.factory.out.values()] == [""]
+    place.system.is_unsure = False
+    await place.look()
+    assert len(place.system.orders) == 1
+    place.grid.joined = set(place.system.there.values())
+    await place.look()
+    assert len(place.system.orders) == 3, "it was taken, and nothing is wrong with the system"
+
+
+@pytest.mark.parametrize("error", [Unreachable("no answer"), StoreUnavailable("its disk is full")])
+async def test_grid_that_does_not_answer_is_not_the_systems_failure(error: DeskgridError, place: Place) -> None:
+    place.grid.error = error
+    with pytest.raises(type(error)):
+        await place.look(jobs=1)
+    assert not place.system.orders and place.factory.out == {}
+    place.grid.error = None
+    await place.look(after_s=1.0)
+    assert len(place.system.orders) == 1
+
+
+async def test_pilot_whose_worker_is_offline_is_forgotten_when_its_system_says_that_it_is_gone(place: Place) -> None:
+    await place.look(jobs=1)
+    place.grid.joined = place.grid.offline = set(place.system.there.values())
+    await place.look()
+    place.system.silent = True
+    await place.look()
+    assert len(place.factory.out) == 1, "perhaps it comes back"
+    place.system.silent = False
+    place.system.there.clear()
+    await place.look(jobs=0)
+    assert place.factory.out == {}
+    await place.look(jobs=1)
+    assert len(place.system.orders) == 2, "and that was no failure"
 
 
 async def test_pilots_that_never_join_are_called_back(place: Place) -> None:

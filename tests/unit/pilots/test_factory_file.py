@@ -11,6 +11,7 @@ from deskgrid.errors import InvalidInput
 from deskgrid.pilots.commands import CommandSystem
 from deskgrid.pilots.file import make_system, read_factory
 from deskgrid.pilots.grid_jobs import GridSystem
+from deskgrid.pilots.htcondor import HTCondorSystem
 from deskgrid.units import GIB, MIB
 
 WHOLE = """
@@ -28,6 +29,10 @@ name = "cluster"
 options = ["--partition=short"]
 setup = "module load deskgrid"
 worker = { unsandboxed = true, tags = ["cluster"] }
+[[system]]
+kind = "htcondor"
+name = "pool"
+options = ["accounting_group = physics"]
 [[system]]
 kind = "ssh"
 name = "desk"
@@ -50,8 +55,8 @@ def read(folder: Path, text: str) -> Path:
 def test_each_kind_is_made_of_its_part(tmp_path: Path) -> None:
     found = read_factory(read(tmp_path, WHOLE))
     systems = [make_system(part, None) for part in found.system]  # type: ignore[arg-type]
-    assert [type(system) for system in systems] == [GridSystem, CommandSystem, CommandSystem, CommandSystem]
-    assert [system.plan.name for system in systems] == ["vm", "cluster", "desk", "other"]
+    assert [type(system) for system in systems] == [GridSystem, CommandSystem, HTCondorSystem, CommandSystem, CommandSystem]
+    assert [system.plan.name for system in systems] == ["vm", "cluster", "pool", "desk", "other"]
     assert systems[0].plan.memory_bytes == 3 * GIB - 384 * MIB, "the machine's system needs some"
     assert (systems[1].plan.memory_bytes, systems[1].lifetime_s) == (2 * GIB, 4 * 3600.0)
 
@@ -67,6 +72,16 @@ def test_each_kind_is_made_of_its_part(tmp_path: Path) -> None:
         ("[[system]]\nkind = 'slurm'\nname = 'vm'\ncolour = 'red'\n", "colour"),
         ("[[system]]\nkind = 'slurm'\nname = 'vm'\nmost = -1\n", "most = -1"),
         ("[[system]]\nkind = 'slurm'\nname = 'vm'\nlifetime = 'long'\n", "long"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\nmemory = 'much'\n", "toml: vm: memory: 'much'"),
+        ("[[system]]\nkind = 'grid'\nname = 'vm'\ndisk = 'root'\nscratch = 'much'\n", "toml: vm: scratch: 'much'"),
+        ("[[system]]\nkind = 'grid'\nname = 'vm'\ndisk = 'root'\nmemory = '10MiB'\n", "toml: vm: .*too little for a pilot"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\noptions = ['--comment={colour}']\n", "toml: vm: submit: .*colour"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\noptions = ['--array=1-3']\n", "toml: vm: options: .*array"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\noptions = ['-Mother']\n", "toml: vm: options: .*-M"),
+        ("[[system]]\nkind = 'htcondor'\nname = 'vm'\noptions = ['physics']\n", "toml: vm: .*no line"),
+        ("[[system]]\nkind = 'htcondor'\nname = 'vm'\noptions = ['Executable = x']\n", "toml: vm: Executable is set"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\nworker = { colour = 'red' }\n", "toml: vm: 'colour' is no setting"),
+        ("[[system]]\nkind = 'command'\nname = 'vm'\nsubmit = ['{x}']\nalive = ['x']\ncancel = ['x']\n", "toml: vm: submit: .*x"),
         ("[[system]]\nkind = 'ssh'\nname = 'vm'\nhost = '-oProxyCommand=x'\n", "no host"),
         ("[[system]]\nkind = 'command'\nname = 'vm'\nsubmit = ['x']\n", "alive is missing"),
         ("[[system]]\nkind = 'slurm'\nname = 'a'\n" * 2, "different names"),
