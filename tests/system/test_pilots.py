@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Program, System, until
+from tests.system.factories import PROCESS, Factory, job_file
+from tests.system.harness import System, until
 from tests.system.newcomer import Newcomer, commands
 
 PAGE = "examples/root-analysis/README.md"
@@ -68,6 +69,7 @@ def test_pilot_elsewhere_joins_by_its_link_works_and_leaves(system: System) -> N
 
 BATCH = """
 import os, signal, subprocess, sys, tempfile
+from pathlib import Path
 
 what, *rest = sys.argv[1:]
 if what == "submit":
@@ -77,10 +79,10 @@ if what == "submit":
     log = open(rest[0], "a")
     print(subprocess.Popen(["sh", script.name], start_new_session=True, stdout=log, stdin=subprocess.DEVNULL, stderr=log).pid)
 elif what == "alive":
-    status = open(f"/proc/{rest[0]}/stat").read().rpartition(")")[2].split()[0]
-    print("running" if status != "Z" else "", end="")
+    stat = Path(f"/proc/{rest[0]}/stat")
+    print("running" if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z" else "", end="")
 else:
-    os.killpg(int(rest[0]), signal.SIGTERM)
+    os.kill(int(rest[0]), signal.SIGTERM)
 """
 """A batch system of a dozen lines."""
 
@@ -91,45 +93,38 @@ def test_factory_sends_pilots_to_another_system_while_jobs_wait_that_no_worker_c
     batch, log = system.folder / "batch.py", system.folder / "batch.log"
     batch.write_text(BATCH)
     program = [sys.executable, str(batch)]
-    file = system.folder / "factory.toml"
-    file.write_text(
-        f"""
-poll = "1s"
-[[system]]
-kind = "command"
-name = "batch"
-packages = ["root"]
-memory = "1GiB"
-most = 2
-jobs_per_pilot = 2
-idle = "4s"
-deskgrid = "{sys.executable} -m deskgrid"
-submit = {json.dumps([*program, "submit", str(log)])}
-alive = {json.dumps([*program, "alive", "{reference}"])}
-cancel = {json.dumps([*program, "cancel", "{reference}"])}
-"""
+    factory = Factory(
+        system,
+        name="batch",
+        kind="command",
+        most=2,
+        jobs_per_pilot=2,
+        submit=[*program, "submit", str(log)],
+        alive=[*program, "alive", "{reference}"],
+        cancel=[*program, "cancel", "{reference}"],
     )
-    job = system.folder / "job.toml"
-    process = '[machine]\nkind = "process"\nmemory = "64MiB"\nscratch = "64MiB"\n'
-    job.write_text(f'command = ["sh", "-c", "echo done >answer"]\n{process}need = ["root"]\n[array]\ncount = 3\n')
+    job = job_file(system, "echo done >answer", count=3)
     plain = system.folder / "plain.toml"
-    plain.write_text(f'command = ["true"]\n{process}')
-    factory = Program(["pilot", "factory", str(file), "--verbose"], system.environment, system.folder / "factory.log")
-    system.programs.append(factory)
+    plain.write_text(f'command = ["true"]\n{PROCESS}')
     factory.start()
     system.cli("run", plain, "-o", system.folder / "plain")
     system.cli("run", job, "-o", system.folder / "out")
     assert [(system.folder / "out" / str(index) / "answer").read_text() for index in range(3)] == ["done\n"] * 3
     workers = {attempt["worker"].rpartition("-")[0] for number in range(2, 5) for attempt in system.job(number)["attempts"]}
-    assert workers == {"batch"}, factory.said()
-    factory.kill()
+    assert workers == {"batch"}, factory.program.said()
+    factory.program.kill()
     factory.start()
     until(lambda: system.json("pilot", "list") == [], what="idle pilots have left")
-    until(lambda: json.loads((system.folder / "client" / "factory" / "pilots.json").read_text()) == [], what="the factory knows it")
-    assert 1 <= factory.said().count("event=pilot_sent") <= 2, factory.said()
-    factory.stop()
-    job.write_text(job.read_text().replace('["root"]', '["root", "never"]'))
-    system.cli("job", "submit", job)
-    system.cli("pilot", "factory", file, "--once")
-    assert json.loads((system.folder / "client" / "factory" / "pilots.json").read_text()) == []
+    factory.until_none_is_out()
+    assert 1 <= factory.said("pilot_sent") <= 2, factory.program.said()
+    system.server.kill()
+    until(lambda: "the grid does not answer" in factory.program.said(), what="the factory says so")
+    system.restart_server()
+    system.cli("run", job, "-o", system.folder / "again")
+    factory.program.stop()
+    system.cli("pilot", "factory", factory.file, "--stop")
+    assert factory.out() == []
+    system.cli("job", "submit", job_file(system, "true", need="never"))
+    system.cli("pilot", "factory", factory.file, "--once")
+    assert factory.out() == []
     system.nothing_left()

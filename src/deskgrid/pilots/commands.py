@@ -44,7 +44,7 @@ class Commands(Struct, frozen=True, kw_only=True):
 def slurm_commands(options: Sequence[str]) -> Commands:
     """Return Slurm's, which know a pilot by its name. `options` are further ones of sbatch.
 
-    Only the script is told to end, which tells its worker: a plain scancel sends TERM to the worker's jobs as well, and they fail before they can be given
+    Only the script is told to end, which tells its worker: a plain scancel sends TERM to the worker's jobs as well, which may fail before they are given
     back. What waits has no script to tell, so it is cancelled before. A pilot that Slurm began again would find its link used.
     """
     own = ("--parsable", "--job-name={name}", "--output=/dev/null", "--no-requeue", "--signal=B:TERM@60")

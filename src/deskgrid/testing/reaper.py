@@ -4,6 +4,10 @@
 
 A process beside the tests knows what they follow, and that they are there by a pipe. When that closes, it asks what still runs to end, and kills what does not.
 Not the parent's death signal of Linux: that comes with the end of a thread, and tests start programs from threads.
+
+    follow(subprocess.Popen([*apart(), "sshd", "-D"]).pid)
+
+What goes on without who began it, as jobs of a batch system do, ends with a namespace of processes.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import sys
 
 import psutil
 
-__all__ = ["follow"]
+__all__ = ["apart", "follow"]
 
 _GRACE_S = 15.0
 
@@ -23,6 +27,13 @@ _GRACE_S = 15.0
 def follow(pid: int) -> None:
     """Let a process of ours not outlive us."""
     os.write(_reaper(), f"{pid} {psutil.Process(pid).create_time()}\n".encode())
+
+
+def apart() -> list[str]:
+    """Return what stands before a command so that it, and all that comes of it, ends when the process that is started so is killed. SIGTERM does not."""
+    rights = [] if os.geteuid() == 0 else ["--user", "--map-current-user"]
+    # The shell waits for processes whose parents have ended.
+    return ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *rights, "sh", "-c", '"$0" "$@" & wait']
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from deskgrid.testing.reaper import follow
+from deskgrid.testing.reaper import apart, follow
 
 __all__ = ["Slurm", "running_slurm"]
 
@@ -46,7 +46,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-MessageTimeout=2
+MessageTimeout=5
 MinJobAge=2
 NodeName=pc NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=65536
 PartitionName=main Nodes=pc Default=YES MaxTime=INFINITE State=UP
@@ -85,21 +85,12 @@ class Slurm:
         """Run all of it."""
         munge = [self.folder / f"munge.{name}" for name in ("key", "socket", "pid", "seed", "log")]
         names = ("key-file", "socket", "pid-file", "seed-file", "log-file")
-        # A process namespace: what its jobs start ends with the node, also if the tests are killed.
-        apart = [
-            "unshare",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            *(() if os.geteuid() == 0 else ("--user", "--map-current-user")),
-        ]
         try:
             self._start("munged", ["munged", "-F", *(f"--{name}={file}" for name, file in zip(names, munge, strict=True))])
             self._wait(munge[1].exists)
             self.start_controller()
-            self._start("slurmd", [*apart, "sh", "-c", 'slurmd -D -f "$0" & wait', self.folder / "slurm.conf"])
-            self._wait(lambda: self._say("sinfo", "--noheader", "--format=%t").strip() == "idle")
+            self._start("slurmd", [*apart(), "slurmd", "-D", "-f", self.folder / "slurm.conf"])
+            self._wait(lambda: self._say("sinfo", "--noheader", "--format=%t", check=False).strip() == "idle")
             yield
         finally:
             for name in reversed(list(self._running)):
@@ -135,8 +126,8 @@ class Slurm:
                 raise RuntimeError(f"Slurm did not start ({', '.join(ended) or 'too slow'}):\n{self.said()}")
             time.sleep(0.05)
 
-    def _say(self, *command: str) -> str:
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout
+    def _say(self, *command: str, check: bool = True) -> str:
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=check).stdout
 
 
 @contextlib.contextmanager
