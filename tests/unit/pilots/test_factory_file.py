@@ -102,4 +102,4 @@ def test_file_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_file_of_the_how_to_is_right(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "how-to.md").read_text()
     [block] = [block for block in re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "[[system]]" in block]
-    assert [part.name for part in read_factory(read(tmp_path, block)).system] == ["vm", "batch"]
+    assert [part.name for part in read_factory(read(tmp_path, block)).system] == ["vm", "cluster", "pool", "desk", "batch"]
