@@ -86,10 +86,13 @@ def test_slurm_that_does_not_answer_for_a_while_has_not_lost_its_pilots(system: 
     factory.until_said("pilot_sent")
     slurm.stop_controller()
     try:
-        factory.until_said("system_does_not_answer", 2)
+        factory.until_said("system_does_not_answer")
+        factory.program.stop()
+        assert "not called back" in system.cli("pilot", "factory", factory.file, "--stop", expect=1).stderr
         assert len(factory.out()) == 1
     finally:
         slurm.start_controller()
+    factory.start()
     subprocess.run(["scancel", "--name=wrap"], env=slurm.environment, check=True)
     system.wait_for(1, "completed", ["succeeded"])
     factory.until_none_is_out()

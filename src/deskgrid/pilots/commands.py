@@ -69,7 +69,7 @@ def ssh_commands(host: str, options: Sequence[str]) -> Commands:
         'cat >"$d/pilot" && sh -n "$d/pilot" || exit 1; trap - EXIT; '
         '{ TMPDIR="$d" setsid sh "$d/pilot" {name}; rm -rf "$d"; } </dev/null >/dev/null 2>&1 & echo {name}'
     )
-    which = '-f "^sh /[^ ]*/pilot {name}$" || test $? -eq 1'
+    which = '-f "^sh /.*/pilot {name}$" || test $? -eq 1'
     return Commands(
         submit=(*ssh, f"sh -c '{begun}'"),
         alive=(*ssh, f"sh -c 'pgrep {which}'"),

@@ -46,7 +46,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-MessageTimeout=5
+MessageTimeout=3
 MinJobAge=2
 NodeName=pc NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=65536
 PartitionName=main Nodes=pc Default=YES MaxTime=INFINITE State=UP
