@@ -118,7 +118,7 @@ def test_factory_sends_pilots_to_another_system_while_jobs_wait_that_no_worker_c
     factory.until_none_is_out()
     assert 1 <= factory.said("pilot_sent") <= 2, factory.program.said()
     system.server.kill()
-    until(lambda: "the grid does not answer" in factory.program.said(), what="the factory says so")
+    factory.until_said("grid_does_not_answer")
     system.restart_server()
     system.cli("run", job, "-o", system.folder / "again")
     factory.program.stop()

@@ -81,6 +81,11 @@ def test_slurm_that_does_not_answer_for_a_while_has_not_lost_its_pilots(system: 
     other = ["sbatch", "--output=/dev/null", "--cpus-per-task=2", "--wrap", "exec sleep 1000"]
     subprocess.run(other, env=slurm.environment, check=True, capture_output=True)
     factory = factory_of(system)
+    factory.program.environment = {
+        **system.environment,
+        "SQUEUE_STATES": "RUNNING",
+        "SQUEUE_FORMAT": "%i",
+    }  # what people like to see
     factory.start()
     system.cli("job", "submit", job_file(system, "true"))
     factory.until_said("pilot_sent")

@@ -10,9 +10,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from deskgrid.cli.connection import connected
-from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table, warn
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
 from deskgrid.cli.user import lifetime_of
-from deskgrid.errors import Conflict, OperatorError, PeerError
+from deskgrid.errors import Conflict, OperatorError
 from deskgrid.files import locked
 from deskgrid.units import parse_size
 
@@ -154,7 +154,6 @@ async def factory(
     stop
         Send none, call back all that are out, and end.
     """
-    import asyncio
     import random
 
     from deskgrid.cli.logs import configure_logs
@@ -176,17 +175,10 @@ async def factory(
                     raise OperatorError(
                         f"{len(made.out)} pilots are not called back: {', '.join(made.out)}", hint="try again later"
                     )
-                return
-            while True:
-                try:
-                    await made.look()
-                except (PeerError, OperatorError) as error:
-                    if once:
-                        raise
-                    warn(f"the grid does not answer: {error}")
-                if once:
-                    return
-                await asyncio.sleep(parse_duration(wanted.poll))
+            elif once:
+                await made.look()
+            else:
+                await made.run(parse_duration(wanted.poll))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +29,8 @@ _LIMIT_S = 120.0
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@/-]{0,199}")
 _WORD = re.compile(r"\{([a-z]+)\}")
 _ALWAYS = {"name", "cpus", "megabytes"}
+_LEFT_OUT = ("SQUEUE_", "SCANCEL_")
+"""Variables with what people want to see of Slurm's queue: they would hide pilots, and what is hidden is taken for gone."""
 _MOST_AT_ONCE = 4
 
 
@@ -50,7 +53,7 @@ def slurm_commands(options: Sequence[str]) -> Commands:
     own = ("--parsable", "--job-name={name}", "--output=/dev/null", "--no-requeue", "--signal=B:TERM@60")
     return Commands(
         submit=("sbatch", *own, "--time={minutes}", "--cpus-per-task={cpus}", "--mem={megabytes}M", *options),
-        alive=("squeue", "--noheader", "--name={name}", "--format=%T"),
+        alive=("squeue", "--all", "--noheader", "--name={name}", "--format=%T"),
         cancel=(
             ("scancel", "--name={name}", "--state=PENDING"),
             ("scancel", "--name={name}", "--state=RUNNING", "--batch", "--signal=TERM"),
@@ -155,7 +158,11 @@ class CommandSystem:
         arguments = [_filled(word, known) for word in command]
         try:
             process = await asyncio.create_subprocess_exec(
-                *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+                *arguments,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={name: value for name, value in os.environ.items() if not name.startswith(_LEFT_OUT)},
             )
         except OSError as error:
             raise OperatorError(f"{arguments[0]} does not start: {error.strerror}") from error

@@ -18,7 +18,7 @@ import structlog
 
 from deskgrid.clock import Clock
 from deskgrid.core.pilots import Plan, Sent, SystemState, after_failure, plan
-from deskgrid.errors import DeskgridError, InvalidInput, StoreUnavailable, Unreachable
+from deskgrid.errors import DeskgridError, InvalidInput, OperatorError, PeerError, StoreUnavailable, Unreachable
 from deskgrid.files import write_durably
 from deskgrid.model.workers import WorkerState
 from deskgrid.pilots.system import GIVING_BACK_S, NoAnswer, Order, System
@@ -34,7 +34,7 @@ _JOIN_S = 7 * 86400.0
 
 
 class Factory:
-    """`look` again and again."""
+    """Call `run`, or `look` once."""
 
     def __init__(self, grid: Grid, systems: Sequence[System], folder: Path, *, clock: Clock, rng: random.Random) -> None:
         """`folder` keeps what is out. Raise InvalidInput for a file there that is none of the factory's."""
@@ -44,6 +44,15 @@ class Factory:
         self._file = folder / "pilots.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.out: dict[str, Sent] = {one.name: one for one in self._read()}
+
+    async def run(self, poll_s: float) -> None:
+        """Look every so often, also while the grid does not answer. Raise DeskgridError if it refuses: then its user must act."""
+        while True:
+            try:
+                await self.look()
+            except (PeerError, OperatorError) as error:
+                _log.warning("grid_does_not_answer", error=str(error))
+            await self._clock.sleep(poll_s)
 
     async def look(self) -> Plan:
         """Look once, send and call back what is to be; return what was decided. Raise DeskgridError if the grid does not answer, or refuses."""

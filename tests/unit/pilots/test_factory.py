@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from deskgrid.clock import FakeClock
 from deskgrid.core import pilots
 from deskgrid.core.pilots import Sent
-from deskgrid.errors import DeskgridError, InvalidInput, OperatorError, StoreUnavailable, Unreachable
+from deskgrid.errors import DeskgridError, Forbidden, InvalidInput, OperatorError, ProtocolError, StoreUnavailable, Unreachable
 from deskgrid.model.machines import MachineKind, Network
 from deskgrid.model.wire import WaitingClass
 from deskgrid.model.workers import WorkerState
@@ -195,6 +196,22 @@ async def test_grid_that_does_not_answer_is_not_the_systems_failure(error: Deskg
     place.grid.error = None
     await place.look(after_s=1.0)
     assert len(place.system.orders) == 1
+
+
+async def test_factory_goes_on_while_the_grid_does_not_answer_and_ends_when_it_refuses(place: Place) -> None:
+    place.grid.jobs = 1
+    running = asyncio.create_task(place.factory.run(30.0))
+    for error in (Unreachable("no answer"), StoreUnavailable("its disk is full"), ProtocolError("nonsense")):
+        place.grid.error = error
+        await place.clock.advance(30.0)
+    assert not running.done() and not place.system.orders
+    place.grid.error = None
+    await place.clock.advance(30.0)
+    assert len(place.system.orders) == 1
+    place.grid.error, place.grid.jobs = Forbidden("you are no user any more"), 2
+    await place.clock.advance(30.0)
+    with pytest.raises(Forbidden):
+        await running
 
 
 async def test_pilot_whose_worker_is_offline_is_forgotten_when_its_system_says_that_it_is_gone(place: Place) -> None:
