@@ -85,15 +85,16 @@ class Grid:
         context: Path | None = None,
         secrets: Mapping[str, bytes] | None = None,
         progress: Progress | None = None,
+        key: str | None = None,
     ) -> Job:
-        """Submit a job with a context folder; returns once the server has stored it durably.
+        """Submit a job with a context folder; returns once the server has stored it durably. Made again with the same `key`, it happens once.
 
         `secrets`: the job finds them as files /context/secrets/NAME, on PCs of those whom `spec.trust` names: if nobody, the caller's own.
         """
         blob = await self.send_folder(context, progress) if context is not None else None
         spec = with_secrets(spec, secrets or {})
         private = await self.seal(secrets)
-        return await self.transport.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=spec, context=blob, secrets=private))
+        return await self.transport.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=spec, context=blob, secrets=private), key=key)
 
     async def seal(self, secrets: Mapping[str, bytes] | None) -> bytes:
         """Return secrets of a job of the caller's as they are submitted: only the server can read them. None: nothing."""

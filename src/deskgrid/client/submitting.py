@@ -42,16 +42,18 @@ async def prepared(grid: Grid, wanted: JobFile, *, in_set: bool = False) -> JobF
     return msgspec.structs.replace(whole, spec=msgspec.structs.replace(whole.spec, app=f"{app.name}@{app.version}"))
 
 
-async def submit_file(grid: Grid, wanted: JobFile, *, stage: Stage = _quiet, prepare: Prepare = _as_it_is) -> Job | Array:
-    """Submit what a user wrote: a job, or an array. `prepare` has the last word on the spec."""
+async def submit_file(
+    grid: Grid, wanted: JobFile, *, stage: Stage = _quiet, prepare: Prepare = _as_it_is, key: str | None = None
+) -> Job | Array:
+    """Submit what a user wrote: a job, or an array. `prepare` has the last word on the spec. Made again with the same `key`, it happens once."""
     whole = await prepared(grid, wanted)
     spec = prepare(whole.spec)
     if whole.array is None:
         secrets = await asyncio.to_thread(read_files, whole.secrets)
-        return await grid.submit(spec, context=whole.context, secrets=secrets, progress=stage("submit the job", None))
+        return await grid.submit(spec, context=whole.context, secrets=secrets, progress=stage("submit the job", None), key=key)
     parts = await _parts(grid, whole, stage)
     stage("submit the array", None)
-    return await grid.transport.call(wire.SUBMIT_ARRAY, wire.SubmitArray(spec=spec, **parts))
+    return await grid.transport.call(wire.SUBMIT_ARRAY, wire.SubmitArray(spec=spec, **parts), key=key)
 
 
 async def submit_set_file(grid: Grid, wanted: SetFile, *, stage: Stage = _quiet, prepare: Prepare = _as_it_is) -> wire.JobSet:
