@@ -16,7 +16,7 @@ import os
 import random
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,6 @@ from deskgrid.client.snakemake import (
     check,
     inputs_of,
     large_inputs,
-    name_of,
     options_of,
     place,
     rules_of,
@@ -58,6 +57,9 @@ T = TypeVar("T")
 _AT_ONCE = 8
 """Jobs that are submitted, and results that are fetched, at the same time."""
 _END_S = 20.0
+"""For a server that is slow or away, when Snakemake ends."""
+_LOOK_S = 5.0
+"""Time in which small results are there, so that they need not wait for the next look."""
 _SHOWN_LINES = 20
 _LOGS = ".snakemake/deskgrid_logs"
 _rng = random.Random()  # noqa: S311 - jitter
@@ -102,11 +104,12 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
     def __post_init__(self) -> None:
         """Refuse what cannot be done before anything is sent. Raise WorkflowError."""
         self._ending = False
+        self._is_away = False
         self._jobs: set[int] = set()
         """On the grid, as far as is known."""
         self._sending: list[Future[int]] = []
-        self._fetching: set[Future[Any]] = set()
-        self._is_away = False
+        self._fetching: dict[int, Future[_Ended | None]] = {}
+        """What is being learnt of jobs that may have ended."""
         self._data: dict[tuple[str, int, int], str] = {}
         """The sha256 of large inputs, by path, time of change in ns, and size."""
         self._put: list[Data] = []
@@ -159,7 +162,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         """Let a job be submitted; return what becomes its number. `contexts` are there until that has been heard."""
         self.run_job_pre(job)
         try:
-            sending = self.grid.begin(self._number_of(self._prepared(job, contexts)))
+            sending = self.grid.begin(self._sent(self._prepared(job, contexts), self._known(job)))
         except (DeskgridError, OSError) as error:
             sending = Future()
             sending.set_exception(error)
@@ -175,12 +178,16 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             name = f"job-{number}@{self._address}"
             self.report_job_submission(SubmittedJobInfo(job=job, external_jobid=name, aux={"number": number}))
 
-    def _prepared(self, job: Any, contexts: contextlib.ExitStack) -> JobFile | int:
-        """Return what is submitted; or the number of a job that another run of Snakemake, which was killed, has submitted."""
+    def _known(self, job: Any) -> int | None:
+        """Return the number of the job on this grid that a run of Snakemake that was killed has submitted for this one."""
+        name, _, place = (self.dag.incomplete_external_jobid(job) or "").partition("@")
+        number = name.removeprefix("job-")
+        return int(number) if place == self._address and number.isdecimal() else None
+
+    def _prepared(self, job: Any, contexts: contextlib.ExitStack) -> JobFile:
+        """Return what is submitted, with its context in a folder. Raise InvalidInput, OSError, and Snakemake's own."""
         for one in rules_of(job):
             check(one)
-        if (known := self._known(job)) is not None:
-            return known
         for one in rules_of(job):
             self.workflow.async_run(_cleared(one))
         files = inputs_of(job)
@@ -192,40 +199,38 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         write_context(Path(folder), job, files, large, prefix=prefix, suffix=suffix)
         return read_job(None, {**options, "context": folder})
 
-    def _known(self, job: Any) -> int | None:
-        name, _, place = (self.dag.incomplete_external_jobid(job) or "").partition("@")
-        if place != self._address:
-            return None
-        try:
-            found = self.grid.run(self._patiently(lambda: self.grid.asynchronous.job(JobId(int(name.removeprefix("job-")))))).job
-        except (NotFound, ValueError):
-            return None
-        is_same = found.spec.name == name_of(job) and found.state not in (JobState.FAILED, JobState.CANCELLED)
-        return found.id if is_same else None
-
     # ---- to the grid, in its loop
 
-    async def _number_of(self, wanted: JobFile | int) -> int:
-        """Submit a job, if it is not there already, and return its number."""
-        if isinstance(wanted, int):
-            number = wanted
+    async def _sent(self, wanted: JobFile, known: int | None) -> int:
+        """Submit a job, if the one that is known is not the same, and return its number."""
+        if known is not None and await self._is_same(known, wanted):
+            number = known
         else:
             key = uuid.uuid4().hex  # one for all tries: an answer may have been lost
             number = int((await self._patiently(lambda: submit_file(self.grid.asynchronous, wanted, key=key))).id)
         self._jobs.add(number)
         return number
 
+    async def _is_same(self, number: int, wanted: JobFile) -> bool:
+        """Tell whether a job has the same commands and inputs, and may yet bring its files."""
+        grid, context = self.grid.asynchronous, wanted.context
+        assert context is not None
+        try:
+            found = (await self._patiently(lambda: grid.job(JobId(number)))).job
+        except NotFound:
+            return False
+        blob = await self._patiently(lambda: grid.send_folder(context))
+        is_same = found.context == blob.sha256 and found.spec.data == wanted.spec.data
+        return is_same and found.state not in (JobState.FAILED, JobState.CANCELLED)
+
     async def _published(self, file: Path) -> str:
-        """Make a large input data of the grid, if it is not yet, and return its sha256."""
-        grid, status = self.grid.asynchronous, file.stat()
+        """Make a large input data of the grid, for as long as we run, and return its sha256. What the server has is not sent again."""
+        status = file.stat()
         mark = (str(file), status.st_mtime_ns, status.st_size)
         if mark not in self._data:
             blob = await asyncio.to_thread(describe_file, file)
-            try:
-                await self._patiently(lambda: grid.data(blob.sha256))
-            except NotFound:
-                name = f"snakemake-{blob.sha256[:16]}"
-                self._put.append(await self._patiently(lambda: grid.put(file, name, blob=blob)))
+            name = f"snakemake-{blob.sha256[:16]}"
+            self._put.append(await self._patiently(lambda: self.grid.asynchronous.put(file, name, blob=blob)))
             self._data[mark] = blob.sha256
         return self._data[mark]
 
@@ -256,19 +261,23 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
     # ---- from the grid, in the thread that looks for jobs that have ended
 
     async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncIterator[SubmittedJobInfo]:
-        """Yield the jobs that have not ended; deal with those that have."""
+        """Yield the jobs that have not ended, or whose files are not here yet; deal with those that have."""
         if not active_jobs:
             return  # that is so before there is a grid, too
-        live = await self._asked(self._live())
-        looked = await asyncio.gather(*(self._still(one, live) for one in active_jobs))
-        for one, still in zip(active_jobs, looked, strict=True):
-            if still:
-                yield one
+        live = await self._asked(self.grid.begin(self._live()))
+        for info in active_jobs:
+            number = info.aux["number"]
+            if live is not None and number not in live and number not in self._fetching:
+                self._fetching[number] = self.grid.begin(self._fetched(info.job, number))
+        if self._fetching:
+            await asyncio.to_thread(wait, list(self._fetching.values()), _LOOK_S)
+        for info in active_jobs:
+            fetching = self._fetching.get(info.aux["number"])
+            if fetching is None or not fetching.done() or not await self._deal(info, fetching):
+                yield info
 
-    async def _asked(self, call: Coroutine[Any, Any, T]) -> T | None:
+    async def _asked(self, asking: Future[T]) -> T | None:
         """Return what the grid answers; None if it is away, or we are ending. Raise its other errors."""
-        asking = self.grid.begin(call)
-        self._fetching.add(asking)
         try:
             return await asyncio.wrap_future(asking)
         except asyncio.CancelledError:
@@ -278,33 +287,30 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         except (Unreachable, StoreUnavailable) as error:
             self._tell(error)
             return None
-        finally:
-            self._fetching.discard(asking)
 
-    async def _still(self, info: SubmittedJobInfo, live: set[int] | None) -> bool:
-        """Deal with a job that has ended. Tell whether it has not, or that is not known."""
+    async def _deal(self, info: SubmittedJobInfo, fetching: Future[_Ended | None]) -> bool:
+        """Tell Snakemake how a job has ended, and return whether it has."""
         number = info.aux["number"]
-        if live is None or number in live:
-            return True
+        del self._fetching[number]
         try:
-            ended = await self._asked(self._fetched(info.job, number))
+            ended = await self._asked(fetching)
         except (DeskgridError, OSError) as error:
             ended = _Ended(f"job-{number}: {error}")
         if ended is None:
-            return True
+            return False
         self._jobs.discard(number)
         if ended.fault:
             self._report_fault(info, ended)
         else:
             self.report_job_success(info)
-        return False
+        return True
 
     def _report_fault(self, info: SubmittedJobInfo, ended: _Ended) -> None:
         """Tell why a job failed and the end of what it printed; all of that goes to a file."""
         lines = [_harmless(line) for line in ended.output.splitlines()]
         log = Path(_LOGS) / f"job-{info.aux['number']}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("\n".join([*lines, ""]))
+        log.write_text("\n".join([*lines, ""]), encoding="utf-8")
         shown = "\n".join(["", *(f"        {line}" for line in lines[-_SHOWN_LINES:]), "    "])
         self.report_job_error(info, msg=f"{ended.fault}.{shown}", aux_logs=[str(log)])
 
@@ -354,7 +360,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         """Let no job run any more: Snakemake's list lacks those that are being looked at, or submitted."""
         self._ending = True
         wait(self._sending, _END_S)
-        for one in list(self._fetching):
+        for one in list(self._fetching.values()):
             one.cancel()
         with contextlib.suppress(DeskgridError, TimeoutError):
             self.grid.run(self._cancelled(), _END_S)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from deskgrid.testing.reaper import follow
+from deskgrid.testing.tiny_template import tiny_template
 from tests.system.harness import System, until
 
 QUICK = ("--executor", "deskgrid", "--jobs", "20", "--seconds-between-status-checks", "1", "--latency-wait", "1", "--nocolor")
@@ -194,6 +195,7 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(system: System) -> No
         user = User(
             system, f"rule all:\n input: 'first', '{'b' if 'pipe' in rules else 'a'}'\n{FIRST}{rules}\n", f"refused{number}"
         )
+        (user.folder / "a.py").touch()
         assert told in user.run(expect=1)
     user = User(system, FIRST)
     for option, told in (
@@ -211,7 +213,7 @@ GROUPED = """
 localrules: here
 
 rule all:
-    input: "second.txt", "here.txt", "large.txt"
+    input: "second.txt", "here.txt", "large.txt", "parts.txt"
 
 rule first:
     output: temp("a/first.txt")
@@ -236,6 +238,21 @@ rule large:
     output: "large.txt"
     shell: "wc -c <{input:q} >{output}; test -L {input:q}"
 
+checkpoint split:
+    input: "input.txt"
+    output: directory("split")
+    shell: "mkdir {output}; for part in x y; do cat {input} >{output}/$part; done"
+
+rule part:
+    input: "split/{part}"
+    output: "parts/{part}"
+    shell: "echo {wildcards.part} $(cat {input}) >{output}"
+
+rule parts:
+    input: lambda _: [f"parts/{path.name}" for path in Path(checkpoints.split.get().output[0]).iterdir() if path.name[0] != "."]
+    output: "parts.txt"
+    shell: "sort {input} >{output}"
+
 envvars: "TOKEN"
 """
 
@@ -250,6 +267,7 @@ def test_groups_are_one_job_and_large_inputs_are_data_and_local_rules_run_here(s
     user.run("--deskgrid-trust", "mine", "--deskgrid-data-from", "4KiB")
     assert user.read("second.txt") == "1\n2\n3\nabc\n" == user.read("here.txt")
     assert user.read("large.txt").strip() == "5000"
+    assert user.read("parts.txt") == "x 2\ny 2\n"
     assert not (user.folder / "a" / "first.txt").exists() and (user.folder / "second.tsv").exists()
     assert system.json("data", "list") == [], "what was put for the jobs is removed"
     assert "Nothing to be done" in user.run("--deskgrid-trust", "mine")
@@ -261,18 +279,23 @@ rule all:
 
 rule slow:
     output: "{name}"
-    shell: "echo {wildcards.name} >{output}; sleep {config[sleep]}"
+    params: word=config.get("word", "")
+    shell: "echo {wildcards.name} {params.word} >{output}; sleep {config[sleep]}"
 """
 
 
-def begun(user: User, count: int) -> None:
-    until(lambda: sum(state == "active" for _, state in user.jobs()) == count, what="the jobs run")
+def run_and_kill(user: User, *arguments: str) -> None:
+    """Start Snakemake, and kill it when it knows of its two jobs."""
+    process = user.start(*arguments, "--seconds-between-status-checks", "60")
+    until(lambda: len(list((user.folder / ".snakemake" / "incomplete").glob("*"))) == 2, what="the jobs are submitted")
+    process.kill()
+    process.wait()
 
 
 def test_interrupt_cancels_what_is_on_the_grid(system: System) -> None:
     user = User(system, SLOW)
     process = user.start("--config", "sleep=600")
-    begun(user, 2)
+    until(lambda: [state for _, state in user.jobs()] == ["active"] * 2, what="the jobs run")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 1, user.read("snakemake.log")
     assert user.jobs() == [("slow name=a", "cancelled"), ("slow name=b", "cancelled")]
@@ -283,12 +306,9 @@ def test_interrupt_cancels_what_is_on_the_grid(system: System) -> None:
 
 def test_killed_snakemake_finds_its_jobs_again_though_the_server_was_away(system: System) -> None:
     user = User(system, SLOW)
-    process = user.start("--config", "sleep=8")
-    begun(user, 2)
-    process.kill()
-    process.wait()
+    run_and_kill(user, "--config", "sleep=8")
     process = user.start("--config", "sleep=8", "--nolock")
-    until(lambda: "Finished" not in user.read("snakemake.log") and "Select jobs" in user.read("snakemake.log"), what="it goes on")
+    until(lambda: "Execute 2 jobs" in user.read("snakemake.log"), what="it goes on")
     assert system.server is not None
     system.server.kill()
     until(lambda: "trying again until it answers" in user.read("snakemake.log"), what="that is told")
@@ -296,4 +316,44 @@ def test_killed_snakemake_finds_its_jobs_again_though_the_server_was_away(system
     assert process.wait(100) == 0, user.read("snakemake.log")
     assert "the server is there again" in user.read("snakemake.log")
     assert (user.read("a"), user.read("b")) == ("a\n", "b\n")
-    assert system.json("job", "list") == [], "no job was submitted twice"
+    assert user.jobs() == [], "no job was submitted twice"
+
+
+def test_killed_snakemake_does_not_take_the_results_of_commands_that_were_changed(system: System) -> None:
+    user = User(system, SLOW)
+    run_and_kill(user, "--config", "sleep=0", "word=old")
+    until(lambda: [state for _, state in user.jobs()] == ["completed"] * 2, what="they end")
+    user.run("--nolock", "--config", "sleep=0", "word=new")
+    assert user.read("a") == "a new\n"
+
+
+IN_MACHINES = """
+rule all:
+    input: "small.txt", "fails"
+
+rule small:
+    input: "a small one", "deep/a large one"
+    output: "small.txt", directory("empty")
+    log: "small.log"
+    threads: 2
+    resources: mem_mb=256
+    shell: "cat {input:q} >{output[0]}; mkdir {output[1]}; [ -L {input[1]:q} ] && echo $OMP_NUM_THREADS >{log}; chmod 640 {output[0]}"
+
+rule fails:
+    output: "fails"
+    resources: mem_mb=256
+    shell: "false; echo x >{output}"
+"""
+
+
+def test_rules_run_in_virtual_machines_that_have_no_bash(system: System, vm_worker: dict[str, str]) -> None:
+    system.publish_template(tiny_template().qcow2, "tiny")
+    system.add_worker("vms", **vm_worker)
+    user = User(system, IN_MACHINES)
+    (user.folder / "deep").mkdir()
+    (user.folder / "a small one").write_text("small\n")
+    (user.folder / "deep" / "a large one").write_text("x" * 5000)
+    said = user.run("--keep-going", "--deskgrid-disk", "tiny", "--deskgrid-data-from", "4KiB", expect=1)
+    assert "ended with 1" in said
+    assert user.read("small.txt") == "small\n" + "x" * 5000 and user.read("small.log") == "2\n"
+    assert (user.folder / "small.txt").stat().st_mode & 0o777 == 0o640 and (user.folder / "empty").is_dir()

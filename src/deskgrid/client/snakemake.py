@@ -37,7 +37,6 @@ __all__ = [
     "check",
     "inputs_of",
     "large_inputs",
-    "name_of",
     "options_of",
     "place",
     "rules_of",
@@ -133,7 +132,7 @@ def _benchmark_of(job: Any) -> tuple[Any, ...]:
     return (job.benchmark,) if job.benchmark is not None else ()
 
 
-def name_of(job: Any) -> str:
+def _name_of(job: Any) -> str:
     """Return a name for people."""
     wildcards = [] if job.is_group() else [f"{name}={value}" for name, value in job.wildcards_dict.items()]
     return printable(" ".join([job.name, *wildcards]))[:200]
@@ -147,7 +146,7 @@ def options_of(job: Any, defaults: Mapping[str, Any], data: Mapping[str, str]) -
     resources = dict(job.resources.items())
     asked = dict(_asked(resources))
     found: dict[str, Any] = {
-        "name": name_of(job),
+        "name": _name_of(job),
         "attempts": 1,  # whether to try again is said by `retries` and --retries; lost PCs do not count
         "priority": max(-1000, min(1000, int(job.priority))),
         "cpus": max(1, int(job.threads)),
@@ -202,10 +201,10 @@ def write_context(
     rules = rules_of(job)
     for number, one in enumerate(rules):
         text = f"{prefix or ''} {_command_of(one)} {suffix}".strip()
-        (folder / "commands" / str(number)).write_text(f"{text}\n")
+        (folder / "commands" / str(number)).write_bytes(os.fsencode(f"{text}\n"))
     for path in files.keys() - set(data.values()):
         _copy(files[path], folder / "files" / path)
-    (folder / "run.sh").write_text(_script(rules, data, "-euo pipefail" if prefix is None else ""))
+    (folder / "run.sh").write_bytes(os.fsencode(_script(rules, data, "-euo pipefail" if prefix is None else "")))
 
 
 def _command_of(job: Any) -> str:
