@@ -16,7 +16,7 @@ from deskgrid.testing.tiny_template import template_cache
 from tests.system.harness import LIMIT_S, until
 
 ROOT = Path(__file__).parents[2]
-SHOWN = re.compile(r"^(?:    |\$ )((?:deskgrid|ls|cat|pip|make|dd|cmp|curl|rsync|python3) ?.*)$", re.MULTILINE)
+SHOWN = re.compile(r"^(?:    |\$ )((?:deskgrid|ls|cat|pip|make|dd|cmp|curl|rsync|python3|snakemake) ?.*)$", re.MULTILINE)
 SLOW = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMAND_S = 280.0
 """Less than a test may take, so that one that hangs shows what the others said."""

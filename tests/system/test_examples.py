@@ -30,6 +30,12 @@ def test_parameter_sweep_works_as_written(newcomer: Newcomer):
     assert places == [4, 1]
 
 
+def test_snakemake_works_as_written(newcomer: Newcomer):
+    printed = {line: newcomer.type(line) for line in commands("examples/snakemake/README.md")}
+    assert 3.13 <= float(printed["cat examples/snakemake/pi.txt"]) <= 3.15
+    assert printed["cat examples/snakemake/logs/7.log"] == "seed 7 done\n"
+
+
 @pytest.mark.full
 def test_set_works_as_written(newcomer: Newcomer):
     printed = {line: newcomer.type(line) for line in commands("examples/set/README.md")}
