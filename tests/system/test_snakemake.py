@@ -342,7 +342,7 @@ rule small:
 rule fails:
     output: "fails"
     resources: mem_mb=256
-    shell: "false; echo x >{output}"
+    shell: "(exit 7); echo x >{output}"
 """
 
 
@@ -354,6 +354,6 @@ def test_rules_run_in_virtual_machines_that_have_no_bash(system: System, vm_work
     (user.folder / "a small one").write_text("small\n")
     (user.folder / "deep" / "a large one").write_text("x" * 5000)
     said = user.run("--keep-going", "--deskgrid-disk", "tiny", "--deskgrid-data-from", "4KiB", expect=1)
-    assert "ended with 1" in said
+    assert "ended with 7" in said
     assert user.read("small.txt") == "small\n" + "x" * 5000 and user.read("small.log") == "2\n"
     assert (user.folder / "small.txt").stat().st_mode & 0o777 == 0o640 and (user.folder / "empty").is_dir()

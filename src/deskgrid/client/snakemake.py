@@ -228,7 +228,7 @@ def _script(rules: Iterable[Any], data: Mapping[str, str], bash_options: str) ->
     lines = [
         'cp -R "$context/files/." . && chmod -R u+w . || exit 1',
         *(f"mkdir -p {shlex.quote(f'./{path}')} || exit 1" for path in sorted(folders)),
-        *(f'ln -s "$context/data/{name}" {shlex.quote(f"./{path}")} || exit 1' for name, path in data.items()),
+        *(f'ln -sf "$context/data/{name}" {shlex.quote(f"./{path}")} || exit 1' for name, path in data.items()),
         "status=0",
         *(f"[ $status = 0 ] && {{ rule {number} {one.threads} '{bash_options}'; status=$?; }}" for number, one in enumerate(rules)),
         *_keeping(logs),
@@ -297,7 +297,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _tame(mode: int) -> int:
     """Return a mode that leaves its owner his file, and others no right to write."""
-    return (stat.S_IMODE(mode) | stat.S_IRUSR | stat.S_IWUSR) & ~(stat.S_IWGRP | stat.S_IWOTH)
+    return (mode & 0o755) | stat.S_IRUSR | stat.S_IWUSR
 
 
 def _put(source: Path, target: Path) -> None:
