@@ -89,6 +89,7 @@ rule gather:
         test ! -e data
         sort -T {resources.tmpdir} {input} >{output[0]}
         mkdir -p {output[1]}/deep && split -l 4 {output[0]} {output[1]}/deep/ && ln -s deep/aa {output[1]}/first
+        ln -s . {output[1]}/round
         \"\"\"
 
 rule touched:

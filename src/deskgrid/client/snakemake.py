@@ -216,7 +216,8 @@ def _command_of(job: Any) -> str:
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        # Links as they are: a PC may have made this folder, and links to their own folder would be followed without end. Packing refuses those that leave.
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
     else:
         shutil.copy(source, target)
 
