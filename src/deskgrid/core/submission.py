@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 
@@ -63,6 +62,8 @@ _MOST_KEYS, _LONGEST_KEY_BYTES = 20, 2048
 _RESERVED_NAMES = ("localhost", "job", "attempt", "cpus", "socks", "services", "secrets")
 """What a machine's hosts file and its variables DESKGRID_... say already."""
 _MOST_PATHS, _LONGEST_NAME, _LONGEST_PATH = 100, 200, 1000
+_LARGEST_SHOWN = 1 << 60
+"""As a size; JSON has numbers of thousands of digits, which are no float."""
 _MOST_PATHS_BYTES = 20_000
 """All together: the worker hands them to a program as one argument, of which Linux takes 128 KiB (JSON may need six bytes for one)."""
 
@@ -74,7 +75,7 @@ def check_spec(spec: JobSpec, *, in_set: bool = False) -> None:
     """
     for part, field, least, most in _BOUNDS:
         value = getattr(getattr(spec, part) if part else spec, field)
-        if not math.isfinite(value) or not least <= value <= most:
+        if not least <= value <= most:  # nor is NaN between them
             raise InvalidInput(
                 f"{_shown(field, value)} is out of bounds",
                 where=f"{part}.{_label(field)}".lstrip("."),
@@ -309,7 +310,7 @@ def _label(field: str) -> str:
 
 
 def _shown(field: str, value: float) -> str:
-    return format_size(value) if field.endswith("_bytes") and math.isfinite(value) and value > 0 else str(value)
+    return format_size(value) if field.endswith("_bytes") and 0 < value < _LARGEST_SHOWN else str(value)[:40]
 
 
 def _range(field: str, least: float, most: float) -> str:

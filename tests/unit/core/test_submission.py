@@ -148,3 +148,11 @@ def test_a_job_neither_offers_a_console_of_its_own_nor_reaches_one():
         with pytest.raises(InvalidInput, match="cannot reach the screen"):
             check_spec(networked(reach=(parse_reach("screen", f"{service}:5900"),)), in_set=True)
     check_spec(networked(reach=(parse_reach("screen", "console.user:5900"),)))
+
+
+@pytest.mark.parametrize("field", ["cpus", "memory_bytes", "scratch_bytes"])
+def test_number_of_hundreds_of_digits_is_refused_like_any_other(field: str):
+    for value in (10**400, -(10**400), float("nan"), float("inf")):
+        with pytest.raises(InvalidInput, match="out of bounds") as refused:
+            check_spec(JobSpec(machine=Machine(disk="tiny", **{field: value})))
+        assert len(refused.value.message) < 200
