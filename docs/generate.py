@@ -98,7 +98,7 @@ def api_reference() -> str:
             f"| `{route.method} {route.path}` | {route.summary} | {route.request.__name__} | {route.answer.__name__} | {roles} |"
         )
     return (
-        "# HTTP API\n\nGenerated from `src/deskgrid/model/wire.py`. A running server has the whole, with every message, at "
+        "# HTTP API\n\nGenerated from `src/deskgrid/model/wire.py` and, for GA4GH TES, `src/deskgrid/model/tes.py`. A running server has the whole, with every message, at "
         "`/openapi.json`, and as a page at `/docs`.\n\n" + "\n".join(rows) + "\n"
     )
 

@@ -687,6 +687,10 @@ class Route(Generic[Request, Answer]):
         self.raw = raw
         ROUTES[name] = self
 
+    def status_of(self, error: DeskgridError) -> int:
+        """Return the HTTP status by which an error is told."""
+        return next((status for kind, status in STATUS_OF_ERROR.items() if isinstance(error, kind)), 500)
+
 
 ROUTES: dict[str, Route[Any, Any]] = {}
 _GET, _POST, _PATCH, _DELETE = Method.GET, Method.POST, Method.PATCH, Method.DELETE

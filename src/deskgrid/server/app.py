@@ -89,10 +89,10 @@ class _Endpoint:
             response = await _answer(self._services, self._handler, http, request)
             status = response.status_code
         except DeskgridError as error:
-            response = _error_response(error, request)
+            response = _error_response(self._handler.route, error, request)
             status = response.status_code
         except ClientDisconnect:
-            response = _error_response(ProtocolError("the client went away"), request)
+            response = _error_response(self._handler.route, ProtocolError("the client went away"), request)
             status = 499  # nobody gets it; counted apart, it is not the server's fault
         except Exception as error:
             response = _unexpected(error, request)
@@ -212,6 +212,9 @@ def _decode_query(route: wire.Route[Any, Any], http: HttpRequest) -> dict[str, A
     found: dict[str, Any] = {}
     for name, kind in route.query.items():
         if name in http.query_params:
+            if kind == list[str]:
+                found[name] = http.query_params.getlist(name)
+                continue
             try:
                 found[name] = msgspec.convert(http.query_params[name], kind, strict=False)
             except msgspec.ValidationError as error:
@@ -227,13 +230,12 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type=_JSON)
 
 
-def _error_response(error: DeskgridError, request: str) -> Response:
-    status = next((status for kind, status in wire.STATUS_OF_ERROR.items() if isinstance(error, kind)), 500)
+def _error_response(route: wire.Route[Any, Any], error: DeskgridError, request: str) -> Response:
     if isinstance(error, OperatorError):
         _log.error("operator must act", error=error.message)
     return Response(
         msgspec.json.encode(wire.ErrorAnswer(error=type(error).__name__, message=error.message, hint=error.hint, request=request)),
-        status_code=status,
+        status_code=route.status_of(error),
         media_type=_JSON,
     )
 

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from deskgrid.core.lifecycle import FINAL_JOB_STATES, LIVE_STATES, AttemptEvent, Tally, applies, job_state
 from deskgrid.core.submission import MOST_DATA_FILES
+from deskgrid.core.tes import KeptTask
 from deskgrid.errors import Conflict, NotFound, Unauthenticated
 from deskgrid.link import hash_secret
 from deskgrid.model.data import Blob, DataFile, DataRef, Disk
@@ -23,11 +24,12 @@ from deskgrid.model.ids import ArrayId, AttemptId, JobId, Sha256, UserId, Worker
 from deskgrid.model.jobs import Array, ArrayState, AttemptState, Job, JobSpec, JobState, Limits, Machine
 from deskgrid.model.machines import DiskFormat, Network
 from deskgrid.model.overlay import Offer, PeerKind, Reach, attempt_peer, parse_service, user_peer
+from deskgrid.model.tes import TesTask
 from deskgrid.model.users import Role
 from deskgrid.model.wire import AskGrant, PeerOffer
 from deskgrid.model.workers import Assignment
 from deskgrid.server.grants import Waiting, Way, find_way
-from deskgrid.server.store import accounts, attempts, data, hubs, jobs, peers, queues, submissions, workers
+from deskgrid.server.store import accounts, attempts, data, hubs, jobs, peers, queues, retention, submissions, tasks, workers
 from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.attempts import Outcome
 from deskgrid.server.store.engine import Store, Transaction
@@ -160,6 +162,39 @@ async def _way(store: Store, caller: Caller, peer_id: int, service: str) -> Way 
 
 class StoreContract:
     """Inherit and provide an async `store` fixture: an open, migrated, empty store with a FakeClock in `clock`."""
+
+    async def test_tasks_are_listed_newest_first_and_go_with_their_jobs(self, store: Store) -> None:
+        ann, worker_id = await _people(store)
+        kept = KeptTask(TesTask(name="task"), "mark")
+
+        def add(tx: Transaction) -> JobId:
+            job_id = submissions.submit_job(tx, ann, NewSubmission(spec=_SPEC, disk=_DISK))
+            assert ann.user_id is not None
+            tasks.add_task(tx, job_id, ann.user_id, kept)
+            return job_id
+
+        made = [await store.write(add) for _ in range(70)]
+        await _submit(store, ann)
+        assert ann.user_id is not None
+        owner_id = ann.user_id
+        listed = await store.read(lambda tx: [one.detail.job.id for one in tasks.tasks_before(tx, owner_id, None)])
+        assert listed == made[::-1]
+        later = await store.read(lambda tx: [one.detail.job.id for one in tasks.tasks_before(tx, owner_id, made[2])])
+        assert later == made[1::-1]
+        attempt_id = await _lease_one(store, worker_id)
+
+        def print_and_end(tx: Transaction) -> None:
+            for start in range(0, 100, 10):
+                jobs.append_log(tx, attempt_id, "stderr", start, b"%010d" % start, 1000)
+            jobs.cancel_job(tx, ann, made[0], "enough")
+
+        await store.write(print_and_end)
+        found = await store.read(lambda tx: tasks.get_task(tx, ann, made[0]))
+        assert (found.kept, [one.id for one in found.detail.attempts]) == (kept, [attempt_id])
+        assert await store.read(lambda tx: jobs.read_log_end(tx, attempt_id, "stderr", 15)) == b"000800000000090"[-15:]
+        assert await store.read(lambda tx: jobs.read_log_end(tx, attempt_id, "stdout", 15)) == b""
+        await store.write(lambda tx: retention.remove_job(tx, ann, made[0]))
+        assert await store.read(lambda tx: len(list(tasks.tasks_before(tx, owner_id, None)))) == 69
 
     async def test_write_that_raises_leaves_nothing_and_does_not_harm_others(self, store: Store) -> None:
         def bad(tx: Transaction) -> None:

@@ -20,7 +20,7 @@ from deskgrid.clock import SystemClock
 from deskgrid.core.rights import ROLES, RULES, Kind, Right, Rule, Who, covers
 from deskgrid.errors import DeskgridError, Forbidden, InvalidInput, NotFound, Unauthenticated
 from deskgrid.link import hash_secret, make_secret
-from deskgrid.model import wire
+from deskgrid.model import tes, wire
 from deskgrid.model.data import Visibility
 from deskgrid.model.ids import AttemptId, Sha256
 from deskgrid.model.jobs import AttemptState, JobSpec, Machine
@@ -33,6 +33,8 @@ from deskgrid.testing.grids import PlayedJob, TestGrid, play_job, played_sync, r
 
 _SHUT = (Unauthenticated, Forbidden, NotFound)
 _NUMBER = itertools.count(1)
+TASK = "task"
+"""A job, submitted by another protocol, whose calls have rights of their own."""
 
 
 @pytest.fixture
@@ -119,8 +121,8 @@ class Things:
     def __init__(self, cast: Cast, folder: Path) -> None:
         self.cast = cast
         self._folder = folder
-        self._known: dict[tuple[Kind, str], dict[str, object]] = {}
-        self._makers: dict[Kind, Callable[[str], Awaitable[dict[str, object]]]] = {
+        self._known: dict[tuple[str, str], dict[str, object]] = {}
+        self._makers: dict[str, Callable[[str], Awaitable[dict[str, object]]]] = {
             Kind.DATA: self._data,
             Kind.PLACEMENT: self._placement,
             Kind.APP: self._app,
@@ -133,9 +135,10 @@ class Things:
             Kind.UPLOAD: self._upload,
             Kind.PEER: self._peer,
             Kind.HUB: self._hub,
+            TASK: self._task,
         }
 
-    async def path(self, kind: Kind, variant: str, *, fresh: bool) -> dict[str, object]:
+    async def path(self, kind: str, variant: str, *, fresh: bool) -> dict[str, object]:
         """Return the parameters of a path that lead to an object."""
         if kind not in self._makers:
             return {"user": "ann", "group": "hep"}
@@ -177,6 +180,11 @@ class Things:
 
     async def _job(self, variant: str) -> dict[str, object]:
         return {"job": (await self.cast.ann.call(wire.SUBMIT_JOB, wire.SubmitJob(spec=self._spec(variant)))).id}
+
+    async def _task(self, variant: str) -> dict[str, object]:
+        resources = tes.TesResources(backend_parameters={"group": "hep"} if variant == "group" else None)
+        task = tes.TesTask(executors=(tes.TesExecutor(image="played", command=("true",)),), resources=resources)
+        return {"id": (await self.cast.ann.call(tes.CREATE_TASK, task)).id}
 
     async def _array(self, variant: str) -> dict[str, object]:
         request = wire.SubmitArray(spec=self._spec(variant), count=2)
@@ -278,6 +286,11 @@ def standing(name: str, kind: Kind, variant: str) -> frozenset[Who]:
     return frozenset(found[name])
 
 
+def thing_of(route: wire.Route[Any, Any]) -> str:
+    """Return what is made for a call to be about."""
+    return TASK if "{id}" in route.path else RULES[route.name].kind
+
+
 def has_object(route: wire.Route[Any, Any]) -> bool:
     return "{" in route.path or route.name in _IN_THE_MESSAGE
 
@@ -337,7 +350,7 @@ async def test_every_call_is_open_to_exactly_those_of_the_table(grid: TestGrid, 
                     wanted = expected(route, name, variant)
                     consumed = route.name.startswith(_CONSUMING) and not wanted
                     fresh = consumed or (kind is Kind.PEER and variant == "lease")  # an attempt has one peer only: the newest
-                    path = await things.path(kind, variant, fresh=fresh) if has_object(route) else {}
+                    path = await things.path(thing_of(route), variant, fresh=fresh) if has_object(route) else {}
                     body = await body_of(route, things, path)
                     found = await refusal(getattr(cast, name), route, path, body)
                     tried += 1
@@ -393,7 +406,7 @@ async def narrowed(user: Transport, *rights: str, lifetime_s: float = 60.0) -> C
 
 
 _NO_PATH: dict[str, object] = {
-    **dict.fromkeys(("token", "upload", "job", "peer", "hub", "array", "set", "worker"), 0),
+    **dict.fromkeys(("token", "upload", "job", "id", "peer", "hub", "array", "set", "worker"), 0),
     "user": "none",
     "group": "none",
     "reference": "none",

@@ -14,6 +14,7 @@ from deskgrid.server.routes import (
     removal,
     sets,
     swarm,
+    tes,
     workers,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "removal",
     "sets",
     "swarm",
+    "tes",
     "workers",
 ]

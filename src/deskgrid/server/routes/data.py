@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import AsyncIterator
 
@@ -13,9 +14,11 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from deskgrid.errors import InvalidInput, NotFound
 from deskgrid.model import wire
 from deskgrid.model.data import Blob, Data
+from deskgrid.model.ids import Sha256
 from deskgrid.server.repository import Standing
 from deskgrid.server.routes.handler import Call, Services, reads, serves, writes
 from deskgrid.server.store import data
+from deskgrid.server.store.accounts import Caller
 from deskgrid.server.store.engine import Transaction
 
 _SILENCE_S = 30.0
@@ -81,6 +84,25 @@ async def _finish(services: Services, upload_id: int, wanted: Blob) -> wire.Uplo
     await services.store.write(lambda tx: data.finish_upload(tx, upload_id, wanted))
     await services.repository.settled(upload_id)
     return wire.Upload(id=upload_id, received_bytes=wanted.size_bytes, complete=True)
+
+
+async def keep_bytes(services: Services, caller: Caller, content: bytes) -> Blob:
+    """Store bytes as if the caller had sent them. Idempotent. Raise what an upload raises."""
+    blob = Blob(sha256=Sha256(hashlib.sha256(content).hexdigest()), size_bytes=len(content))
+    most = services.settings.max_bytes
+    upload, remote = await services.store.write(lambda tx: data.begin_upload(tx, caller, blob, max_bytes=most))
+    if upload.complete and await services.repository.holds(blob):
+        return blob
+    standing = await services.repository.standing(upload.id, blob, remote, direct=False)
+    if not standing.whole:
+        await services.repository.receive(upload.id, blob, standing.received_bytes, _piece(content[standing.received_bytes :]))
+    while (await _finish(services, upload.id, blob)).checking:
+        pass
+    return blob
+
+
+async def _piece(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 class _BlobResponse(FileResponse):

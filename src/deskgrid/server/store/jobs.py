@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -25,8 +27,10 @@ __all__ = [
     "cancel_job",
     "completed_since",
     "get_job",
+    "jobs_by_id",
     "list_jobs",
     "read_log",
+    "read_log_end",
 ]
 
 
@@ -38,7 +42,14 @@ def get_job(tx: Transaction, caller: Caller, job_id: JobId, action: str = "get_j
         raise missing
     found = _job(row)
     require(tx, caller, action, thing_of_job(found.owner_id, found.spec.group), see="get_job", missing=missing)
-    return JobDetail(job=found, attempts=_attempts(tx, job_id))
+    return JobDetail(job=found, attempts=_attempts(tx, [job_id])[job_id])
+
+
+def jobs_by_id(tx: Transaction, job_ids: Sequence[JobId]) -> dict[JobId, JobDetail]:
+    """Return those of these jobs that are there, whosever they are."""
+    attempts_of = _attempts(tx, job_ids)
+    found = [_job(row) for row in tx.rows(_jobs().where(job.c.id.in_(job_ids)))]
+    return {one.id: JobDetail(job=one, attempts=attempts_of[one.id]) for one in found}
 
 
 def list_jobs(
@@ -140,6 +151,15 @@ def read_log(tx: Transaction, attempt_id: AttemptId, stream: str, offset: int, l
     return begin, bytes(found)
 
 
+def read_log_end(tx: Transaction, attempt_id: AttemptId, stream: str, limit: int) -> bytes:
+    """Return the last `limit` bytes of output at most."""
+    of_stream = (log_chunk.c.attempt_id == attempt_id, log_chunk.c.stream == stream)
+    end = log_chunk.c.start + sa.func.length(log_chunk.c.data)
+    last = tx.value(sa.select(sa.func.max(end)).where(*of_stream)) or 0
+    rows = tx.rows(sa.select(log_chunk).where(*of_stream, end > last - limit).order_by(log_chunk.c.start))
+    return b"".join(row.data for row in rows)[-limit:]
+
+
 # Rows
 
 
@@ -195,21 +215,25 @@ def _job(row: Any) -> Job:
     )
 
 
-def _attempts(tx: Transaction, job_id: JobId) -> tuple[Attempt, ...]:
+def _attempts(tx: Transaction, job_ids: Sequence[JobId]) -> defaultdict[JobId, tuple[Attempt, ...]]:
     joined = sa.select(attempt, worker.c.name.label("worker")).join(worker, worker.c.id == attempt.c.worker_id)
-    return tuple(
-        Attempt(
-            id=AttemptId(row.id),
-            job_id=JobId(row.job_id),
-            number=row.number,
-            worker_id=WorkerId(row.worker_id),
-            worker=row.worker,
-            state=AttemptState(row.state),
-            leased_at=row.leased_at,
-            started_at=row.started_at,
-            ended_at=row.ended_at,
-            exit_code=row.exit_code,
-            reason=row.reason,
-        )
-        for row in tx.rows(joined.where(attempt.c.job_id == job_id).order_by(attempt.c.number))
+    found: defaultdict[JobId, tuple[Attempt, ...]] = defaultdict(tuple)
+    for row in tx.rows(joined.where(attempt.c.job_id.in_(job_ids)).order_by(attempt.c.job_id, attempt.c.number)):
+        found[JobId(row.job_id)] += (_attempt(row),)
+    return found
+
+
+def _attempt(row: Any) -> Attempt:
+    return Attempt(
+        id=AttemptId(row.id),
+        job_id=JobId(row.job_id),
+        number=row.number,
+        worker_id=WorkerId(row.worker_id),
+        worker=row.worker,
+        state=AttemptState(row.state),
+        leased_at=row.leased_at,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+        exit_code=row.exit_code,
+        reason=row.reason,
     )

@@ -55,6 +55,7 @@ __all__ = [
     "secret",
     "submission",
     "swarm_member",
+    "task",
     "team",
     "token",
     "torrent",
@@ -434,6 +435,16 @@ Index("ix_job_owner", job.c.owner_id, job.c.id, sqlite_where=_single, postgresql
 Index("ix_job_submission", job.c.submission_id, job.c.position, unique=True)
 for _column in (job.c.result, job.c.result_until, job.c.finished_at):
     Index(f"ix_job_{_column.name}", _column, sqlite_where=_column.is_not(None), postgresql_where=_column.is_not(None))
+
+task = Table(
+    "task",
+    metadata,
+    Column("job_id", ForeignKey("job.id", ondelete="CASCADE"), primary_key=True),
+    Column("owner_id", ForeignKey("account.id"), nullable=False),
+    Column("kept", Text, nullable=False),
+)
+Index("ix_task_owner", task.c.owner_id, task.c.job_id)
+"""A job that was submitted as a task of GA4GH TES. `kept`: JSON of what its job does not say of it (core/tes.py)."""
 
 attempt = _numbered(
     "attempt",
