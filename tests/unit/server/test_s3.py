@@ -20,8 +20,9 @@ from deskgrid.client.direct import BlobStore
 from deskgrid.client.grid import Grid, describe_file, login
 from deskgrid.client.transport import Transport
 from deskgrid.errors import InvalidInput, NotFound, OperatorError, ProtocolError
-from deskgrid.model import wire
+from deskgrid.model import tes, wire
 from deskgrid.model.data import Blob, DataKind
+from deskgrid.model.tes import TesExecutor, TesInput, TesTask
 from deskgrid.server import repository_s3, s3
 from deskgrid.server.retention import clean, remove_unused
 from deskgrid.server.setup import init_server, make_login_link
@@ -329,3 +330,14 @@ async def server_process(home: Path) -> AsyncIterator[None]:
     finally:
         process.kill()
         await process.wait()
+
+
+async def test_task_of_another_protocol_has_its_context_at_the_store_and_is_told_whole(grid: TestGrid):
+    async with Transport(await grid.admin()) as admin:
+        contents = tuple(
+            TesInput(path=f"/scratch/{number}", content=str(number) * size) for number, size in enumerate((0, 1, 100_000))
+        )
+        wanted = TesTask(executors=(TesExecutor(image="process", command=("true",)),), inputs=contents)
+        task_id = (await admin.call(tes.CREATE_TASK, wanted)).id
+        found = await admin.call(tes.GET_TASK, path={"id": task_id}, query={"view": "FULL"})
+        assert [one.content for one in found.inputs] == [one.content for one in contents]
