@@ -316,16 +316,8 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
 
     # ---- from the grid, in its loop
 
-    async def _live(self) -> set[int]:
-        """Return the caller's jobs that have not ended: a call for each thousand, however many have."""
-        # A job that goes back meanwhile, from active to waiting, is missed, and then asked for by itself.
-        found: set[int] = set()
-        for state in (JobState.BLOCKED, JobState.WAITING, JobState.ACTIVE):
-            page = await self.grid.asynchronous.jobs(state=state, limit=1000)
-            found |= {one.id for one in page.jobs}
-            while page.more:
-                page = await self.grid.asynchronous.jobs(state=state, limit=1000, before=page.jobs[-1].id)
-                found |= {one.id for one in page.jobs}
+    async def _live(self) -> set[JobId]:
+        found = await self.grid.asynchronous.live_jobs()
         self._tell(None)
         return found
 

@@ -83,6 +83,14 @@ def test_arrays_data_and_a_wait_that_takes_too_long(grid: Grid, tmp_path: Path) 
     assert sleeper.cancel().state == "cancelled"
 
 
+def test_many_jobs_are_waited_for(grid: Grid) -> None:
+    options = {"kind": "process", "memory": "64MiB", "scratch": "64MiB", "attempts": 1}
+    jobs = [grid.submit(command=["sh", "-c", f"exit {number % 3}"], **options) for number in range(60)]
+    seen = list(grid.as_completed([*jobs, jobs[0]], timeout=120))
+    assert sorted(job.id for job in seen) == sorted([*(job.id for job in jobs), jobs[0].id])
+    assert [job.exit_code for job in grid.wait(jobs, timeout=60)] == [number % 3 for number in range(60)]
+
+
 def test_service_of_this_users_own_is_reached_while_the_block_lasts(grid: Grid, system: System) -> None:
     with socket.create_server(("127.0.0.1", 0)) as served:
         offering = Program(["offer", "web", str(served.getsockname()[1])], system.environment, system.folder / "offer.log")

@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import html
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -289,15 +290,22 @@ class Grid:
 
     def as_completed(self, jobs: Iterable[Job], timeout: float | None = None) -> Iterator[Job]:
         """Yield jobs as they end. Raise TimeoutError after `timeout` seconds."""
-        waiting = {self.begin(self.asynchronous.wait([one.id])): one for one in jobs}
+        by_id: dict[JobId, list[Job]] = {}
+        for job in jobs:
+            by_id.setdefault(job.id, []).append(job)
+        ended = self.asynchronous.as_completed(by_id)
+
+        async def next_one() -> wire.JobDetail | None:
+            return await anext(ended, None)
+
+        until = None if timeout is None else time.monotonic() + timeout
         try:
-            for future in concurrent.futures.as_completed(waiting, timeout):
-                job = waiting[future]
-                [job.detail] = future.result()
-                yield job
+            while (detail := self.run(next_one(), None if until is None else until - time.monotonic())) is not None:
+                for job in by_id[detail.job.id]:
+                    job.detail = detail
+                    yield job
         finally:
-            for future in waiting:
-                future.cancel()
+            self.run(ended.aclose())
 
     # Functions
 

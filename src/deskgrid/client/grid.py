@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +61,12 @@ def describe_file(file: Path) -> Blob:
     """Return size and sha256 of a file."""
     with file.open("rb") as source:
         return Blob(sha256=Sha256(hashlib.file_digest(source, "sha256").hexdigest()), size_bytes=file.stat().st_size)
+
+
+_MOST_WATCHED = 50
+"""Jobs for each of which a call is held."""
+_MOST_AT_ONCE, _PAGE = 8, 1000
+_LOOK_S, _LISTED_PER_S = 1.0, 1000.0
 
 
 class Grid:
@@ -137,14 +143,45 @@ class Grid:
             yield detail
 
     async def wait(self, job_ids: Iterable[JobId]) -> list[wire.JobDetail]:
-        """Return the jobs once all are final."""
+        """Return the jobs once all are final, in this order."""
+        wanted = list(job_ids)
+        ended = {detail.job.id: detail async for detail in self.as_completed(wanted)}
+        return [ended[job_id] for job_id in wanted]
 
-        async def last(job_id: JobId) -> wire.JobDetail:
-            async for detail in self.changes(job_id):
-                final = detail
-            return final
+    async def as_completed(self, job_ids: Iterable[JobId]) -> AsyncGenerator[wire.JobDetail, None]:
+        """Yield the jobs as they become final, each once. Few are watched by held calls; of many it is looked which are left."""
+        waiting = set(job_ids)
+        while len(waiting) > _MOST_WATCHED:
+            live = await self.live_jobs()
+            for begin in range(0, len(gone := sorted(waiting - live)), _MOST_AT_ONCE):
+                for detail in await asyncio.gather(*(self.job(one) for one in gone[begin : begin + _MOST_AT_ONCE])):
+                    if _job_ended(detail):
+                        waiting.discard(detail.job.id)
+                        yield detail
+            await asyncio.sleep(max(_LOOK_S, len(live) / _LISTED_PER_S))
+        watching = [asyncio.ensure_future(self._ended(job_id)) for job_id in waiting]
+        try:
+            for ending in asyncio.as_completed(watching):
+                yield await ending
+        finally:
+            for one in watching:
+                one.cancel()
 
-        return list(await asyncio.gather(*[last(job_id) for job_id in job_ids]))
+    async def _ended(self, job_id: JobId) -> wire.JobDetail:
+        async for detail in self.changes(job_id):
+            final = detail
+        return final
+
+    async def live_jobs(self) -> set[JobId]:
+        """Return the caller's jobs that are not final, arrays' aside: a call for each thousand. One that goes back to the queue meanwhile may be missed."""
+        found: set[JobId] = set()
+        for state in (JobState.BLOCKED, JobState.WAITING, JobState.ACTIVE):
+            page = await self.jobs(state=state, limit=_PAGE)
+            found |= {one.id for one in page.jobs}
+            while page.more:
+                page = await self.jobs(state=state, limit=_PAGE, before=page.jobs[-1].id)
+                found |= {one.id for one in page.jobs}
+        return found
 
     async def cancel(self, job_id: JobId) -> Job:
         """Cancel a job; one that is final already is returned as it is."""
