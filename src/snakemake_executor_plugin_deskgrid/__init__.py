@@ -36,6 +36,7 @@ from deskgrid.client.snakemake import (
     check,
     inputs_of,
     large_inputs,
+    mark_of,
     options_of,
     place,
     rules_of,
@@ -196,7 +197,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         options = as_written(options_of(job, self._defaults, data))
         folder = contexts.enter_context(tempfile.TemporaryDirectory(dir=self.tmpdir))
         prefix, suffix = _around_commands()
-        write_context(Path(folder), job, files, large, prefix=prefix, suffix=suffix)
+        write_context(Path(folder), job, files, large, prefix=prefix, suffix=suffix, mark=mark_of(options))
         return read_job(None, {**options, "context": folder})
 
     # ---- to the grid, in its loop
@@ -209,10 +210,12 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             key = uuid.uuid4().hex  # one for all tries: an answer may have been lost
             number = int((await self._patiently(lambda: submit_file(self.grid.asynchronous, wanted, key=key))).id)
         self._jobs.add(number)
+        if self._ending:  # perhaps those that are to be cancelled have been looked up before
+            await self.grid.asynchronous.cancel(JobId(number))
         return number
 
     async def _is_same(self, number: int, wanted: JobFile) -> bool:
-        """Tell whether a job has the same commands and inputs, and may yet bring its files."""
+        """Tell whether a job is the same, to the machine and whose PCs it may run on, and may yet bring its files. Another one is cancelled."""
         grid, context = self.grid.asynchronous, wanted.context
         assert context is not None
         try:
@@ -220,8 +223,11 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         except NotFound:
             return False
         blob = await self._patiently(lambda: grid.send_folder(context))
-        is_same = found.context == blob.sha256 and found.spec.data == wanted.spec.data
-        return is_same and found.state not in (JobState.FAILED, JobState.CANCELLED)
+        if found.context == blob.sha256:
+            return found.state not in (JobState.FAILED, JobState.CANCELLED)
+        with contextlib.suppress(NotFound):
+            await self._patiently(lambda: grid.cancel(JobId(number)))
+        return False
 
     async def _published(self, file: Path) -> str:
         """Make a large input data of the grid, for as long as we run, and return its sha256. What the server has is not sent again."""
@@ -360,9 +366,10 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
     async def _cancelled(self) -> None:
         async def cancel(number: int) -> None:
             async with self._places:
-                await self.grid.asynchronous.cancel(JobId(number))
+                with contextlib.suppress(DeskgridError):  # as of one that was just removed; the others count
+                    await self.grid.asynchronous.cancel(JobId(number))
 
-        await asyncio.gather(*(cancel(number) for number in self._jobs))
+        await asyncio.gather(*(cancel(number) for number in list(self._jobs)))
 
     def shutdown(self) -> None:
         """End; large inputs are data of the grid no more. Jobs that run go on."""

@@ -16,12 +16,15 @@ from pathlib import Path
 
 import dask
 import joblib
+import msgspec
 import pytest
 
 from deskgrid import Grid
+from deskgrid.archive import UnpackLimits
+from deskgrid.client import executor as executor_module
 from deskgrid.client.calls import CallFailed
 from deskgrid.client.transport import load_credentials
-from deskgrid.errors import InvalidInput
+from deskgrid.errors import BadArchive, InvalidInput
 from tests.system.harness import Program, System, until
 from tests.system.newcomer import ROOT
 
@@ -197,6 +200,38 @@ def test_answers_come_though_the_server_is_away_for_a_while(system: System, grid
         system.server.kill()
         system.restart_server()
         assert future.result(90) == "there"
+
+
+def test_futures_are_answered_though_the_executor_was_shut_down_twice(grid: Grid) -> None:
+    executor = grid.executor(need=["nothing"], **OPTIONS)
+    futures = [executor.submit(double, number) for number in range(3)]
+    until(lambda: grid.run(grid.asynchronous.arrays()).arrays, what="they are submitted")
+    executor.shutdown(wait=False, cancel_futures=True)
+    executor.shutdown(wait=True)
+    for future in futures:
+        with pytest.raises((CallFailed, concurrent.futures.CancelledError)):
+            future.result(30)
+
+
+def test_closing_the_grid_does_not_wait_for_a_server_that_is_away(
+    system: System, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "_GOODBYE_S", 1.0)
+    assert system.server is not None
+    with Grid() as other:
+        system.server.kill()
+        future = other.executor(**OPTIONS).submit(double, 1)
+    with pytest.raises((CallFailed, concurrent.futures.CancelledError)):
+        future.result(0)
+    system.restart_server()
+
+
+def test_result_that_is_larger_than_a_job_may_bring_is_not_fetched(grid: Grid, tmp_path: Path) -> None:
+    job = grid.submit(command=["true"], kind="process", memory="64MiB", scratch="64MiB").wait(timeout=60)
+    large = msgspec.structs.replace(job.detail.job, result_bytes=1 << 40)
+    with pytest.raises(BadArchive, match="too large"):
+        grid.run(grid.asynchronous.results_of(large, tmp_path / "out", limits=UnpackLimits(bytes=1 << 20)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_shutdown_with_cancel_leaves_no_job(grid: Grid) -> None:

@@ -328,6 +328,17 @@ def test_killed_snakemake_does_not_take_the_results_of_commands_that_were_change
     assert user.read("a") == "a new\n"
 
 
+def test_killed_snakemake_does_not_take_jobs_that_were_to_run_elsewhere(system: System) -> None:
+    user = User(system, SLOW)
+    run_and_kill(user, "--config", "sleep=600")
+    process = user.start("--nolock", "--config", "sleep=600", "--default-resources", "mem_mb=100")
+    until(lambda: [state for _, state in user.jobs()].count("cancelled") == 2, what="the old jobs are cancelled")
+    until(lambda: len(user.jobs()) == 4, what="there are new ones")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 1, user.read("snakemake.log")
+    assert {state for _, state in user.jobs()} == {"cancelled"}
+
+
 IN_MACHINES = """
 rule all:
     input: "small.txt", "fails"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import collections
 import contextlib
 import datetime
 import decimal
@@ -35,6 +36,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from deskgrid.archive import printable
 from deskgrid.client import call_runner
 from deskgrid.client.call_runner import checked_key
 from deskgrid.errors import DeskgridError, InvalidInput, OperatorError
@@ -45,6 +47,10 @@ __all__ = ["ANSWER", "CallFailed", "Packed", "of_module", "pack_call", "read_ans
 ANSWER = call_runner.ANSWER
 F = TypeVar("F", bound=Callable[..., Any])
 _MOST_ANSWER_BYTES = 1 << 28
+_MOST_PARTS = 4_000_000
+"""Of an answer: each takes some thirty times its bytes in memory."""
+_MOST_ALIKE = 1000
+"""Keys of one hash: some there are of honest ones, for -1 and -2 have the same."""
 _MOST_DIGITS = 4000
 _DEEPEST = 100
 
@@ -165,6 +171,8 @@ def _read_whole(data: bytes) -> Any:
 
 
 def _read_plain(data: bytes) -> Any:
+    if sum(data.count(mark) for mark in (b"[", b"{", b",")) > _MOST_PARTS:
+        raise CallFailed("its answer has too many parts", hint=f"at most {_MOST_PARTS:,}; return an array of numpy's, or bytes")
     try:
         answer = msgspec.json.decode(data, type=dict[str, Any])
         if "value" in answer:
@@ -179,7 +187,8 @@ def _read_plain(data: bytes) -> Any:
 
 def _error(told: Any) -> Exception:
     """Return what a function raised, with where it raised it."""
-    module, name, text = (str(told[part]) for part in ("module", "name", "text"))
+    module, name = (printable(str(told[part])[:100]) for part in ("module", "name"))
+    text = "\n".join(map(printable, str(told["text"])[-20_000:].splitlines()))
     arguments = [_value(one, _DEEPEST) for one in told["arguments"]]
     found: Exception | None = None
     kind = getattr(builtins, name, None) if module == "builtins" else None
@@ -188,12 +197,12 @@ def _error(told: Any) -> Exception:
             found = kind(*arguments)
     if name == "NotPlainError":
         found = CallFailed(
-            f"its answer holds {arguments[0] if arguments else 'something'}, and to read that could run code of the PC's owner here",
+            f"its answer holds {printable(str(arguments[0])[:200]) if arguments else 'something'}, and to read that could run code of the PC's owner here",
             hint="return plain values and arrays, or name whose PCs you trust: trust=['mine']",
         )
     if found is None:
-        found = CallFailed(f"{module[:100]}.{name[:100]}: {', '.join(map(str, arguments))[:2000]}")
-    found.add_note(f"In the job:\n{text[-20_000:]}")
+        found = CallFailed(f"{module}.{name}: {printable(', '.join(map(str, arguments))[:2000])}")
+    found.add_note(f"In the job:\n{text}")
     return found
 
 
@@ -211,6 +220,20 @@ def _value(told: Any, depth: int) -> Any:
 
 def _values(inside: Any, depth: int) -> list[Any]:
     return [_value(one, depth) for one in inside]
+
+
+def _keys(inside: Any, depth: int) -> list[Any]:
+    """Return values that may be keys. Many tuples of one hash can be made, and looking each up takes as long as there are others."""
+    found = [checked_key(one) for one in _values(inside, depth)]
+    alike = collections.Counter(hash(one) for one in found if isinstance(one, (tuple, frozenset)))
+    if max(alike.values(), default=0) > _MOST_ALIKE:
+        raise ValueError("too many keys of one hash")
+    return found
+
+
+def _dict(inside: Any, depth: int) -> dict[Any, Any]:
+    keys = _keys([key for key, _ in inside], depth)
+    return dict(zip(keys, (_value(one, depth) for _, one in inside), strict=True))
 
 
 def _bytes(inside: Any, _depth: int) -> bytes:
@@ -247,9 +270,9 @@ _READERS: dict[str, Callable[[Any, int], Any]] = {
     "float": _of_text(float),
     "list": _values,
     "tuple": lambda inside, depth: tuple(_values(inside, depth)),
-    "set": lambda inside, depth: {checked_key(one) for one in _values(inside, depth)},
-    "frozenset": lambda inside, depth: frozenset(checked_key(one) for one in _values(inside, depth)),
-    "dict": lambda inside, depth: {checked_key(_value(key, depth)): _value(one, depth) for key, one in inside},
+    "set": lambda inside, depth: set(_keys(inside, depth)),
+    "frozenset": lambda inside, depth: frozenset(_keys(inside, depth)),
+    "dict": _dict,
     "bytes": _bytes,
     "bytearray": lambda inside, depth: bytearray(_bytes(inside, depth)),
     "complex": lambda inside, depth: complex(*(float(one) for one in _values(inside, depth))),

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from deskgrid.archive import UnpackLimits
+from deskgrid.archive import UnpackLimits, printable
 from deskgrid.client.calls import ANSWER, CallFailed, Packed, of_module, pack_call, read_answer, write_calls
 from deskgrid.client.jobfile import as_written, read_job
 from deskgrid.core.backoff import delay_s
@@ -47,6 +47,8 @@ _GATHER_S = 0.05
 _MOST_CALLS = 10_000
 """In one array."""
 _LOOK_GAP_S = 0.2
+_GOODBYE_S = 20.0
+"""For which the server is waited for when jobs are to be cancelled."""
 _LISTED_PER_S = 5000.0
 """Of an array's jobs that have ended: all are looked through for those that are new."""
 _FETCHED_AT_ONCE = 4
@@ -200,8 +202,9 @@ class _Batch:
             await self._collect(array_id, answers)
         except BaseException:
             # Also if that came while the server was about to take it: nobody would wait for those jobs.
-            with contextlib.suppress(DeskgridError):
-                await self._grid.cancel_array((await submitting).id)
+            with contextlib.suppress(DeskgridError, TimeoutError):
+                async with asyncio.timeout(_GOODBYE_S):
+                    await self._grid.cancel_array((await submitting).id)
             raise
         with contextlib.suppress(DeskgridError):  # it stays for a while, as any array does
             await self._grid.remove_array(array_id)
@@ -237,7 +240,7 @@ class _Batch:
         error: BaseException | None = CallFailed("the executor was shut down")
         try:
             if job.state is not JobState.COMPLETED:
-                raise CallFailed(f"job {job.id}: {job.message or job.state.value}")
+                raise CallFailed(f"job {job.id}: {printable(job.message) or job.state.value}")
             async with self._places:
                 await _patiently(lambda: self._grid.results_of(job, place, limits=_LIMITS))
                 reading = functools.partial(_outcome, place, trusted=self._trusted)
@@ -252,7 +255,10 @@ class _Batch:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_result(value) if error is None else future.set_exception(error)
 
-        self._answering.submit(answer)
+        try:
+            self._answering.submit(answer)
+        except RuntimeError:  # the executor is shut down, and nobody is to wait for this for ever
+            answer()
 
 
 def _outcome(place: Path, *, trusted: bool) -> tuple[Any, BaseException | None]:

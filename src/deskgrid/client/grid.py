@@ -27,7 +27,7 @@ from deskgrid.client.together import fetch_together
 from deskgrid.client.transport import Credentials, Transport
 from deskgrid.client.watching import until_ended
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
-from deskgrid.errors import Conflict, InvalidInput
+from deskgrid.errors import BadArchive, Conflict, InvalidInput
 from deskgrid.link import Link, hash_secret, make_secret
 from deskgrid.model import wire
 from deskgrid.model.apps import App
@@ -67,6 +67,8 @@ _MOST_WATCHED = 50
 """Jobs for each of which a call is held."""
 _MOST_AT_ONCE, _PAGE = 8, 1000
 _LOOK_S, _LISTED_PER_S = 1.0, 1000.0
+_PACKING_BYTES = 64 << 20
+"""By which an archive may be larger than what is in it."""
 
 
 class Grid:
@@ -214,6 +216,8 @@ class Grid:
         """Fetch the result of a job whose state is known already, as `results` does."""
         if job.result is None or job.result_bytes is None:
             raise Conflict(f"job {job.id} is {job.state} and has no result", hint=f"deskgrid job wait {job.id}")
+        if job.result_bytes > limits.bytes + _PACKING_BYTES:
+            raise BadArchive(f"the result of job {job.id} is of {job.result_bytes} bytes: too large")
         with tempfile.TemporaryDirectory(prefix="deskgrid-") as folder:
             packed = Path(folder) / "result.tar.zst"
             await self.transport.download(Blob(sha256=job.result, size_bytes=job.result_bytes), packed, progress)

@@ -17,12 +17,13 @@ from deskgrid.model.machines import Network
 from deskgrid.model.overlay import API_SERVICE, CACHE_SERVICE, parse_reach
 from deskgrid.units import GIB, MIB, format_size
 
-__all__ = ["OWN_BYTES", "Pilot", "pilot_spec", "write_pilot"]
+__all__ = ["LEAST_BYTES", "OWN_BYTES", "Pilot", "pilot_spec", "write_pilot"]
 
 _GRID, _CACHE = parse_reach("grid", str(API_SERVICE)), parse_reach("cache", str(CACHE_SERVICE))
 """All that it reaches."""
 OWN_BYTES = 384 * MIB
-"""Of a machine's memory, for its system and the worker."""
+"""Of a pilot's memory, for the worker, and the system if it is a machine."""
+LEAST_BYTES = OWN_BYTES + 128 * MIB
 _BOOT_S, _GOODBYE_S = 900.0, 900.0
 """For what is on its way when the time is over, too."""
 _NO_FILE = "pilot.log"
@@ -51,10 +52,11 @@ class Pilot(Struct, frozen=True, kw_only=True):
 
 def pilot_spec(pilot: Pilot) -> JobSpec:
     """Return the job that is a pilot. Raise InvalidInput for one that could run nothing."""
-    least = OWN_BYTES + 128 * MIB
-    if pilot.memory_bytes < least:
+    if pilot.memory_bytes < LEAST_BYTES:
         raise InvalidInput(
-            f"{format_size(pilot.memory_bytes)} are too little for a pilot", where="memory", hint=f"at least {format_size(least)}"
+            f"{format_size(pilot.memory_bytes)} are too little for a pilot",
+            where="memory",
+            hint=f"at least {format_size(LEAST_BYTES)}",
         )
     return JobSpec(
         name=pilot.name,

@@ -6,6 +6,7 @@ A job is a rule's shell command, or those of a group, one after the other. PCs n
     commands/0      a rule's command
     files/          the inputs, at their paths relative to the user's folder; they are copied, so a command may write beside and over them
     data/input-0    a large input, as data of the grid (decision 33); it is linked
+    asked           a hash of what was asked for, so that jobs with equal contexts are the same
 
 and what comes back:
 
@@ -18,6 +19,7 @@ What a PC sends is hostile: `place` takes what the rules declare, and nothing th
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -25,6 +27,8 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from deskgrid.archive import links_that_leave, printable
 from deskgrid.client.jobfile_keys import BY_OPTION
@@ -37,6 +41,7 @@ __all__ = [
     "check",
     "inputs_of",
     "large_inputs",
+    "mark_of",
     "options_of",
     "place",
     "rules_of",
@@ -192,10 +197,17 @@ def large_inputs(files: Mapping[str, Path], from_bytes: int) -> dict[str, str]:
     return {f"input-{index}": path for index, path in enumerate(large[:MOST_DATA_FILES])}
 
 
+def mark_of(options: Mapping[str, Any]) -> str:
+    """Return what is the same for jobs that ask for the same, name and priority aside."""
+    asked = {name: value for name, value in options.items() if name not in ("name", "priority")}
+    return hashlib.sha256(msgspec.json.encode(asked, order="deterministic")).hexdigest()
+
+
 def write_context(
-    folder: Path, job: Any, files: Mapping[str, Path], data: Mapping[str, str], *, prefix: str | None, suffix: str
+    folder: Path, job: Any, files: Mapping[str, Path], data: Mapping[str, str], *, prefix: str | None, suffix: str, mark: str
 ) -> None:
-    """Write the context of a job into a folder. `prefix`, `suffix`: what the user wants around each command. Raise OSError."""
+    """Write the context of a job into a folder. `prefix`, `suffix`: what the user wants around each command; `mark`: see `mark_of`. Raise OSError."""
+    (folder / "asked").write_text(f"{mark}\n")
     (folder / "commands").mkdir()
     (folder / "files").mkdir()
     rules = rules_of(job)

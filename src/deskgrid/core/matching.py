@@ -16,6 +16,7 @@ work does not depend on how many jobs wait. Rules:
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     pilot: bool = False
     """The jobs are pilots: none runs in another one."""
     wall_time_s: float = Limits().wall_time_s
-    """How long one may take."""
+    """How long one may take, rounded up: each value is a class."""
 
 
 class Queue(Struct, frozen=True):
@@ -207,8 +208,20 @@ def requirement_of(
         secrets=bool(spec.secrets),
         data=tuple(sorted({one.sha256 for one in blobs})),
         pilot=spec.pilot,
-        wall_time_s=spec.limits.wall_time_s,
+        wall_time_s=_rounded_up(spec.limits.wall_time_s),
     )
+
+
+_STEP = 1.25
+
+
+def _rounded_up(wall_time_s: float) -> float:
+    """Return the next of the few wall times of which there are classes; an hour is one."""
+    steps = math.ceil(math.log(max(wall_time_s, 1.0) / _HOUR_S, _STEP) - 1e-9)
+    return max(wall_time_s, float(math.ceil(_HOUR_S * _STEP**steps)))
+
+
+_HOUR_S = 3600.0
 
 
 def match(

@@ -401,10 +401,11 @@ def _path(text: str, where: str, *, folder: bool = False) -> str:
 
 
 _RUNNING = {
-    AttemptState.LEASED: TesState.INITIALIZING,
     AttemptState.RUNNING: TesState.RUNNING,
     AttemptState.SUSPENDED: TesState.PAUSED,
+    AttemptState.LEASED: TesState.INITIALIZING,
 }
+"""Of several live attempts the first of these counts."""
 _STATES = {
     JobState.BLOCKED: TesState.QUEUED,
     JobState.WAITING: TesState.QUEUED,
@@ -416,7 +417,8 @@ _STATES = {
 def state_of(job: Job, attempts: Sequence[Attempt]) -> TesState:
     """Return the state of a task."""
     if job.state is JobState.ACTIVE:
-        return _RUNNING.get(attempts[-1].state, TesState.QUEUED) if attempts else TesState.QUEUED
+        live = {one.state for one in attempts}
+        return next((state for of_attempt, state in _RUNNING.items() if of_attempt in live), TesState.QUEUED)
     if job.state is JobState.FAILED:
         return TesState.EXECUTOR_ERROR if job.exit_code else TesState.SYSTEM_ERROR
     return _STATES[job.state]

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
+from deskgrid.client.pilots import OWN_BYTES
 from deskgrid.core import pilots
 from deskgrid.core.pilots import Sent
 from deskgrid.errors import InvalidInput, OperatorError
@@ -29,8 +30,9 @@ _LIMIT_S = 120.0
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@/-]{0,199}")
 _WORD = re.compile(r"\{([a-z]+)\}")
 _ALWAYS = {"name", "cpus", "megabytes"}
-_LEFT_OUT = ("SQUEUE_", "SCANCEL_")
-"""Variables with what people want to see of Slurm's queue: they would hide pilots, and what is hidden is taken for gone."""
+_LEFT_OUT = ("DESKGRID_", "SBATCH_", "SCANCEL_", "SQUEUE_")
+"""Variables that commands do not get: the user's token and settings, which sbatch would send along; what would make other jobs of pilots; and what people
+want to see of Slurm's queue, for what is hidden is taken for gone."""
 _MOST_AT_ONCE = 4
 
 
@@ -154,7 +156,7 @@ class CommandSystem:
 
     async def _run(self, command: Sequence[str], words: Mapping[str, object], said: str = "") -> str:
         """Run a command and return what it prints. Raise OperatorError if it is not there or fails, NoAnswer if it takes too long."""
-        known = {**words, "cpus": self.plan.cpus, "megabytes": self.plan.memory_bytes // MIB}
+        known = {**words, "cpus": self.plan.cpus, "megabytes": (self.plan.memory_bytes + OWN_BYTES) // MIB}
         arguments = [_filled(word, known) for word in command]
         try:
             process = await asyncio.create_subprocess_exec(

@@ -80,8 +80,7 @@ class Factory:
         for pilot in list(self.out.values()):
             if pilot.system not in self._systems:
                 _log.warning("pilot_of_no_system", pilot=pilot.name, system=pilot.system)
-                self._forget(pilot)
-            elif pilot.name in names and not pilot.joined:
+            if pilot.name in names and not pilot.joined:
                 _log.info("pilot_joined", pilot=pilot.name, system=pilot.system)
                 self._states.pop(pilot.system, None)
                 self._keep(msgspec.structs.replace(pilot, joined=True))
@@ -131,11 +130,13 @@ class Factory:
         return str(await self._grid.pilot_link(pilot_s=system.lifetime_s + GIVING_BACK_S, lifetime_s=patience_s))
 
     async def _call_back(self, pilot: Sent, *, is_late: bool) -> None:
-        _log.info("pilot_called_back", pilot=pilot.name, system=pilot.system, is_late=is_late)
         system = self._systems.get(pilot.system)
+        if system is None:
+            _log.warning("pilot_of_no_system", pilot=pilot.name, system=pilot.system)
+            return
+        _log.info("pilot_called_back", pilot=pilot.name, system=pilot.system, is_late=is_late)
         try:
-            if system is not None:
-                await system.call_back(pilot)
+            await system.call_back(pilot)
         except DeskgridError as error:
             _log.warning("system_does_not_answer", system=pilot.system, error=str(error))
             return

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from msgspec import Struct
 
-from deskgrid.client.pilots import OWN_BYTES, Pilot, pilot_spec
+from deskgrid.client.pilots import LEAST_BYTES, OWN_BYTES, Pilot, pilot_spec
 from deskgrid.core import pilots
 from deskgrid.errors import InvalidInput
 from deskgrid.pilots.commands import Commands, CommandSystem, check_commands, slurm_commands, ssh_commands
@@ -41,7 +41,7 @@ from deskgrid.pilots.grid_jobs import GridSystem
 from deskgrid.pilots.htcondor import HTCondorSystem, check_lines
 from deskgrid.pilots.system import System
 from deskgrid.settings import WorkerSettings
-from deskgrid.units import parse_duration, parse_size
+from deskgrid.units import format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from deskgrid.client.grid import Grid
@@ -115,9 +115,14 @@ def read_factory(file: Path) -> FactoryFile:
         raise InvalidInput(str(error), where=str(file)) from error
     if not found.system or len({part.name for part in found.system}) < len(found.system):
         raise InvalidInput("a factory has [[system]] parts with different names", where=str(file))
+    poll_s = _seconds(found.poll, "poll", str(file))
     for part in found.system:
-        _check(part, f"{file}: {part.name[:40]}")
-    _seconds(found.poll, "poll", str(file))
+        where = f"{file}: {part.name[:40]}"
+        _check(part, where)
+        if min(parse_duration(part.idle), parse_duration(part.lifetime)) < 2 * poll_s:
+            raise InvalidInput(
+                "its pilots may come and go between two looks", where=where, hint="idle and lifetime are twice poll at least"
+            )
     return found
 
 
@@ -139,6 +144,10 @@ def _check(part: SystemPart, where: str) -> None:
     for name in ("memory", "scratch"):
         with _at(f"{where}: {name}"):
             parse_size(getattr(part, name))
+    if parse_size(part.memory) < LEAST_BYTES:
+        raise InvalidInput(
+            f"memory = {part.memory!r} is too little for a pilot", where=where, hint=f"at least {format_size(LEAST_BYTES)}"
+        )
     if unknown := set(part.worker) - set(WorkerSettings.__struct_fields__):
         raise InvalidInput(f"{sorted(unknown)[0][:40]!r} is no setting of a worker", where=where)
     _CHECKS[part.kind](part, where)
@@ -208,7 +217,7 @@ def make_system(part: SystemPart, grid: Grid) -> System:
         name=part.name,
         packages=frozenset(part.packages),
         cpus=part.cpus,
-        memory_bytes=memory_bytes - OWN_BYTES if part.kind == "grid" else memory_bytes,
+        memory_bytes=memory_bytes - OWN_BYTES,
         platform=part.platform,
         most=part.most,
         jobs_per_pilot=part.jobs_per_pilot,

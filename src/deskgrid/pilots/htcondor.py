@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deskgrid.client.pilots import OWN_BYTES
 from deskgrid.core import pilots
 from deskgrid.core.pilots import Sent
 from deskgrid.errors import InvalidInput, OperatorError
@@ -68,7 +69,7 @@ def description(order: Order, plan: pilots.System, executable: Path, further: Ma
         "when_to_transfer_output": "on_exit",
         "transfer_output_files": '""',
         "request_cpus": str(plan.cpus),
-        "request_memory": str(plan.memory_bytes // MIB),
+        "request_memory": str((plan.memory_bytes + OWN_BYTES) // MIB),
         "job_max_vacate_time": "60",
         "kill_sig": "SIGTERM",
         "leave_in_queue": "false",  # what is spooled stays for days otherwise
@@ -143,7 +144,7 @@ class HTCondorSystem:
         """Call the bindings, which wait for the schedd, in a thread. Raise OperatorError for what they say."""
         try:
             return await asyncio.to_thread(what)
-        except self._condor.HTCondorException as error:
+        except (self._condor.HTCondorException, OSError, TypeError, ValueError) as error:  # of what is in the user's lines, too
             raise OperatorError(f"HTCondor does not answer: {error}") from error
 
 

@@ -6,6 +6,7 @@ import base64
 import datetime
 import decimal
 import fractions
+import itertools
 import json
 import math
 import os
@@ -120,6 +121,9 @@ HUGE = base64.b64encode(
         {"value": {"dict": [[{"list": []}, 1]]}},
         {"value": {"range": [0, 1, 0]}},
         {"value": {"date": "yesterday"}},
+        {"value": {"set": [{"tuple": list(key)} for key in itertools.product((-1, -2), repeat=11)]}},
+        {"value": {"dict": [[{"tuple": list(key)}, 1] for key in itertools.product((-1, -2), repeat=11)]}},
+        b'{"value": {"list": [' + b",".join([b"0"] * 4_000_001) + b"]}}",
         {"value": {"Fraction": "1e999999999"}},
         {"value": {"set": [{"int": hex(number * (2**61 - 1))} for number in range(1, 4)]}},
         {"value": {"dict": [[{"complex": [0, 1]}, 1]]}},
@@ -137,6 +141,14 @@ def test_answer_that_is_none_is_a_failed_call_and_runs_nothing(content: bytes | 
     with pytest.raises(CallFailed):
         read_answer(answer(tmp_path, content), trusted=False)
     assert not Path("/tmp/deskgrid-was-here").exists()
+
+
+def test_what_a_pc_says_of_an_error_does_nothing_to_a_terminal(tmp_path: Path) -> None:
+    text = "Traceback\n\x1b]0;title\x07\x1b[2J"
+    told = {"module": "lab\x1b[2J", "name": "Odd", "arguments": ["\x1b[2J"], "text": text}
+    with pytest.raises(CallFailed) as caught:
+        read_answer(answer(tmp_path, {"error": told}), trusted=False)
+    assert "\x1b" not in str(caught.value) + caught.value.__notes__[0] and "Traceback\n" in caught.value.__notes__[0]
 
 
 def test_answer_too_deep_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from deskgrid.core.matching import match as match_suiting
 from deskgrid.core.shares import Standings
 from deskgrid.model.data import Blob
 from deskgrid.model.ids import Sha256, UserId, WorkerId
-from deskgrid.model.jobs import JobSpec, Machine
+from deskgrid.model.jobs import JobSpec, Limits, Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind, Network
 from deskgrid.model.workers import Capacity
 from deskgrid.units import GIB
@@ -84,6 +84,15 @@ def test_worker_for_a_time_gets_what_ends_before_it_and_nothing_else(ask: Ask, w
     short = [one for one in waiting if one.requirement.wall_time_s <= left_s]
     shares = match(for_a_time, waiting, _even(), limit=100, people=PEOPLE)
     assert shares == match(msgspec.structs.replace(for_a_time, left_s=None), short, _even(), limit=100, people=PEOPLE)
+
+
+@given(st.lists(st.floats(1, 1e7), min_size=1, max_size=300))
+def test_there_are_few_classes_of_wall_times_and_none_is_shorter(times: list[float]):
+    spec = JobSpec(machine=Machine(kind=MachineKind.PROCESS), command=("true",))
+    made = [requirement_of(msgspec.structs.replace(spec, limits=Limits(wall_time_s=one)), None).wall_time_s for one in times]
+    assert len(set(made)) <= 80
+    assert all(one <= rounded <= max(1.25 * one + 1, one) for one, rounded in zip(times, made, strict=True))
+    assert requirement_of(spec, None).wall_time_s == 3600.0
 
 
 PILOT = Ask(

@@ -256,6 +256,8 @@ def attempt(state: AttemptState, number: int = 1, started_at: float | None = 1.0
         (job(JobState.WAITING), [AttemptState.LOST], TesState.QUEUED),
         (job(JobState.ACTIVE), [AttemptState.LEASED], TesState.INITIALIZING),
         (job(JobState.ACTIVE), [AttemptState.LOST, AttemptState.RUNNING], TesState.RUNNING),
+        (job(JobState.ACTIVE), [AttemptState.RUNNING, AttemptState.LOST], TesState.RUNNING),
+        (job(JobState.ACTIVE), [AttemptState.SUSPENDED, AttemptState.LEASED], TesState.PAUSED),
         (job(JobState.ACTIVE), [AttemptState.SUSPENDED], TesState.PAUSED),
         (job(JobState.COMPLETED, 0), [AttemptState.SUCCEEDED], TesState.COMPLETE),
         (job(JobState.FAILED, 3), [AttemptState.FAILED], TesState.EXECUTOR_ERROR),

@@ -37,10 +37,16 @@ async def test_script_comes_on_standard_input_and_the_last_line_is_the_reference
         "{cpus}",
         "{megabytes}",
     )
-    assert await system(submit).send(ORDER) == "batch-1:7:3:1024"
+    assert await system(submit).send(ORDER) == "batch-1:7:3:1408"
     script = (tmp_path / "got").read_text()
     assert ORDER.link in script and "--lifetime 90s" in script
     assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+async def test_commands_do_not_get_the_users_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DESKGRID_TOKEN", "s3cr3t")
+    await system(("sh", "-c", 'env >"$0"; echo 1', str(tmp_path / "got"))).send(ORDER)
+    assert "s3cr3t" not in (tmp_path / "got").read_text()
 
 
 @pytest.mark.parametrize(

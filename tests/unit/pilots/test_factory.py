@@ -256,12 +256,18 @@ async def test_all_are_called_back_when_it_is_told_to_stop(place: Place) -> None
     assert len(place.system.called_back) == 2 and place.factory.out == {} and not place.system.there
 
 
-async def test_pilots_of_a_system_that_is_not_in_the_file_any_more_are_forgotten(place: Place) -> None:
-    await place.look(jobs=1)
+async def test_pilots_of_a_system_that_is_not_in_the_file_any_more_are_out_until_they_have_left(place: Place) -> None:
+    await place.look(jobs=2)
+    [first, second] = place.factory.out
     place.system = PlaySystem("other")
     place.begin()
+    place.grid.joined = {first}
     await place.look(jobs=0)
-    assert place.factory.out == {}
+    await place.factory.call_all_back()
+    assert set(place.factory.out) == {first, second}, "nobody can call them back"
+    place.grid.joined = set()
+    await place.look(jobs=0)
+    assert set(place.factory.out) == {second}
 
 
 def test_file_of_somebody_elses_is_not_overwritten(place: Place) -> None:

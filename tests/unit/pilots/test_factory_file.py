@@ -58,7 +58,7 @@ def test_each_kind_is_made_of_its_part(tmp_path: Path) -> None:
     assert [type(system) for system in systems] == [GridSystem, CommandSystem, HTCondorSystem, CommandSystem, CommandSystem]
     assert [system.plan.name for system in systems] == ["vm", "cluster", "pool", "desk", "other"]
     assert systems[0].plan.memory_bytes == 3 * GIB - 384 * MIB, "the machine's system needs some"
-    assert (systems[1].plan.memory_bytes, systems[1].lifetime_s) == (2 * GIB, 4 * 3600.0)
+    assert (systems[1].plan.memory_bytes, systems[1].lifetime_s) == (2 * GIB - 384 * MIB, 4 * 3600.0), "the worker does, too"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,8 @@ def test_each_kind_is_made_of_its_part(tmp_path: Path) -> None:
         ("[[system]]\nkind = 'command'\nname = 'vm'\nsubmit = ['{x}']\nalive = ['x']\ncancel = ['x']\n", "toml: vm: submit: .*x"),
         ("[[system]]\nkind = 'ssh'\nname = 'vm'\nhost = '-oProxyCommand=x'\n", "no host"),
         ("[[system]]\nkind = 'command'\nname = 'vm'\nsubmit = ['x']\n", "alive is missing"),
+        ("[[system]]\nkind = 'slurm'\nname = 'vm'\nmemory = '10MiB'\n", "toml: vm: .*too little for a pilot"),
+        ("poll = '6m'\n[[system]]\nkind = 'slurm'\nname = 'vm'\nidle = '10m'\n", "toml: vm: .*between two looks"),
         ("[[system]]\nkind = 'slurm'\nname = 'a'\n" * 2, "different names"),
         ("[[system]\n", "factory.toml"),
     ],

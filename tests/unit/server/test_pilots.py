@@ -257,6 +257,34 @@ async def test_pilot_that_was_lost_is_charged_once_and_not_for_its_jobs(tmp_path
         assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(0, abs=3)
 
 
+async def test_time_of_a_job_that_was_lost_and_came_back_is_paid_back_once(tmp_path: Path, database: str):
+    clock = Later()
+    async with running(tmp_path, database, clock) as grid:
+        ann, bob = await people(grid, "ann", "bob")
+        await add_hep(grid)
+        async with Transport(await grid.worker()) as host:
+            played, job = await pilot_job(ann, host)
+            before = await used(grid)
+            await played.report(AttemptState.RUNNING)
+            async with joined(job) as pilot:
+                await submit_process(bob, group="hep", limits=Limits(attempts=1))
+                [attempt_id] = (await taken(pilot)).values()
+                runs = AttemptReport(attempt_id=attempt_id, state=AttemptState.RUNNING)
+                await taken(pilot, runs, accepts=())
+                for _ in range(3):
+                    clock.ahead_s += 100
+                    await taken(pilot, accepts=())  # it does not list it: lost
+                    await taken(pilot, runs, accepts=())
+                clock.ahead_s += 100
+                await taken(pilot, AttemptReport(attempt_id=attempt_id, state=AttemptState.FAILED, exit_code=1), accepts=())
+                clock.ahead_s += 600
+                async with Grid(ann) as user:
+                    await user.cancel(played.id)
+        after = await used(grid)
+        assert after["bob", "hep"] == pytest.approx(400, rel=0.02)
+        assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(1000 - 400, rel=0.02)
+
+
 async def test_pilot_that_ends_soon_gets_no_long_job(grid: TestGrid):
     [ann] = await people(grid, "ann")
     async with Transport(await grid.worker()) as host:

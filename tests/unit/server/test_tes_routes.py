@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -77,6 +78,12 @@ async def test_same_key_makes_one_task_and_no_key_makes_two(grid: TestGrid):
     answers = [await sent(login, "POST", "tasks", body, **{"Idempotency-Key": key}) for key in ("a", "a", "b")]
     assert answers == [(200, {"id": "1"}), (200, {"id": "1"}), (200, {"id": "2"})]
     assert [await sent(login, "POST", "tasks", body) for _ in range(2)] == [(200, {"id": "3"}), (200, {"id": "4"})]
+
+
+async def test_same_key_at_the_same_time_makes_one_task(grid: TestGrid):
+    login, body = await grid.admin(), msgspec.json.encode(TesTask(executors=(TRUE,), inputs=(SECRET,)))
+    answers = await asyncio.gather(*(sent(login, "POST", "tasks", body, **{"Idempotency-Key": "a"}) for _ in range(6)))
+    assert answers == [(200, {"id": "1"})] * 6
 
 
 async def test_members_see_a_task_of_their_group_but_not_its_contents_and_do_not_cancel_it(grid: TestGrid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from deskgrid.errors import InvalidInput, NotFound
+from deskgrid.errors import Conflict, InvalidInput, NotFound
 from deskgrid.model import wire
 from deskgrid.model.data import Blob, Data
 from deskgrid.model.ids import Sha256
@@ -89,6 +90,17 @@ async def _finish(services: Services, upload_id: int, wanted: Blob) -> wire.Uplo
 async def keep_bytes(services: Services, caller: Caller, content: bytes) -> Blob:
     """Store bytes as if the caller had sent them. Idempotent. Raise what an upload raises."""
     blob = Blob(sha256=Sha256(hashlib.sha256(content).hexdigest()), size_bytes=len(content))
+    for _ in range(_MOST_TRIES):
+        with contextlib.suppress(Conflict):  # the same bytes are being kept by another call, which ends first
+            return await _keep(services, caller, blob, content)
+        await services.clock.sleep(_TRY_AGAIN_S)
+    return await _keep(services, caller, blob, content)
+
+
+_MOST_TRIES, _TRY_AGAIN_S = 20, 0.05
+
+
+async def _keep(services: Services, caller: Caller, blob: Blob, content: bytes) -> Blob:
     most = services.settings.max_bytes
     upload, remote = await services.store.write(lambda tx: data.begin_upload(tx, caller, blob, max_bytes=most))
     if upload.complete and await services.repository.holds(blob):

@@ -433,10 +433,7 @@ PILOT_ENDS: list[Callable[[Transaction, AttemptId, bool], None]] = []
 
 def _charge(tx: Transaction, held: Held, *, may_come_back: bool = False) -> None:
     """Charge the time of an attempt that has ended to its user. What a pilot's jobs were charged for is his no more when it has ended, too."""
-    cpu_s = _cpu_s(tx, held, tx.now)
-    _note_use(tx, held, cpu_s)
-    if (pilot := _pilot_of(tx, held.worker_id)) is not None:
-        tx.run(sa.insert(pilot_use).values(attempt_id=pilot, cpu_s=cpu_s))
+    _note_use(tx, held, _cpu_s(tx, held, tx.now))
     if common(tx, held.job.submission_id).spec.pilot:
         for react in PILOT_ENDS:
             react(tx, held.id, may_come_back)
@@ -448,7 +445,10 @@ def _cpu_s(tx: Transaction, held: Held, until: float) -> float:
 
 
 def _note_use(tx: Transaction, held: Held, cpu_s: float) -> None:
+    """Charge an attempt's user, or below 0 take it off again; of a job in a pilot that is noted for who has the pilot."""
     note_use(tx, held.job.owner_id, common(tx, held.job.submission_id).spec.group, cpu_s)
+    if (pilot := _pilot_of(tx, held.worker_id)) is not None:
+        tx.run(sa.insert(pilot_use).values(attempt_id=pilot, cpu_s=cpu_s))
 
 
 def settle_pilot(tx: Transaction, attempt_id: AttemptId) -> None:
