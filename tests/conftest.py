@@ -26,6 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave tests of a contract to `make test-full` that a class with real machines names as LONG."""
+    for item in items:
+        if getattr(item, "originalname", "") in getattr(getattr(item, "cls", None), "LONG", ()):
+            item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture
 def vm_worker(request: pytest.FixtureRequest) -> dict[str, str]:
     """Return the settings of a worker that runs virtual machines."""

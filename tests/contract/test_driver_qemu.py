@@ -172,6 +172,25 @@ def refcounts(image: Path) -> bytes:
 
 
 class TestQemuDriver(ConsoleContract):
+    LONG = frozenset(
+        {
+            "test_checkpoint_on_a_full_disk_leaves_the_one_before_and_the_machine_goes_on",
+            "test_checkpoint_that_nobody_waits_for_any_more_is_followed_by_others",
+            "test_disks_whose_counts_a_power_cut_left_behind_are_mended",
+            "test_iso_boots_and_without_context_script_the_job_succeeds",
+            "test_machine_falls_back_to_its_last_checkpoint_also_when_it_was_told_to_end_with_its_worker",
+            "test_machine_that_is_off_has_nothing_to_keep",
+            "test_restart_that_was_cut_short_is_done_again",
+            "test_result_of_a_machine_that_was_killed_twice_has_each_line_once",
+            "test_room_that_a_checkpoint_took_is_given_back_by_the_one_after_the_next",
+            "test_saved_machine_goes_on_where_it_was_with_another_worker",
+            "test_ssh_into_the_tiny_guest_with_a_key_copies_files_and_finds_services_at_localhost",
+            "test_what_is_on_the_screen_can_be_seen",
+            "test_who_watches_a_machine_sees_that_it_was_saved",
+        }
+    )
+    """Each boots a machine and more. `make test` has the same on the fake driver, and one of each kind here: a job, a pause, a checkpoint, a cage."""
+
     @pytest.fixture
     def new_driver(self) -> Callable[[], SuspendableDriver]:
         return lambda: QemuDriver(SystemClock(), accelerator="tcg")

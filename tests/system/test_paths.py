@@ -37,7 +37,7 @@ def grid_between(folder: Path, worker: Nat, user: Nat, **environment: str) -> It
                 process.kill()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.full if way in ("direct", "reverse") else ()) for way in WAYS])
 def test_stream_takes_the_path_that_is_forced(tmp_path: Path, way: str):
     worker, user = WAYS[way]
     with grid_between(tmp_path, worker, user, DESKGRID_PEER_PATHS=way) as grid:

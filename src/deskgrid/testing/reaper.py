@@ -21,7 +21,8 @@ import psutil
 
 __all__ = ["apart", "follow"]
 
-_GRACE_S = 15.0
+GRACE_S = 15.0
+"""In which what is asked to end may do so; said to the process when it is started, by the first call of `follow`."""
 
 
 def follow(pid: int) -> None:
@@ -41,7 +42,7 @@ def _reaper() -> int:
     """Start it, and return the end of the pipe to it."""
     reads, writes = os.pipe()
     # In a session of its own, and nobody's child: what is sent to all of ours must not end it before them, and tests count their children.
-    subprocess.run(["setsid", "--fork", sys.executable, "-m", __name__], stdin=reads, check=True)
+    subprocess.run(["setsid", "--fork", sys.executable, "-m", __name__, str(GRACE_S)], stdin=reads, check=True)
     os.close(reads)
     return writes
 
@@ -58,7 +59,7 @@ def main() -> None:
                 left.append(process)
         except psutil.Error:
             continue
-    for process in psutil.wait_procs(left, _GRACE_S)[1]:
+    for process in psutil.wait_procs(left, float(sys.argv[1]))[1]:
         try:
             process.kill()
         except psutil.Error:

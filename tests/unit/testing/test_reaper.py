@@ -12,10 +12,11 @@ import pytest
 
 PROGRAM = """
 import subprocess, sys, time
-from deskgrid.testing.reaper import follow
+from deskgrid.testing import reaper
 
+reaper.GRACE_S = 1.0
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1] + "; import time; time.sleep(600)"])
-follow(child.pid)
+reaper.follow(child.pid)
 print(child.pid, flush=True)
 time.sleep(600)
 """
