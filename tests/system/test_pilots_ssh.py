@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import psutil
@@ -41,6 +42,21 @@ def test_pilot_runs_jobs_on_a_host_that_is_reached_by_ssh_and_leaves_nothing(sys
     assert left(host), "it is at work there"
     factory.until_none_is_out()
     assert factory.said("pilot_sent") == 1 and factory.said("pilot_called_back") == 0, factory.program.said()
+    nothing_left(system, host)
+
+
+@pytest.mark.full
+def test_host_without_deskgrid_runs_it_from_one_file(system: System, host: SshHost) -> None:
+    python = "/usr/bin/python3"
+    version = subprocess.run(
+        [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True
+    )
+    file = system.folder / "deskgrid.pyz"
+    system.cli("pilot", "program", "-o", file, "--python", version.stdout.strip())
+    factory = factory_of(system, host, deskgrid=f"{python} -I {file}")
+    factory.start()
+    system.cli("run", job_file(system, "echo done >answer"), "-o", system.folder / "out")
+    factory.until_none_is_out()
     nothing_left(system, host)
 
 

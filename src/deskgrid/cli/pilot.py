@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from deskgrid.cli.connection import connected
-from deskgrid.cli.output import NO_NEGATIVES, Json, age, print_json, print_lines, print_table
+from deskgrid.cli.output import NO_NEGATIVES, Json, age, make_reporter, print_json, print_lines, print_table
 from deskgrid.cli.user import lifetime_of
-from deskgrid.errors import Conflict, OperatorError
+from deskgrid.errors import Conflict, InvalidInput, OperatorError
 from deskgrid.files import locked
 from deskgrid.units import parse_size
 
@@ -123,6 +124,41 @@ async def link(*, lifetime: str = "4h", within: str = "1d", count: int = 1, json
         print_json({"link": str(made), "uses": count, "lifetime_s": pilot_s})
     else:
         print_lines(str(made))
+
+
+@app.command
+async def program(
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("deskgrid.pyz"),
+    python: str = "3.11",
+    json: Json = False,
+) -> None:
+    """Write deskgrid as one file, for machines that have Python but not deskgrid: python3 deskgrid.pyz worker run ...
+
+    For example:
+
+        deskgrid pilot program
+        deskgrid pilot program --python 3.12 --output deskgrid-3.12.pyz
+
+    Parameters
+    ----------
+    output
+        The file.
+    python
+        Version of Python there: 3.11, 3.12 or 3.13. It is for Linux on x86-64.
+    """
+    from deskgrid.cli.disk import cache_folder
+    from deskgrid.templates.one_file import write_program
+
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InvalidInput(f"{output} is no file that can be written", where="--output", hint="name a file in a folder that exists")
+    with make_reporter(json) as reporter:
+        reporter.begin("fetch and pack deskgrid with what it needs")
+        await asyncio.to_thread(write_program, output, cache_folder() / "templates" / "debian", python=python)
+    if json:
+        print_json({"file": str(output), "size_bytes": output.stat().st_size})
+    else:
+        print_lines(str(output))
 
 
 @app.command

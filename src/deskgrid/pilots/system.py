@@ -86,6 +86,7 @@ def pilot_script(order: Order, *, command: str, settings: Mapping[str, object], 
             "cat >\"$place/link\" <<'LINK'",
             order.link,
             "LINK",
+            'export DESKGRID_PROGRAM_HOME="$place"',  # if deskgrid is one file there
             *([setup] if setup else []),
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             'test -z "$ended" || exit 1',

@@ -17,12 +17,12 @@ from pathlib import Path
 import deskgrid
 from deskgrid.errors import OperatorError
 
-__all__ = ["PROGRAM_FOLDER", "program_files", "python_files"]
+__all__ = ["PROGRAM_FOLDER", "PYTHONS", "program_files", "python_files"]
 
 PROGRAM_FOLDER = "/usr/lib/deskgrid/program"
 """Where the files are put in a disk; a recipe's commands move them on."""
-_PYTHON = "3.11"
-"""Of Debian 12. Its packages serve 3.12 and 3.13, too, if they say so; of those that do not, pip tells in the disk."""
+PYTHONS = ("3.11", "3.12", "3.13")
+"""For which there are packages. The first is Debian 12's, in disks."""
 _GLIBC_MINORS = (36, 35, 34, 31, 28, 27, 24, 17, 12, 5)
 """Of the manylinux tags that a Debian 12 takes (PEP 600)."""
 _PIP_LIMIT_S = 900.0
@@ -30,17 +30,19 @@ _NOT_IN_A_DISK = ("bin", "share", "__pycache__")
 """Scripts name the Python that ran pip; bytecode is the disk's own matter."""
 
 
-def program_files(cache: Path) -> dict[str, Path]:
+def program_files(cache: Path, *, python: str = PYTHONS[0]) -> dict[str, Path]:
     """Return deskgrid and what it needs: path in the disk -> file. As `python_files`."""
-    return python_files(cache, "worker.lock", PROGRAM_FOLDER) | _below(Path(deskgrid.__file__).parent, f"{PROGRAM_FOLDER}/deskgrid")
+    return python_files(cache, "worker.lock", PROGRAM_FOLDER, python=python) | _below(
+        Path(deskgrid.__file__).parent, f"{PROGRAM_FOLDER}/deskgrid"
+    )
 
 
-def python_files(cache: Path, lock: str, folder: str) -> dict[str, Path]:
+def python_files(cache: Path, lock: str, folder: str, *, python: str = PYTHONS[0]) -> dict[str, Path]:
     """Return the packages of a lock file for a folder of the disk: path in the disk -> file, in one order.
 
     They are kept in folder `cache`. Not safe for two callers of one cache at a time. Raise OperatorError if a package cannot be had.
     """
-    return _below(_packages(cache, Path(__file__).parent / lock), folder)
+    return _below(_packages(cache, Path(__file__).parent / lock, python), folder)
 
 
 def _below(root: Path, folder: str) -> dict[str, Path]:
@@ -52,25 +54,26 @@ def _below(root: Path, folder: str) -> dict[str, Path]:
     return found
 
 
-def _packages(cache: Path, lock: Path) -> Path:
+def _packages(cache: Path, lock: Path, python: str) -> Path:
     """Return the folder with the packages, fetching them if they are not there."""
-    folder = cache / f"python-{lock.stem}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
+    name = f"python{python}-{lock.stem}"
+    folder = cache / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
-    for old in cache.glob(f"python-{lock.stem}-*"):  # of other versions, and those that were cut short
+    for old in cache.glob(f"{name}-*"):  # of other versions, and those that were cut short
         shutil.rmtree(old)
     unfinished = folder.with_suffix(".new")
-    _install(unfinished, lock)
+    _install(unfinished, lock, python)
     unfinished.rename(folder)
     return folder
 
 
-def _install(folder: Path, lock: Path) -> None:
+def _install(folder: Path, lock: Path, python: str) -> None:
     tags = [f"manylinux_2_{minor}_x86_64" for minor in _GLIBC_MINORS] + ["manylinux2014_x86_64"]
     command = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"),
         *("--target", str(folder), "--no-compile", "--no-deps", "--require-hashes", "--only-binary=:all:"),
-        *("--python-version", _PYTHON, "--implementation", "cp", *(word for tag in tags for word in ("--platform", tag))),
+        *("--python-version", python, "--implementation", "cp", *(word for tag in tags for word in ("--platform", tag))),
         *("--requirement", str(lock)),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

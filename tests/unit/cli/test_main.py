@@ -50,7 +50,7 @@ def test_the_commands_are_those_that_the_documentation_promises():
         worker.disk.add worker.disk.list worker.disk.remove
         worker.link worker.list worker.reserve worker.remove
         user.add user.list user.token user.tokens user.set user.renew group.add group.list group.members group.set
-        pilot.submit pilot.link pilot.list pilot.factory
+        pilot.submit pilot.link pilot.list pilot.program pilot.factory
         disk.build disk.endorse disk.export disk.import disk.list disk.revoke disk.search disk.show
         data.put data.get data.list data.show data.remove data.place data.unplace data.placements data.where
         job.submit job.list job.show job.wait job.logs job.results job.cancel job.remove

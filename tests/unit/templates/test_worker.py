@@ -84,8 +84,8 @@ def test_files_are_this_deskgrid_and_the_packages_without_scripts_and_bytecode(p
 
 def test_packages_are_fetched_once_and_those_of_another_lock_go(pip: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    (cache / "python-worker-older" / "msgspec").mkdir(parents=True)
-    (cache / "python-worker-cut.new").mkdir()
+    (cache / "python3.11-worker-older" / "msgspec").mkdir(parents=True)
+    (cache / "python3.11-worker-cut.new").mkdir()
     first = program_files(cache)
     pip.write_text("exit 1")
     assert program_files(cache) == first
