@@ -73,6 +73,9 @@ STOPPED_MARK = "stopped"
 _READ_BYTES = 256 << 10
 _POLL_MIN_S = 0.01
 _POLL_MAX_S = 0.1
+_LONGEST_POLL_S = 1.0
+_PAUSE_BY_COST = 500.0
+"""How much longer a pause is than the first quarter of a look, at least: watching takes 1 % of a CPU, also in a machine that is itself emulated."""
 LOG_MAX_BYTES = 64 << 20
 """What a guest may write to a serial line, or make QEMU write; then it is cut off, so that it cannot fill the owner's disk."""
 
@@ -183,7 +186,9 @@ class ProcessDriver(ABC):
         delay_s = _POLL_MIN_S
         while True:
             # Asked before reading: what it wrote before its end is then read in this round.
+            began = self._clock.monotonic()
             alive = identity is not None and processes.is_alive(identity)
+            least_s = min(_PAUSE_BY_COST * (self._clock.monotonic() - began), _LONGEST_POLL_S)
             news = False
             for event in logs.read():
                 news = True
@@ -197,7 +202,7 @@ class ProcessDriver(ABC):
                 await self._cut(handle, log)
             delay_s = _POLL_MIN_S if news else min(delay_s * 1.5, _POLL_MAX_S)
             if alive and not logs.more:
-                await processes.wait_ended(identity, self._clock, delay_s)
+                await processes.wait_ended(identity, self._clock, max(delay_s, least_s))
         yield self._exit(handle)
 
     async def stop(self, handle: MachineHandle, *, grace_s: float) -> None:

@@ -7,6 +7,7 @@ its arguments, so it is found even if we were killed between starting it and wri
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
 import signal
@@ -257,11 +258,16 @@ def _began(pid: int) -> str | None:
         return None
 
 
+@functools.cache
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def _began_linux(pid: int) -> str | None:
     """Clock ticks since the boot, and which boot (proc(5)): unlike psutil's time of day, these never move with the clock."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = _boot()
     except OSError:
         return None
     # The name in parentheses may itself have blanks and parentheses; the state follows it.
