@@ -330,11 +330,19 @@ def _release(tx: Transaction, submission_id: int) -> None:
     if row.size is not None:
         _open_array(tx, row)
         return
-    for found in tx.rows(sa.select(job.c.id).where(job.c.submission_id == submission_id, job.c.state == JobState.BLOCKED.value)):
-        tx.run(sa.update(job).where(job.c.id == found.id).values(state=JobState.WAITING.value))
-        count(tx, row.queue_id, JobState.BLOCKED, JobState.WAITING)
-        come_back(tx, row.queue_id, found.id)
-        tx.topics += [WORK, job_topic(found.id)]
+    for job_id in _move_blocked(tx, row, JobState.WAITING):
+        come_back(tx, row.queue_id, job_id)
+        tx.topics.append(WORK)
+
+
+def _move_blocked(tx: Transaction, row: Any, new: JobState, **values: Any) -> list[int]:
+    """Move the job of a submission if it is blocked, and return its number. Asked in one statement: another process may just have moved or removed it."""
+    those = (job.c.submission_id == row.id, job.c.state == JobState.BLOCKED.value)
+    moved = [found.id for found in tx.rows(sa.update(job).where(*those).values(state=new.value, **values).returning(job.c.id))]
+    for job_id in moved:
+        count(tx, row.queue_id, JobState.BLOCKED, new)
+        tx.topics.append(job_topic(job_id))
+    return moved
 
 
 def _cancel_submission(tx: Transaction, submission_id: int, message: str) -> None:
@@ -346,13 +354,8 @@ def _cancel_submission(tx: Transaction, submission_id: int, message: str) -> Non
     if row.size is not None:
         _begin_cancelling(tx, row, message)
         return
-    blocked = sa.select(job.c.id).where(job.c.submission_id == submission_id, job.c.state == JobState.BLOCKED.value)
-    for found in tx.rows(blocked):
-        values = {"state": JobState.CANCELLED.value, "message": message, "finished_at": tx.now}
-        tx.run(sa.update(job).where(job.c.id == found.id).values(**values))
-        count(tx, row.queue_id, JobState.BLOCKED, JobState.CANCELLED)
-        tx.topics.append(job_topic(found.id))
-        tell_dependants(tx, submission_id, f"job-{found.id}", well=False)
+    for job_id in _move_blocked(tx, row, JobState.CANCELLED, message=message, finished_at=tx.now):
+        tell_dependants(tx, submission_id, f"job-{job_id}", well=False)
     forget_secrets(tx, submission_id)
 
 
