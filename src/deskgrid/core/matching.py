@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 _SCRATCH_PROMISE_BYTES = GIB
+_USUAL_S, _STEP = Limits().wall_time_s, 1.25
 
 
 class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
@@ -80,7 +81,7 @@ class Requirement(Struct, frozen=True, order=True, omit_defaults=True):
     """Blobs that the jobs find as files."""
     pilot: bool = False
     """The jobs are pilots: none runs in another one."""
-    wall_time_s: float = Limits().wall_time_s
+    wall_time_s: float = _USUAL_S
     """How long one may take, rounded up: each value is a class."""
 
 
@@ -212,16 +213,10 @@ def requirement_of(
     )
 
 
-_STEP = 1.25
-
-
 def _rounded_up(wall_time_s: float) -> float:
-    """Return the next of the few wall times of which there are classes; an hour is one."""
-    steps = math.ceil(math.log(max(wall_time_s, 1.0) / _HOUR_S, _STEP) - 1e-9)
-    return max(wall_time_s, float(math.ceil(_HOUR_S * _STEP**steps)))
-
-
-_HOUR_S = 3600.0
+    """Return the next of the few wall times of which there are classes; the usual one is one of them."""
+    steps = math.ceil(math.log(max(wall_time_s, 1.0) / _USUAL_S, _STEP) - 1e-9)
+    return max(wall_time_s, float(math.ceil(_USUAL_S * _STEP**steps)))
 
 
 def match(

@@ -75,7 +75,8 @@ _POLL_MIN_S = 0.01
 _POLL_MAX_S = 0.1
 _LONGEST_POLL_S = 1.0
 _PAUSE_BY_COST = 500.0
-"""How much longer a pause is than the first quarter of a look, at least: watching takes 1 % of a CPU, also in a machine that is itself emulated."""
+"""How many times as long as asking whether the process lives, which is a quarter of a look, a pause is at least: watching takes some 1 % of a CPU, also in
+a machine that is itself emulated."""
 LOG_MAX_BYTES = 64 << 20
 """What a guest may write to a serial line, or make QEMU write; then it is cut off, so that it cannot fill the owner's disk."""
 

@@ -70,8 +70,6 @@ _TOLD_BYTES = 1 << 20
 _CHUNK_BYTES = 64 << 10
 _DOORS_S, _DOORS_POLL_S = 20.0, 0.005
 _TICK_MIN_S, _TICK_MAX_S = 0.01, 0.1
-_TICK_BY_COST, _TICK_LONGEST_S = 30.0, 0.5
-"""How much longer a tick is than a look, unless a bound is near: watching takes 3 % of a CPU, also in a machine that is itself emulated."""
 _FILL_BYTES_PER_S = 4 << 30
 """How fast memory may fill: when the bound is that near, we look again that soon."""
 _SHORTEST_TICK_S = 0.003
@@ -227,7 +225,7 @@ class Machine:
             if os.getppid() != self._worker:  # it has ended already
                 self._stopping = True
                 return
-        seen, cost_s = time.monotonic(), 0.0
+        seen = time.monotonic()
         while True:
             ready = {number for number, _ in poll.poll(self._tick_s * 1000)}
             if ended in ready:
@@ -245,10 +243,8 @@ class Machine:
             self._obey()
             news = self._tell_new()
             self._tick_s = _TICK_MIN_S if news else min(self._tick_s * 1.5, _TICK_MAX_S)
-            self._tick_s = max(self._tick_s, min(_TICK_BY_COST * cost_s, _TICK_LONGEST_S))
             if not self._paused:
                 self._check_bounds()
-            cost_s = time.monotonic() - now
 
     def _pids(self) -> list[int]:
         """Return all processes of the job."""
