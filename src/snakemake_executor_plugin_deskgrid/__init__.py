@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import random
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -31,6 +30,7 @@ from deskgrid import Grid
 from deskgrid.archive import UnpackLimits, printable
 from deskgrid.client.grid import describe_file
 from deskgrid.client.jobfile import JobFile, as_written, read_job
+from deskgrid.client.patience import patiently
 from deskgrid.client.snakemake import (
     as_option,
     check,
@@ -44,7 +44,6 @@ from deskgrid.client.snakemake import (
     write_context,
 )
 from deskgrid.client.submitting import submit_file
-from deskgrid.core.backoff import delay_s
 from deskgrid.core.lifecycle import FINAL_JOB_STATES
 from deskgrid.errors import CallerError, DeskgridError, InvalidInput, NotFound, StoreUnavailable, Unreachable
 from deskgrid.model.data import Data
@@ -63,7 +62,6 @@ _LOOK_S = 5.0
 """Time in which small results are there, so that they need not wait for the next look."""
 _SHOWN_LINES = 20
 _LOGS = ".snakemake/deskgrid_logs"
-_rng = random.Random()  # noqa: S311 - jitter
 
 
 def _setting(help_text: str, default: str | None = None) -> Any:
@@ -241,20 +239,14 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         return self._data[mark]
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that may be made again, until the server has answered. Raise its errors."""
-        failures = 0
-        while True:
-            try:
-                answer = await call()
-            except (Unreachable, StoreUnavailable) as error:
-                if self._ending:
-                    raise
-                failures += 1
-                self._tell(error)
-                await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
-            else:
-                self._tell(None)
-                return answer
+        """Make a call that may be made again, until the server has answered or we are ending. Raise its errors."""
+
+        def told(error: DeskgridError | None) -> None:
+            if error is not None and self._ending:
+                raise error
+            self._tell(error)
+
+        return await patiently(call, told)
 
     def _tell(self, error: DeskgridError | None) -> None:
         """Tell the user, once, that the server is away, or there again."""

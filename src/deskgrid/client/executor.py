@@ -14,12 +14,11 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-import random
 import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +29,8 @@ import msgspec
 from deskgrid.archive import UnpackLimits, printable
 from deskgrid.client.calls import ANSWER, CallFailed, Packed, of_module, pack_call, read_answer, write_calls
 from deskgrid.client.jobfile import as_written, read_job
-from deskgrid.core.backoff import delay_s
-from deskgrid.errors import DeskgridError, InvalidInput, StoreUnavailable, Unreachable
+from deskgrid.client.patience import patiently
+from deskgrid.errors import DeskgridError, InvalidInput
 from deskgrid.model import wire
 from deskgrid.model.ids import ArrayId
 from deskgrid.model.jobs import Array, Job, JobSpec, JobState, Results
@@ -55,7 +54,6 @@ _FETCHED_AT_ONCE = 4
 _ANSWERING = "deskgrid-answers"
 _LIMITS = UnpackLimits(files=10, bytes=1 << 29, apparent_bytes=1 << 29)
 _NO_OPTIONS = {"array", "command", "context", "fill", "paths", "secret", "table", "warm"}
-_rng = random.Random()  # noqa: S311 - jitter
 _Waiting = tuple["concurrent.futures.Future[Any]", Packed]
 
 
@@ -211,9 +209,9 @@ class _Batch:
 
     async def _submit(self, context: Path) -> Array:
         key = secrets.token_hex(16)  # one array, however often it is asked for
-        blob = await _patiently(lambda: self._grid.send_folder(context))
+        blob = await patiently(lambda: self._grid.send_folder(context))
         request = wire.SubmitArray(spec=self._spec, count=len(self._calls), context=blob)
-        return await _patiently(lambda: self._grid.transport.call(wire.SUBMIT_ARRAY, request, key=key))
+        return await patiently(lambda: self._grid.transport.call(wire.SUBMIT_ARRAY, request, key=key))
 
     async def _collect(self, array_id: ArrayId, answers: Path) -> None:
         """Answer each future when its job has ended, until the array has."""
@@ -223,7 +221,7 @@ class _Batch:
                 done = await self._look(array, answers)
                 await asyncio.sleep(max(_LOOK_GAP_S, done / _LISTED_PER_S))
 
-        await _patiently(watch)
+        await patiently(watch)
 
     async def _look(self, array: Array, answers: Path) -> int:
         """Answer the futures of jobs that have ended since the last look; return how many have ended in all."""
@@ -242,7 +240,7 @@ class _Batch:
             if job.state is not JobState.COMPLETED:
                 raise CallFailed(f"job {job.id}: {printable(job.message) or job.state.value}")
             async with self._places:
-                await _patiently(lambda: self._grid.results_of(job, place, limits=_LIMITS))
+                await patiently(lambda: self._grid.results_of(job, place, limits=_LIMITS))
                 reading = functools.partial(_outcome, place, trusted=self._trusted)
                 value, error = await asyncio.get_running_loop().run_in_executor(self._answering, reading)
         except Exception as wrong:
@@ -271,17 +269,6 @@ def _outcome(place: Path, *, trusted: bool) -> tuple[Any, BaseException | None]:
         return None, error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Return what a call returns; while the server is away, go on trying."""
-    failures = 0
-    while True:
-        try:
-            return await call()
-        except (Unreachable, StoreUnavailable):
-            failures += 1
-            await asyncio.sleep(delay_s(failures, first_s=1.0, max_s=60.0, rng=_rng))
 
 
 def _of_each(function: Callable[..., T]) -> Callable[[Sequence[tuple[Any, ...]]], list[T]]:

@@ -107,14 +107,13 @@ class CommandSystem:
         plan: pilots.System,
         commands: Commands,
         *,
-        lifetime_s: float,
         idle_s: float,
         command: str = "deskgrid",
         settings: Mapping[str, object] | None = None,
         setup: str = "",
     ) -> None:
         self.plan = plan
-        self.lifetime_s, self.idle_s = lifetime_s, idle_s
+        self.idle_s = idle_s
         self._commands, self._command, self._setup = commands, command, setup
         self._settings = worker_settings(plan, settings or {})
 

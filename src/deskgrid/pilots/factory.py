@@ -109,7 +109,9 @@ class Factory:
         pilot = Sent(name=f"{name}-{secrets.token_hex(4)}", system=name, sent_at=self._clock.now())
         self._keep(pilot)
         try:
-            reference = await system.send(Order(name=pilot.name, link=link, lifetime_s=system.lifetime_s, idle_s=system.idle_s))
+            reference = await system.send(
+                Order(name=pilot.name, link=link, lifetime_s=system.plan.lifetime_s, idle_s=system.idle_s)
+            )
         except (Unreachable, StoreUnavailable):  # perhaps it was sent: it is asked for when the grid answers
             raise
         except DeskgridError as error:
@@ -127,7 +129,7 @@ class Factory:
         if not system.uses_links:
             return ""
         patience_s = max(_JOIN_S, system.plan.patience_s)
-        return str(await self._grid.pilot_link(pilot_s=system.lifetime_s + GIVING_BACK_S, lifetime_s=patience_s))
+        return str(await self._grid.pilot_link(pilot_s=system.plan.lifetime_s + GIVING_BACK_S, lifetime_s=patience_s))
 
     async def _call_back(self, pilot: Sent, *, is_late: bool) -> None:
         system = self._systems.get(pilot.system)

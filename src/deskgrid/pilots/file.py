@@ -212,7 +212,7 @@ def _at(where: str) -> Iterator[None]:
 
 def make_system(part: SystemPart, grid: Grid) -> System:
     """Return the system that a part describes. Raise OperatorError if what drives it is not installed."""
-    memory_bytes, lifetime_s, idle_s = parse_size(part.memory), parse_duration(part.lifetime), parse_duration(part.idle)
+    memory_bytes, idle_s = parse_size(part.memory), parse_duration(part.idle)
     plan = pilots.System(
         name=part.name,
         packages=frozenset(part.packages),
@@ -222,14 +222,14 @@ def make_system(part: SystemPart, grid: Grid) -> System:
         most=part.most,
         jobs_per_pilot=part.jobs_per_pilot,
         patience_s=parse_duration(part.patience),
-        lifetime_s=lifetime_s,
+        lifetime_s=parse_duration(part.lifetime),
     )
     if part.kind == "grid":
         return GridSystem(plan, grid, _pilot(part))
     rest: dict[str, Any] = {"command": part.deskgrid, "settings": part.worker, "setup": part.setup}
     if part.kind == "htcondor":
-        return HTCondorSystem(plan, check_lines(part.options, where=part.name), lifetime_s=lifetime_s, idle_s=idle_s, **rest)
-    return CommandSystem(plan, _commands(part), lifetime_s=lifetime_s, idle_s=idle_s, **rest)
+        return HTCondorSystem(plan, check_lines(part.options, where=part.name), idle_s=idle_s, **rest)
+    return CommandSystem(plan, _commands(part), idle_s=idle_s, **rest)
 
 
 def _pilot(part: SystemPart) -> Pilot:

@@ -31,7 +31,7 @@ class GridSystem:
 
     def __init__(self, plan: pilots.System, grid: Grid, pilot: Pilot) -> None:
         self.plan = plan
-        self.lifetime_s, self.idle_s = pilot.lifetime_s, pilot.idle_s
+        self.idle_s = pilot.idle_s
         self._grid, self._pilot = grid, pilot
 
     async def send(self, order: Order) -> str:

@@ -97,7 +97,6 @@ class HTCondorSystem:
         plan: pilots.System,
         lines: Mapping[str, str],
         *,
-        lifetime_s: float,
         idle_s: float,
         command: str = "deskgrid",
         settings: Mapping[str, object] | None = None,
@@ -106,7 +105,7 @@ class HTCondorSystem:
     ) -> None:
         """`bindings`: the module; by default that which is installed. Raise OperatorError if none is."""
         self.plan = plan
-        self.lifetime_s, self.idle_s = lifetime_s, idle_s
+        self.idle_s = idle_s
         self._lines, self._command, self._setup = lines, command, setup
         self._settings = worker_settings(plan, settings or {})
         self._condor = bindings or _bindings()

@@ -36,7 +36,6 @@ class System(Protocol):
     """A place for pilots."""
 
     plan: pilots.System
-    lifetime_s: float
     idle_s: float
     uses_links: bool
     """Whether an order needs a link."""

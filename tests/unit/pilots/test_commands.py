@@ -19,7 +19,7 @@ ORDER = Order(name="batch-1", link="deskgrid://grid:1/join?secret='x'", lifetime
 
 
 def system(submit: tuple[str, ...], alive: tuple[str, ...] = ("true",), cancel: tuple[str, ...] = ("true",)) -> CommandSystem:
-    return CommandSystem(PLAN, Commands(submit=submit, alive=alive, cancel=(cancel,)), lifetime_s=90.0, idle_s=30.0)
+    return CommandSystem(PLAN, Commands(submit=submit, alive=alive, cancel=(cancel,)), idle_s=30.0)
 
 
 def sent(reference: str = "", name: str = "") -> Sent:

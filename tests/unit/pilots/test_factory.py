@@ -29,7 +29,7 @@ class PlaySystem:
 
     def __init__(self, name: str = "batch", *, most: int = 4) -> None:
         self.plan = pilots.System(name=name, packages=frozenset({"root"}), most=most, jobs_per_pilot=1, patience_s=600.0)
-        self.lifetime_s, self.idle_s = 3600.0, 60.0
+        self.idle_s = 60.0
         self.orders: list[Order] = []
         self.there: dict[str, str] = {}
         self.called_back: list[str] = []
@@ -78,7 +78,7 @@ class PlayGrid:
         return (one,) if self.jobs else ()
 
     async def pilot_link(self, *, pilot_s: float, lifetime_s: float) -> str:
-        assert pilot_s == 3600.0 + 300.0 and lifetime_s >= 600.0
+        assert pilot_s == 14400.0 + 300.0 and lifetime_s >= 600.0
         if self.error:
             raise self.error
         self.links += 1

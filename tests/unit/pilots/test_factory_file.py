@@ -58,7 +58,7 @@ def test_each_kind_is_made_of_its_part(tmp_path: Path) -> None:
     assert [type(system) for system in systems] == [GridSystem, CommandSystem, HTCondorSystem, CommandSystem, CommandSystem]
     assert [system.plan.name for system in systems] == ["vm", "cluster", "pool", "desk", "other"]
     assert systems[0].plan.memory_bytes == 3 * GIB - 384 * MIB, "the machine's system needs some"
-    assert (systems[1].plan.memory_bytes, systems[1].lifetime_s) == (2 * GIB - 384 * MIB, 4 * 3600.0), "the worker does, too"
+    assert (systems[1].plan.memory_bytes, systems[1].plan.lifetime_s) == (2 * GIB - 384 * MIB, 4 * 3600.0), "the worker does, too"
 
 
 @pytest.mark.parametrize(

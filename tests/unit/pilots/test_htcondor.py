@@ -74,7 +74,7 @@ def holds(expression: str, job: classad2.ClassAd) -> bool:
 
 
 def system(schedd: PlaySchedd) -> HTCondorSystem:
-    return HTCondorSystem(PLAN, {"accounting_group": "physics"}, lifetime_s=90.0, idle_s=30.0, bindings=Bindings(schedd))
+    return HTCondorSystem(PLAN, {"accounting_group": "physics"}, idle_s=30.0, bindings=Bindings(schedd))
 
 
 async def test_pilot_is_spooled_found_by_its_name_and_removed() -> None:
@@ -99,7 +99,7 @@ async def test_pilot_of_which_half_arrived_was_perhaps_sent() -> None:
 
 
 async def test_pool_that_is_not_there_is_told() -> None:
-    made = HTCondorSystem(PLAN, {}, lifetime_s=90.0, idle_s=30.0)
+    made = HTCondorSystem(PLAN, {}, idle_s=30.0)
     with pytest.raises(OperatorError, match="HTCondor does not answer"):
         await made.send(ORDER)
     with pytest.raises(OperatorError, match="HTCondor does not answer"):
