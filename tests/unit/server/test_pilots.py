@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import sqlalchemy as sa
+from msgspec import Struct
 from tests.unit.server.test_overlay import attempt_peer, people
 
 from deskgrid.client.entering import join_as_pilot
@@ -20,7 +21,7 @@ from deskgrid.core.rights import Right
 from deskgrid.errors import Conflict, Forbidden, InvalidInput, Unauthenticated
 from deskgrid.link import hash_secret, make_secret
 from deskgrid.model import wire
-from deskgrid.model.ids import JobId, Sha256
+from deskgrid.model.ids import AttemptId, JobId, Sha256
 from deskgrid.model.jobs import AttemptState, Job, JobSpec, Limits, Machine
 from deskgrid.model.machines import DriverName, Fingerprint, MachineKind
 from deskgrid.model.workers import AttemptReport
@@ -209,80 +210,82 @@ async def test_pilot_elsewhere_joins_by_a_link_for_a_time(tmp_path: Path, databa
                 assert await user.workers() == ()
 
 
-async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: Path, database: str):
+class Shared(Struct):
+    """A job of bob's, for a group, in a pilot of ann's, as of when it was leased."""
+
+    grid: TestGrid
+    clock: Later
+    ann: Credentials
+    host: Transport
+    played: PlayedJob
+    """The pilot's own job."""
+    pilot: Transport
+    attempt_id: AttemptId
+    before: dict[tuple[str, str], float]
+
+    def report(self, state: AttemptState) -> AttemptReport:
+        return AttemptReport(attempt_id=self.attempt_id, state=state, exit_code=1 if state is AttemptState.FAILED else None)
+
+    async def charged(self) -> tuple[float, float]:
+        """Return what bob and ann were charged for since then."""
+        after = await used(self.grid)
+        return after["bob", "hep"], after["ann", ""] - self.before.get(("ann", ""), 0.0)
+
+
+@asynccontextmanager
+async def shared(folder: Path, database: str, **pilot: object) -> AsyncIterator[Shared]:
     clock = Later()
-    async with running(tmp_path, database, clock) as grid:
+    async with running(folder, database, clock) as grid:
         ann, bob = await people(grid, "ann", "bob")
         await add_hep(grid)
         async with Transport(await grid.worker()) as host:
-            played, job = await pilot_job(ann, host, cpus=2)
+            played, job = await pilot_job(ann, host, **pilot)
             before = await used(grid)
             await played.report(AttemptState.RUNNING)
-            async with joined(job) as pilot:
+            async with joined(job) as inner:
                 await submit_process(bob, group="hep", limits=Limits(attempts=1))
-                [attempt_id] = (await taken(pilot)).values()
-                clock.ahead_s += 100
-                report = AttemptReport(attempt_id=attempt_id, state=AttemptState.FAILED, exit_code=1)
-                await taken(pilot, report)
-                clock.ahead_s += 50
-                async with Grid(ann) as user:
-                    await user.cancel(played.id)
-        after = await used(grid)
-        assert after["bob", "hep"] == pytest.approx(100, rel=0.02)
-        assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(2 * 150 - 100, rel=0.02)
+                [attempt_id] = (await taken(inner)).values()
+                yield Shared(grid, clock, ann, host, played, inner, AttemptId(attempt_id), before)
+
+
+async def test_time_of_a_pilots_jobs_is_charged_to_who_submitted_them(tmp_path: Path, database: str):
+    async with shared(tmp_path, database, cpus=2) as case:
+        case.clock.ahead_s += 100
+        await taken(case.pilot, case.report(AttemptState.FAILED))
+        case.clock.ahead_s += 50
+        async with Grid(case.ann) as user:
+            await user.cancel(case.played.id)
+        assert await case.charged() == pytest.approx((100, 2 * 150 - 100), rel=0.02)
 
 
 async def test_pilot_that_was_lost_is_charged_once_and_not_for_its_jobs(tmp_path: Path, database: str):
-    clock = Later()
-    async with running(tmp_path, database, clock) as grid:
-        ann, bob = await people(grid, "ann", "bob")
-        await add_hep(grid)
-        async with Transport(await grid.worker()) as host:
-            played, job = await pilot_job(ann, host)
-            before = await used(grid)
-            await played.report(AttemptState.RUNNING)
-            async with joined(job) as pilot:
-                await submit_process(bob, group="hep", limits=Limits(attempts=1))
-                [attempt_id] = (await taken(pilot)).values()
-                clock.ahead_s += 100
-                await host.call(wire.SYNC, played_sync())  # it does not list it: lost
-                clock.ahead_s += 20
-                await played.report(AttemptState.RUNNING)  # it is there again
-                clock.ahead_s += 30
-                await taken(pilot, AttemptReport(attempt_id=attempt_id, state=AttemptState.FAILED, exit_code=1))
-                await pilot.call(wire.LEAVE)  # before its attempt ends, which is lost once more and stays so
-                await host.call(wire.SYNC, played_sync())
-        after = await used(grid)
-        assert after["bob", "hep"] == pytest.approx(150, rel=0.02)
-        assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(0, abs=3)
+    async with shared(tmp_path, database) as case:
+        case.clock.ahead_s += 100
+        await case.host.call(wire.SYNC, played_sync())  # it does not list it: lost
+        case.clock.ahead_s += 20
+        await case.played.report(AttemptState.RUNNING)  # it is there again
+        case.clock.ahead_s += 30
+        await taken(case.pilot, case.report(AttemptState.FAILED))
+        await case.pilot.call(wire.LEAVE)  # before its attempt ends, which is lost once more and stays so
+        await case.host.call(wire.SYNC, played_sync())
+        bob, ann = await case.charged()
+        assert bob == pytest.approx(150, rel=0.02) and ann == pytest.approx(0, abs=3)
 
 
 async def test_time_of_a_job_that_was_lost_and_came_back_is_paid_back_once(tmp_path: Path, database: str):
-    clock = Later()
-    async with running(tmp_path, database, clock) as grid:
-        ann, bob = await people(grid, "ann", "bob")
-        await add_hep(grid)
-        async with Transport(await grid.worker()) as host:
-            played, job = await pilot_job(ann, host)
-            before = await used(grid)
-            await played.report(AttemptState.RUNNING)
-            async with joined(job) as pilot:
-                await submit_process(bob, group="hep", limits=Limits(attempts=1))
-                [attempt_id] = (await taken(pilot)).values()
-                runs = AttemptReport(attempt_id=attempt_id, state=AttemptState.RUNNING)
-                await taken(pilot, runs, accepts=())
-                for _ in range(3):
-                    clock.ahead_s += 100
-                    await taken(pilot, accepts=())  # it does not list it: lost
-                    await taken(pilot, runs, accepts=())
-                clock.ahead_s += 100
-                await taken(pilot, AttemptReport(attempt_id=attempt_id, state=AttemptState.FAILED, exit_code=1), accepts=())
-                clock.ahead_s += 600
-                async with Grid(ann) as user:
-                    await user.cancel(played.id)
-        after = await used(grid)
-        assert after["bob", "hep"] == pytest.approx(400, rel=0.02)
-        assert after["ann", ""] - before.get(("ann", ""), 0.0) == pytest.approx(1000 - 400, rel=0.02)
+    async with shared(tmp_path, database) as case:
+        runs = case.report(AttemptState.RUNNING)
+        await taken(case.pilot, runs, accepts=())
+        for _ in range(3):
+            case.clock.ahead_s += 100
+            await taken(case.pilot, accepts=())  # it does not list it: lost
+            await taken(case.pilot, runs, accepts=())
+        case.clock.ahead_s += 100
+        await taken(case.pilot, case.report(AttemptState.FAILED), accepts=())
+        case.clock.ahead_s += 600
+        async with Grid(case.ann) as user:
+            await user.cancel(case.played.id)
+        assert await case.charged() == pytest.approx((400, 1000 - 400), rel=0.02)
 
 
 async def test_pilot_that_ends_soon_gets_no_long_job(grid: TestGrid):
