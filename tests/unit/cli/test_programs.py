@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -42,14 +43,23 @@ def test_an_error_ends_the_programs_and_removes_their_folder(home: Path):
 def test_what_a_program_left_running_is_ended_too_but_nobody_elses(home: Path):
     init_server(home)
     sleep = [sys.executable, "-c", "import time; time.sleep(600)", str(home / "machine")]
-    with Programs(home) as programs, subprocess.Popen(sleep, cwd=home) as shell_of_the_user:
+    with ExitStack() as started, Programs(home) as programs:
+        shell_of_the_user = subprocess.Popen(sleep, cwd=home)
+        started.callback(end, shell_of_the_user)
         server = start_server(programs, home)
+        # Before it says something, its environment may not be there yet: a program has none for a moment of its exec.
+        server.first_line()
         environment = psutil.Process(server.process.pid).environ()
         stray = subprocess.Popen(sleep, start_new_session=True, env=environment)
+        started.callback(end, stray)
         programs.end()
         assert stray.wait(10) == -signal.SIGKILL
         assert shell_of_the_user.poll() is None
-        shell_of_the_user.kill()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 def test_kept_programs_go_on(home: Path):

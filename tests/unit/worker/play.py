@@ -12,6 +12,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -521,6 +522,20 @@ async def play_unpack(transport: Path, output: Path, *, sha256: str, base: Path 
     output.chmod(0o444)
 
 
+class Threads(ThreadPoolExecutor):
+    """Threads that say whether one of them is at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_work: set[Future[Any]] = set()
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:  # type: ignore[override]
+        future = super().submit(*args, **kwargs)
+        self.at_work.add(future)
+        future.add_done_callback(self.at_work.discard)
+        return future
+
+
 class Rig:
     """A home, a server, a PC, and the workers that come and go on it."""
 
@@ -531,6 +546,7 @@ class Rig:
         self.pc = Pc()
         self.driver = PlayDriver(self.pc)
         self.sight = PlaySight(self.clock)
+        self.threads = Threads()
         self.free_bytes = 100 * GIB
         self.extract_error: Exception | None = None
         self.authority_pem = ""
@@ -584,6 +600,7 @@ class Rig:
         self, settings: WorkerSettings = SETTINGS, *, keep: bool = False, step_s: float = 0.01
     ) -> AsyncIterator[Agent]:
         """Run a worker during the block; `keep` leaves its machines, as a kill would. Time goes in these steps while it ends."""
+        asyncio.get_running_loop().set_default_executor(self.threads)
         agent = self.agent(settings)
         task = asyncio.create_task(agent.run())
         try:
@@ -599,12 +616,14 @@ class Rig:
         return task.result()
 
     async def until(self, condition: Callable[[], object], *, limit_s: float = 10.0, step_s: float = 0.01) -> None:
-        """Let a little time pass until something is so."""
+        """Let a little time pass until something is so. It stands still while a thread is at work, however slow this machine is."""
         deadline = time.monotonic() + limit_s
         while not condition():
             assert time.monotonic() < deadline, "it did not come to that"
             await self.clock.advance(step_s)
             await asyncio.sleep(0.001)
+            while self.threads.at_work and time.monotonic() < deadline:
+                await asyncio.sleep(0.001)
 
     async def running(self, **job: Any) -> AttemptId:
         """Submit a job and return once its machine has booted."""
