@@ -6,13 +6,15 @@ from deskgrid import AsyncGrid     the same with coroutines (client/grid.py)
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load the SDK when it is asked for: the command and confined children are to start fast."""
+    """Load the SDK when it is asked for: the command, confined children and what watches a job are to start fast, so nothing is imported here."""
     import importlib
 
     places = {"Grid": "deskgrid.client.blocking", "AsyncGrid": "deskgrid.client.grid"}

@@ -1,4 +1,5 @@
-"""How much hostile folders take on the disk, while programs change them; and how to remove them. Standard library only.
+"""How much hostile folders take on the disk, while programs change them; and how to remove them. Of the standard library only what is there in no
+time, for process_machine.py.
 
 No link is followed, nothing is opened by more than its own name, and a tree of any depth takes a bounded number of descriptors and no recursion.
 """
@@ -7,9 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
 from deskgrid.machines.process_tree import ignoring
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["MOST_DEPTH", "MOST_ENTRIES", "OutOfBounds", "folder_bytes", "remove_tree", "wipe"]
 

@@ -342,8 +342,9 @@ async def test_disk_without_room_is_refused(gallery: Path, out: Path, monkeypatc
         with pytest.raises(NoSpace):
             await prepare_disk(gallery / name, out)
     # Of a disk that fills up meanwhile, one GiB stays free: qemu-img may not write more than that.
-    free = shutil.disk_usage(out).free
-    monkeypatch.setattr(disk_import, "SPARE_BYTES", free - (1 << 19))
+    usage = shutil.disk_usage(out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # other tests write and remove meanwhile
+    monkeypatch.setattr(disk_import, "SPARE_BYTES", usage.free - (1 << 19))
     with pytest.raises(NoSpace):
         await prepare_disk(gallery / "vdi", out)
     assert list(out.iterdir()) == []
