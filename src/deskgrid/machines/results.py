@@ -1,6 +1,6 @@
 """Results: the files of a scratch disk (a raw or qcow2 image), or of a folder that a process wrote, as an archive, taken out by a confined child.
 
-The image is hostile. The worker itself never parses it: it starts a child (sandbox.py, a reader) with three descriptors,
+The image is hostile. The worker itself never parses it: it starts a child (sandbox.py, a reader; readers.py) with three descriptors,
 
     0  the image, read-only
     1  the archive, a new file
@@ -32,7 +32,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 from msgspec import Struct
@@ -49,9 +49,10 @@ from deskgrid.machines.sandbox import (
     allow_computing_only,
     forbid_files,
     limit_resources,
-    python_command,
-    run_child,
 )
+
+if TYPE_CHECKING:
+    from deskgrid.machines.readers import RunReader
 
 __all__ = ["ExtractLimits", "ResultReport", "compile_globs", "extract_results"]
 
@@ -141,13 +142,16 @@ async def extract_results(
     *,
     paths: tuple[str, ...] = ("**",),
     limits: ExtractLimits = ExtractLimits(),  # noqa: B008 frozen
+    run: RunReader | None = None,
 ) -> ResultReport:
     """Write the files of an ext4 image (raw or qcow2), or of a result folder, that match `paths` (see `compile_globs`) to the archive `output`.
 
-    `output` appears complete and on disk, replacing what was there, or not at all; of a folder of which nothing is wanted there is none. The image must not be in use. Raises BadImage (not
+    `run` runs this module's readers; None: each is a new Python. `output` appears complete and on disk, replacing what was there, or not at all; of a folder of which nothing is wanted there is none. The image must not be in use. Raises BadImage (not
     readable, or over a limit), NoSpace, InvalidInput (a pattern) or MachineFailed (the child could not be run). However this
     ends, also by cancellation, no process, descriptor or other file is left.
     """
+    from deskgrid.machines.readers import run_reader  # here, for the child does without asyncio's 60 ms
+
     compile_globs(paths)
     if not paths and image.is_dir() and not image.is_symlink():
         return await _report_alone(image)
@@ -156,8 +160,9 @@ async def extract_results(
         with _open_image(image) as source, out_of_space(output.name), part.open("xb") as target:
             folder = source if stat.S_ISDIR(os.fstat(source).st_mode) else None
             try:
-                finished = await run_child(
-                    python_command(__name__, "serve", msgspec.json.encode(_Request(paths, limits, folder)).decode()),
+                finished = await (run or run_reader(__name__))(
+                    "serve",
+                    msgspec.json.encode(_Request(paths, limits, folder)).decode(),
                     stdin=source if folder is None else None,
                     stdout=target,
                     kept=() if folder is None else (folder,),
@@ -174,7 +179,7 @@ async def extract_results(
 
 async def _report_alone(folder: Path) -> ResultReport:
     """Return what a result folder says without its files: that is read here, for to start a child takes longer than most such jobs."""
-    import asyncio  # here, for the child does without its 60 ms
+    import asyncio  # here, see extract_results
 
     told = await asyncio.to_thread(read_report, folder)
     return ResultReport(
@@ -222,7 +227,7 @@ def _judge(finished: Finished, archive_bytes: int, limits: ExtractLimits) -> Res
 
 
 async def _publish(part: Path, output: Path) -> None:
-    import asyncio  # here, for the child does without its 60 ms
+    import asyncio  # here, see extract_results
 
     await asyncio.to_thread(_sync_and_rename, part, output)
 

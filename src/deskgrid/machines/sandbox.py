@@ -1,8 +1,8 @@
 """Confinement of the processes that read hostile input: images and file systems that a user or a guest made.
 
-Two kinds of children, both started as a fresh Python that confines itself and only then looks at anything:
+Three kinds of children, each a Python that confines itself and only then looks at anything:
 
-    a reader     our own Python (`python_command`): works on file descriptors 0, 1 and 2 alone. It calls, in this order,
+    a reader     our own Python, new (`python_command`) or forked from one that has read nothing yet (readers.py): works on file descriptors 0, 1 and 2 alone. It calls, in this order,
                  `forbid_files` (before it starts threads, for Landlock holds for one thread and those it starts) and
                  `allow_computing_only`
     a converter  qemu-img: the launcher in this module confines itself and then becomes qemu-img (`run_confined`)
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from asyncio import StreamReader
 
 __all__ = [
+    "ENVIRONMENT",
     "Confinement",
     "Finished",
     "add_rule",
@@ -58,6 +59,7 @@ __all__ = [
     "load_seccomp",
     "python_command",
     "python_folders",
+    "read_bounded",
     "run_child",
     "run_confined",
     "sandbox_status",
@@ -210,26 +212,27 @@ async def run_child(
         stdin=asyncio.subprocess.DEVNULL if stdin is None else stdin,
         stdout=asyncio.subprocess.PIPE if stdout is None else stdout,
         stderr=asyncio.subprocess.PIPE,
-        env=_ENVIRONMENT,
+        env=ENVIRONMENT,
         **({"pass_fds": tuple(kept)} if kept else {}),  # type: ignore[arg-type]
     )
     try:
         async with asyncio.timeout(wall_s):
-            output, errors = await asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr))
+            output, errors = await asyncio.gather(read_bounded(process.stdout), read_bounded(process.stderr))
             return Finished(await process.wait(), output, errors)
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             # Read on to the end: asyncio closes the pipes of a process only then.
-            await asyncio.gather(_read_bounded(process.stdout), _read_bounded(process.stderr))
+            await asyncio.gather(read_bounded(process.stdout), read_bounded(process.stderr))
             await process.wait()
 
 
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"} if os.name == "posix" else None
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"} if os.name == "posix" else None
+"""That of children."""
 
 
-async def _read_bounded(stream: StreamReader | None) -> bytes:
+async def read_bounded(stream: StreamReader | None) -> bytes:
     """Read to the end, keeping the first bytes: a child that talks without end must not fill our memory."""
     kept = bytearray()
     while stream is not None and (data := await stream.read(1 << 16)):
@@ -441,7 +444,7 @@ def sandbox_status() -> tuple[str, ...]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=30,
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
             check=True,
         )
         return msgspec.json.decode(child.stdout, type=tuple[str, ...])

@@ -21,6 +21,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ from deskgrid.clock import Clock, SystemClock
 from deskgrid.core.backoff import delay_s
 from deskgrid.core.owner import Presence
 from deskgrid.errors import Conflict, DeskgridError, InvalidInput, NoSpace, Unauthenticated
+from deskgrid.machines import results
 from deskgrid.machines.driver import Driver
 from deskgrid.machines.probes import clear_probes
+from deskgrid.machines.readers import Readers
 from deskgrid.model import wire
 from deskgrid.model.ids import AttemptId
 from deskgrid.model.jobs import AttemptState
@@ -761,6 +764,7 @@ async def run_worker(
         async with (
             connect(credentials) as connection,
             _overlay(place, settings, connection, credentials, clock, rng, pace) as overlay,
+            Readers(results.__name__) as readers,
         ):
             agent = Agent(
                 place,
@@ -773,6 +777,7 @@ async def run_worker(
                 address=credentials.address,
                 authority_pem=credentials.authority_pem,
                 overlay=overlay,
+                extract=partial(results.extract_results, run=readers.run),
                 joining=_joining(place, connection, credentials, clock, rng),
                 term=term,
             )

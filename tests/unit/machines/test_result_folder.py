@@ -19,7 +19,7 @@ from deskgrid.machines.ext4 import Run
 from deskgrid.machines.folders import MOST_DEPTH, OutOfBounds, folder_bytes, remove_tree
 from deskgrid.machines.result_folder import ResultFolder, Unreadable
 from deskgrid.machines.results import ExtractLimits, ResultReport, extract_results
-from deskgrid.machines.sandbox import sandbox_status
+from deskgrid.machines.sandbox import Finished, sandbox_status
 
 
 @pytest.fixture
@@ -278,11 +278,11 @@ def test_results_module_knows_both(outcome: Path) -> None:
         assert stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
-async def test_folder_of_which_nothing_is_wanted_is_read_without_a_child_and_leaves_no_archive(
-    outcome: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(results, "run_child")
-    report = await extract_results(outcome, outcome.with_name("result.tar.zst"), paths=())
+async def test_folder_of_which_nothing_is_wanted_is_read_without_a_child_and_leaves_no_archive(outcome: Path) -> None:
+    async def run(*_: object, **__: object) -> Finished:
+        raise AssertionError("a child is asked for")
+
+    report = await extract_results(outcome, outcome.with_name("result.tar.zst"), paths=(), run=run)
     assert (report.exit_code, report.stdout, report.stderr) == (7, b"o" * (1 << 20), b"err")
     assert (report.files, report.archive_bytes) == (0, 0) and not outcome.with_name("result.tar.zst").exists()
 
