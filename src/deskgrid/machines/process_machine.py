@@ -69,7 +69,8 @@ _TOLD_BYTES = 1 << 20
 """Of each stream; the rest is in the report only."""
 _CHUNK_BYTES = 64 << 10
 _DOORS_S, _DOORS_POLL_S = 20.0, 0.005
-_TICK_MIN_S, _TICK_MAX_S = 0.01, 0.1
+_TICK_MIN_S, _TICK_MAX_S, _QUIET_TICK_S = 0.01, 0.1, 0.25
+"""Between looks: the first when there is news, the last when there is none and the processes are the same as before."""
 _FILL_BYTES_PER_S = 4 << 30
 """How fast memory may fill: when the bound is that near, we look again that soon."""
 _SHORTEST_TICK_S = 0.003
@@ -117,6 +118,8 @@ class Machine:
         self._stopping = self._paused = False
         self._child = 0
         self._init = 0
+        self._known: list[int] = []
+        """The job's processes at the last look."""
         self._disk = _Disk(plan)
         self._tick_s = _TICK_MIN_S
         self._program: _Program | None = None
@@ -242,7 +245,7 @@ class Machine:
                 self._program.serve()
             self._obey()
             news = self._tell_new()
-            self._tick_s = _TICK_MIN_S if news else min(self._tick_s * 1.5, _TICK_MAX_S)
+            self._tick_s = _TICK_MIN_S if news else min(self._tick_s * 1.5, _QUIET_TICK_S)
             if not self._paused:
                 self._check_bounds()
 
@@ -299,6 +302,9 @@ class Machine:
         if not plan["sandboxed"]:
             self._reap()
         pids = self._pids()
+        if pids != self._known:
+            self._known = pids
+            self._tick_s = min(self._tick_s, _TICK_MAX_S)
         used = usage(pids)
         memory = used.memory_bytes
         if memory > plan["memory_bytes"]:

@@ -16,10 +16,22 @@ if TYPE_CHECKING:
 else:
     import _signal
 
-__all__ = ["Usage", "deleted_bytes", "descendants", "end", "freeze", "ignoring", "proportional_bytes", "send", "thaw", "usage"]
+__all__ = [
+    "Usage",
+    "deleted_bytes",
+    "descendants",
+    "end",
+    "freeze",
+    "ignoring",
+    "proportional_bytes",
+    "read_proc",
+    "send",
+    "thaw",
+    "usage",
+]
 
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Windows has no such calls, and no /proc, but it loads this module.
+_TICKS_PER_S, _PAGE_BYTES = (os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")) if hasattr(os, "sysconf") else (1, 1)
 _QUIET = frozenset("TtZXD")
 """States in which a process runs no instruction of its own; D is one that waits for its vforked child, which is stopped itself."""
 _ENDED = frozenset("ZX")
@@ -132,12 +144,12 @@ def thaw(pids: list[int]) -> None:
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     for thread in _names(f"/proc/{pid}/task"):
-        found.extend(map(int, _read(f"/proc/{pid}/task/{thread}/children").split()))
+        found.extend(map(int, read_proc(f"/proc/{pid}/task/{thread}/children").split()))
     return found
 
 
 def _stat(pid: int) -> _Stat | None:
-    text = _read(f"/proc/{pid}/stat")
+    text = read_proc(f"/proc/{pid}/stat")
     # The name in parentheses may itself have blanks and parentheses; the state follows it.
     fields = text[text.rfind(b")") + 2 :].split()
     if len(fields) < 22:
@@ -146,7 +158,7 @@ def _stat(pid: int) -> _Stat | None:
 
 
 def _proportional(pid: int) -> int:
-    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+    for line in read_proc(f"/proc/{pid}/smaps_rollup").splitlines():
         if line.startswith(b"Pss:"):
             return int(line.split()[1]) << 10
     stat = _stat(pid)
@@ -168,7 +180,8 @@ def _names(folder: str) -> list[str]:
         return []
 
 
-def _read(path: str) -> bytes:
+def read_proc(path: str) -> bytes:
+    """Return what a file of /proc has, nothing if that cannot be read (any more)."""
     # Not by `open`, whose layers take as long as the system: this is done for each process of a job, ten times a second.
     try:
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

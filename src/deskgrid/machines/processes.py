@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from deskgrid.clock import Clock
 from deskgrid.errors import MachineFailed
+from deskgrid.machines import process_tree
 
 __all__ = [
     "ProcessIdentity",
@@ -265,13 +266,11 @@ def _boot() -> str:
 
 def _began_linux(pid: int) -> str | None:
     """Clock ticks since the boot, and which boot (proc(5)): unlike psutil's time of day, these never move with the clock."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-        boot = _boot()
-    except OSError:
+    stat = process_tree.read_proc(f"/proc/{pid}/stat")
+    if not stat:
         return None
     # The name in parentheses may itself have blanks and parentheses; the state follows it.
-    fields = stat[stat.rindex(")") + 2 :].split()
+    fields = stat[stat.rindex(b")") + 2 :].split()
     state, threads, start_ticks = fields[0], int(fields[17]), fields[19]
     # A first thread that has ended while others have not yet still holds its files and their locks.
-    return None if state == "X" or (state == "Z" and threads <= 1) else f"{boot}:{start_ticks}"
+    return None if state == b"X" or (state == b"Z" and threads <= 1) else f"{_boot()}:{start_ticks.decode()}"
