@@ -191,7 +191,7 @@ class ProcessDriver(ABC):
             began = self._clock.monotonic()
             alive = identity is not None and processes.is_alive(identity)
             # Somebody else may have had the CPU meanwhile: one look that took long says little.
-            least_s = min(_PAUSE_BY_COST * (self._clock.monotonic() - began), 1.5 * least_s, _LONGEST_POLL_S)
+            least_s = min(_PAUSE_BY_COST * (self._clock.monotonic() - began), 1.5 * max(least_s, _POLL_MIN_S), _LONGEST_POLL_S)
             news = False
             for event in logs.read():
                 news = True

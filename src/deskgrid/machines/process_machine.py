@@ -14,7 +14,8 @@ whoever kills this process has to end those below it first.
 
 A program that is kept for many jobs ends with the worker that started it, however that ends. Other jobs go on, for a worker that comes after.
 
-Bounds. What the kernel does not bound for us is looked at, the more often the nearer it is, and past it everything is ended:
+Bounds. What the kernel does not bound for us is looked at, the more often the more happens and the nearer the bound on memory is, and past it
+everything is ended:
 
     memory          RSS of all processes; above the bound PSS, which counts once what they share
     threads         of all processes (besides RLIMIT_NPROC, which does not hold for root)
@@ -70,7 +71,7 @@ _TOLD_BYTES = 1 << 20
 _CHUNK_BYTES = 64 << 10
 _DOORS_S, _DOORS_POLL_S = 20.0, 0.005
 _TICK_MIN_S, _TICK_MAX_S, _QUIET_TICK_S = 0.01, 0.1, 0.25
-"""Between looks: the first when there is news, the last when there is none and the processes are the same as before."""
+"""Between looks: the first when there is news, the last when there is none, and processes and threads are the same as before."""
 _FILL_BYTES_PER_S = 4 << 30
 """How fast memory may fill: when the bound is that near, we look again that soon."""
 _SHORTEST_TICK_S = 0.003
@@ -118,8 +119,8 @@ class Machine:
         self._stopping = self._paused = False
         self._child = 0
         self._init = 0
-        self._known: list[int] = []
-        """The job's processes at the last look."""
+        self._known: tuple[list[int], int] = ([], 0)
+        """The job's processes at the last look, and how many threads they had."""
         self._disk = _Disk(plan)
         self._tick_s = _TICK_MIN_S
         self._program: _Program | None = None
@@ -302,10 +303,10 @@ class Machine:
         if not plan["sandboxed"]:
             self._reap()
         pids = self._pids()
-        if pids != self._known:
-            self._known = pids
-            self._tick_s = min(self._tick_s, _TICK_MAX_S)
         used = usage(pids)
+        if (pids, used.threads) != self._known:
+            self._known = (pids, used.threads)
+            self._tick_s = min(self._tick_s, _TICK_MAX_S)
         memory = used.memory_bytes
         if memory > plan["memory_bytes"]:
             memory = proportional_bytes(pids)

@@ -182,7 +182,7 @@ def _names(folder: str) -> list[str]:
 
 def read_proc(path: str) -> bytes:
     """Return what a file of /proc has, nothing if that cannot be read (any more)."""
-    # Not by `open`, whose layers take as long as the system: this is done for each process of a job, ten times a second.
+    # Not by `open`, whose layers take as long as the system: this is done for each process of a job, several times a second.
     try:
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -267,10 +267,14 @@ def _boot() -> str:
 def _began_linux(pid: int) -> str | None:
     """Clock ticks since the boot, and which boot (proc(5)): unlike psutil's time of day, these never move with the clock."""
     stat = process_tree.read_proc(f"/proc/{pid}/stat")
+    try:
+        boot = _boot()
+    except OSError:
+        return None
     if not stat:
         return None
     # The name in parentheses may itself have blanks and parentheses; the state follows it.
     fields = stat[stat.rindex(b")") + 2 :].split()
     state, threads, start_ticks = fields[0], int(fields[17]), fields[19]
     # A first thread that has ended while others have not yet still holds its files and their locks.
-    return None if state == b"X" or (state == b"Z" and threads <= 1) else f"{_boot()}:{start_ticks.decode()}"
+    return None if state == b"X" or (state == b"Z" and threads <= 1) else f"{boot}:{start_ticks.decode()}"

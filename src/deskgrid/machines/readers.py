@@ -1,17 +1,15 @@
 """Readers (sandbox.py) that start fast: forked by a process that has imported what they need (zygote.py).
 
-A new Python takes some 60 ms of CPU for its imports, which is more than all else of a short job. Where forking is not possible (not Linux, or the
-process that forks was lost) a reader is a new Python.
+A new Python takes some 60 ms of CPU for its imports, which is more than all else of a short job. Where forking is not possible (not on Linux; the zygote
+is gone, or has no process left for it) a reader is a new Python, also for what had begun.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -28,6 +26,9 @@ _log = structlog.get_logger()
 
 _IDLE_S = 60.0
 _END_S = 5.0
+"""That an end takes at most; then the zygote is ended by force, and its readers with it."""
+_MOST_LOST = 3
+"""Zygotes, after which we do without: something on this PC is against them."""
 
 
 class RunReader(Protocol):
@@ -65,7 +66,7 @@ class Readers:
         self._starting = asyncio.Lock()
         self._zygote: asyncio.subprocess.Process | None = None
         self._socket: socket.socket | None = None
-        self._lost = not hasattr(socket, "send_fds") or not hasattr(os, "pidfd_open")
+        self._lost = 0 if hasattr(socket, "send_fds") and hasattr(os, "pidfd_open") else _MOST_LOST
         self._running = 0
         self._rest: asyncio.TimerHandle | None = None
 
@@ -81,7 +82,7 @@ class Readers:
                 async with asyncio.timeout(_END_S):
                     await self._zygote.wait()
             except TimeoutError:
-                self._zygote.kill()
+                self._kill_zygote()
                 await self._zygote.wait()
 
     async def run(
@@ -93,9 +94,12 @@ class Readers:
         self._running += 1
         try:
             asked = await self._ask(function, argument, stdin, stdout, kept)
-            if asked is None:
-                return await self._run_anew(function, argument, stdin=stdin, stdout=stdout, kept=kept, wall_s=wall_s)
-            return await self._follow(*asked, wall_s)
+            finished = await self._follow(*asked, wall_s) if asked is not None else None
+            if finished is not None:
+                return finished
+            stdout.seek(0)
+            stdout.truncate()
+            return await self._run_anew(function, argument, stdin=stdin, stdout=stdout, kept=kept, wall_s=wall_s)
         finally:
             self._running -= 1
             if not self._running:
@@ -105,12 +109,13 @@ class Readers:
         self, function: str, argument: str, stdin: int | None, stdout: BinaryIO, kept: Sequence[int]
     ) -> tuple[socket.socket, socket.socket] | None:
         """Return the sockets on which the reader's end and its words come; None if it was not taken."""
-        if self._lost or len(kept) > MOST_DESCRIPTORS - 4:
+        if self._lost >= _MOST_LOST or len(kept) > MOST_DESCRIPTORS - 4:
             return None
+        request = {"function": function, "argument": argument, "numbers": [0, 1, 2, *kept]}
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             try:
                 zygote = await self._connect()
-                pairs = [socket.socketpair(), socket.socketpair()]
+                pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET), socket.socketpair()]
                 (control, reader_control), (words, reader_words) = pairs
                 for mine, other in pairs:
                     ours.enter_context(mine)
@@ -118,11 +123,15 @@ class Readers:
                     mine.setblocking(False)
                 nothing = theirs.enter_context(open(os.devnull, "rb"))
                 files = [nothing.fileno() if stdin is None else stdin, stdout.fileno(), reader_words.fileno(), *kept]
-                request = {"function": function, "argument": argument, "numbers": [0, 1, 2, *kept]}
-                socket.send_fds(zygote, [json.dumps(request).encode()], [reader_control.fileno(), *files])
-            except OSError as error:  # one that is only busy, or is asked for too much, is asked again the next time
-                if not isinstance(error, BlockingIOError) and error.errno != errno.EMSGSIZE:
-                    self._lose(error.strerror or str(error))
+                control.send(json.dumps(request).encode())
+                socket.send_fds(zygote, [b"."], [reader_control.fileno(), *files])
+            except ConnectionError as error:
+                self._lost += 1
+                _log.warning("zygote_lost", module=self._module, error=str(error))
+                self._end_zygote()
+                return None
+            except OSError as error:  # it is only busy, or we are short of something
+                _log.info("reader_not_forked", module=self._module, error=str(error))
                 return None
             ours.pop_all()
             return control, words
@@ -148,9 +157,10 @@ class Readers:
                 self._socket = ours
             return self._socket
 
-    async def _follow(self, control: socket.socket, words: socket.socket, wall_s: float) -> Finished:
+    async def _follow(self, control: socket.socket, words: socket.socket, wall_s: float) -> Finished | None:
+        """Return how a reader ends; None if it was lost with its zygote, or never was."""
         loop = asyncio.get_running_loop()
-        told = code = b""
+        code = b""
         with control:
             try:
                 async with asyncio.timeout(wall_s):
@@ -159,22 +169,28 @@ class Readers:
                         told = await read_bounded(stream)
                     finally:
                         writer.close()
-                    code = await loop.sock_recv(control, CODE.size)
+                    with contextlib.suppress(ConnectionError):
+                        code = await loop.sock_recv(control, CODE.size)
             finally:
                 if not code:
-                    with contextlib.suppress(OSError):
-                        control.shutdown(socket.SHUT_WR)  # which ends it
-                        await loop.sock_recv(control, CODE.size)
-        if len(code) == CODE.size:
-            return Finished(CODE.unpack(code)[0], b"", told)
-        self._lose("it ended")
-        return Finished(-signal.SIGKILL, b"", told)
+                    await self._end_reader(control)
+        return Finished(CODE.unpack(code)[0], b"", told) if code else None
 
-    def _lose(self, why: str) -> None:
-        """Do without a zygote from now on: something on this PC is against it."""
-        _log.warning("readers_start_anew", module=self._module, error=why)
-        self._lost = True
-        self._end_zygote()
+    async def _end_reader(self, control: socket.socket) -> None:
+        """Return when the reader is gone."""
+        with contextlib.suppress(OSError):
+            control.shutdown(socket.SHUT_WR)
+        try:
+            async with asyncio.timeout(_END_S):
+                with contextlib.suppress(ConnectionError):
+                    await asyncio.get_running_loop().sock_recv(control, CODE.size)
+        except TimeoutError:
+            self._kill_zygote()
+
+    def _kill_zygote(self) -> None:
+        if self._zygote is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._zygote.kill()
 
     def _end_zygote(self) -> None:
         if self._socket is not None:

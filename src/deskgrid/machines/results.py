@@ -148,7 +148,7 @@ async def extract_results(
 
     `run` runs this module's readers; None: each is a new Python. `output` appears complete and on disk, replacing what was there, or not at all; of a folder of which nothing is wanted there is none. The image must not be in use. Raises BadImage (not
     readable, or over a limit), NoSpace, InvalidInput (a pattern) or MachineFailed (the child could not be run). However this
-    ends, also by cancellation, no process, descriptor or other file is left.
+    ends, also by cancellation, no reader, descriptor or other file is left.
     """
     from deskgrid.machines.readers import run_reader  # here, for the child does without asyncio's 60 ms
 

@@ -95,9 +95,9 @@ _COMPUTING = (
     *("newfstatat", "brk", "munmap", "mremap", "madvise", "futex", "futex_time64", "sched_yield", "sched_getaffinity"),
     *("clock_gettime", "clock_gettime64", "clock_nanosleep", "nanosleep", "gettimeofday", "getrandom", "getpid", "gettid"),
     *("rt_sigreturn", "rt_sigprocmask", "rt_sigaction", "sigaltstack", "restart_syscall", "rseq", "set_robust_list"),
-    *("membarrier", "fsync", "fdatasync", "exit", "exit_group", "getrusage", "tgkill"),
+    *("membarrier", "fsync", "fdatasync", "exit", "exit_group", "getrusage"),
 )
-"""System calls of a reader; mmap and mprotect are added without PROT_EXEC. newfstatat is for fstat in newer glibc: it
+"""System calls of a reader; mmap and mprotect are added without PROT_EXEC, and tgkill for its own threads. newfstatat is for fstat in newer glibc: it
 tells about files but opens none, and Landlock does not cover it."""
 _NETWORK = ("socket", "connect", "bind", "listen", "accept", "accept4", "sendto", "sendmsg", "recvfrom")
 _FORBIDDEN = (
@@ -329,6 +329,7 @@ def allow_computing_only(*, reading: bool = False) -> tuple[str, ...]:
         add_rule(rules, seccomp.ALLOW, "openat", seccomp.Arg(2, seccomp.MASKED_EQ, _OPENING, os.O_NOFOLLOW))
     for name in ("mmap", "mmap2", "mprotect"):
         add_rule(rules, seccomp.ALLOW, name, seccomp.Arg(2, seccomp.MASKED_EQ, _PROT_EXEC, 0))
+    add_rule(rules, seccomp.ALLOW, "tgkill", seccomp.Arg(0, seccomp.EQ, os.getpid()))  # abort(3)
     return _load(seccomp, rules)
 
 

@@ -1,18 +1,18 @@
 """The process from which readers (sandbox.py) are forked: it has imported what they need, which takes ten times as long as all else they do.
 
-It has one thread, a socket to the worker, and nothing secret. A request is one message on that socket (readers.py):
+It has one thread, a socket to the worker, and reads nothing. A request (readers.py) is one byte on that socket, with descriptors: an end of a control
+socket, and the files of the reader. On the control socket, messages in both directions:
 
-    a JSON object    the reader's function, its argument, and the numbers that its descriptors are to have
-    descriptors      the reader's end of a control socket, then those of the reader
+    to the reader    a JSON object: its function, its argument, and the numbers that its files are to have
+    to the worker    when the reader has ended: its exit code, or the signal as a negative number, 4 bytes; nothing, if it could not be started
 
-The answer comes on the control socket when the reader has ended: its exit code, or the signal as a negative number, 4 bytes. A control socket that is
-closed ends its reader, and the worker's socket, when that is closed, everything. A reader has no other descriptor, and ends with this process.
+A control socket that is closed ends its reader, and the worker's socket, when that is closed, everything. A reader has no descriptor but its files, and
+ends with this process.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib
 import json
 import os
@@ -26,6 +26,11 @@ from contextlib import suppress
 from typing import Any
 
 from deskgrid.machines.sandbox import load_seccomp
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where only the constants below are used
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["CODE", "MOST_DESCRIPTORS", "MOST_REQUEST_BYTES", "main"]
 
@@ -58,28 +63,35 @@ class Zygote:
     def run(self) -> None:
         """Return when the worker is gone; the readers end with us."""
         while True:
-            for number, _ in self._poll.poll():
-                if number == self._worker.fileno():
-                    if not self._take():
-                        return
-                elif number in self._readers:
+            ready = [number for number, _ in self._poll.poll()]
+            for number in ready:
+                if number in self._readers:
                     self._tell_end(number)
                 elif number in self._controls:
                     self._poll.unregister(number)
                     os.kill(self._controls[number], signal.SIGKILL)
+            # After the others: a new reader's descriptors may have the numbers of those that were closed.
+            if self._worker.fileno() in ready and not self._take():
+                return
 
     def _take(self) -> bool:
         """Start the reader that is asked for; False if nobody will ask any more."""
-        message, descriptors, _, _ = socket.recv_fds(self._worker, MOST_REQUEST_BYTES, MOST_DESCRIPTORS)
+        message, descriptors, _, _ = socket.recv_fds(self._worker, 1, MOST_DESCRIPTORS)
         if not message:
             return False
         control, *files = descriptors
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # too many processes; the others go on
+            pid = -1
         if not pid:
-            self._become_reader(json.loads(message), files, parent)
+            self._become_reader(control, files, parent)
         for number in files:
             os.close(number)
+        if pid < 0:
+            os.close(control)
+            return True
         ended = os.pidfd_open(pid)
         self._readers[ended] = pid, control
         self._controls[control] = pid
@@ -99,13 +111,14 @@ class Zygote:
         os.close(ended)
         os.close(control)
 
-    def _become_reader(self, request: Any, files: list[int], parent: int) -> None:
+    def _become_reader(self, control: int, files: list[int], parent: int) -> None:
         """Do what the request says, in the child, and end it."""
         code = 1
         try:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != parent:
                 return
+            request = json.loads(os.read(control, MOST_REQUEST_BYTES))
             _place(files, request["numbers"])
             sys.argv[1:] = [request["argument"]]
             getattr(self._module, request["function"])()
@@ -113,8 +126,11 @@ class Zygote:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
-            os._exit(code)  # no destructor may close a number that means another file now
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)  # no destructor may close a number that means another file now
 
 
 def _place(files: list[int], numbers: list[int]) -> None:
