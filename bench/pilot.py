@@ -6,9 +6,9 @@ The disk is built before, if it is not there (docs/how-to.md). Then:
                      pilot boots and joins, the job runs. Yardstick: the same machine booted as a plain job whose context.sh runs the same program, on
                      the same PC that has nothing.
     jobs             how long a job takes in a row of them, one after the other, in a pilot with one CPU: from the first's start to the last's end. Yardstick:
-                     the same programs one after the other by hand, as in that machine's context.sh.
+                     the same programs one after the other by hand, as in that machine's context.sh. For jobs of two lengths.
 
-A job is `python3 part.py N`: ROOT starts, fills a histogram a thousand times, and writes it.
+A job is `python3 part.py N FILLS`: ROOT starts, fills a histogram a thousand times, or FILLS times, and writes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from report import Figure, arguments, publish
@@ -30,6 +30,8 @@ from deskgrid.testing.tiny_template import template_cache
 
 _LIMIT_S = 3600.0
 _MEMORY, _SCRATCH = "2GiB", "4GiB"
+_SHORT, _LONG = 1_000, 2_000_000
+"""Fills of a histogram."""
 PART = """
 import sys
 
@@ -37,7 +39,7 @@ import ROOT
 
 mass = ROOT.TH1D("mass", "", 60, 60.0, 120.0)
 chance = ROOT.TRandom3(int(sys.argv[1]) + 1)
-for _ in range(1000):
+for _ in range(int(sys.argv[2])):
     mass.Fill(chance.Gaus(91.2, 2.5))
 file = ROOT.TFile("part.root", "RECREATE")
 mass.Write()
@@ -45,9 +47,11 @@ file.Close()
 """
 BY_HAND = """
 now() {{ cut -d' ' -f1 /proc/uptime; }}
-begun=$(now)
-for number in $(seq {count}); do mkdir "/tmp/$number"; (cd "/tmp/$number" && python3 -W ignore /context/part.py "$number"); done
-echo "$begun $(now)" >/scratch/times
+for fills in {short} {long}; do
+    begun=$(now)
+    for number in $(seq {count}); do mkdir -p "/tmp/$number"; (cd "/tmp/$number" && python3 -W ignore /context/part.py "$number" "$fills"); done
+    echo "$begun $(now)" >>/scratch/times
+done
 """
 
 
@@ -98,27 +102,36 @@ def _is_over(detail: Any) -> Any:
     return detail if detail["job"]["state"] in ("completed", "failed", "cancelled") else None
 
 
-def by_hand(folder: Path, disk: Path, count: int) -> tuple[float, float]:
-    """Return the seconds from the worker's start to the result of a machine that runs the programs, less what all but the first took, and those for
-    each of them."""
+class Times(NamedTuple):
+    """In seconds."""
+
+    first: float
+    """From the worker's start to the first result."""
+    short: float
+    """Of each job."""
+    long: float
+
+
+def by_hand(folder: Path, disk: Path, count: int) -> Times:
+    """Return the times of a machine that runs the programs; its first result is that of the whole machine, less what all but the first took."""
     folder.mkdir()
     system = _system(folder, disk)
     try:
         text = f'[machine]\ndisk = "root"\ncontext = "context/"\nmemory = "{_MEMORY}"\nscratch = "{_SCRATCH}"\n[limits]\nboot_time = "15m"\nwall_time = "2h"\n'
-        system.cli("job", "submit", _job(system, "hand", text, BY_HAND.format(count=count)))
+        system.cli("job", "submit", _job(system, "hand", text, BY_HAND.format(count=count, short=_SHORT, long=_LONG)))
         start = time.time()
         system.add_worker(DESKGRID_WORKER_DRIVERS="qemu")
         detail = _ended(system, 1)
         seconds = detail["job"]["finished_at"] - start
         system.cli("job", "results", "1", "-o", folder / "out")
-        begun, over = map(float, (folder / "out" / "times").read_text().split())
-        each = (over - begun) / count
-        return seconds - each * (count - 1), each
+        rows = [line.split() for line in (folder / "out" / "times").read_text().splitlines()]
+        short, long = ((float(over) - float(begun)) / count for begun, over in rows)
+        return Times(seconds - short * (count - 1) - long * count, short, long)
     finally:
         system.stop()
 
 
-def by_pilot(folder: Path, disk: Path, count: int) -> tuple[float, float]:
+def by_pilot(folder: Path, disk: Path, count: int) -> Times:
     """Return the same for jobs in a pilot, each for itself."""
     folder.mkdir()
     system = _system(folder, disk)
@@ -138,34 +151,36 @@ def by_pilot(folder: Path, disk: Path, count: int) -> tuple[float, float]:
             "6h",
         )
         system.cli("pilot", "submit", *pilot)
-        text = (
-            'command = ["python3", "-W", "ignore", "/context/part.py", "{index}"]\n[machine]\nkind = "process"\nneed = ["root"]\n'
-            f'context = "context/"\nmemory = "1GiB"\nscratch = "64MiB"\n[array]\ncount = {count}\n'
-        )
-        system.cli("job", "submit", _job(system, "jobs", text, ""))
+        for fills in (_SHORT, _LONG):
+            text = (
+                f'command = ["python3", "-W", "ignore", "/context/part.py", "{{index}}", "{fills}"]\n[machine]\nkind = "process"\nneed = ["root"]\n'
+                f'context = "context/"\nmemory = "1GiB"\nscratch = "64MiB"\n[array]\ncount = {count}\n'
+            )
+            system.cli("job", "submit", _job(system, f"jobs {fills}", text, ""))
         start = time.time()
         system.add_worker(DESKGRID_WORKER_DRIVERS="qemu")
-        details = [_ended(system, 2 + number) for number in range(count)]
-        ends = sorted(detail["job"]["finished_at"] for detail in details)
-        begun = min(detail["attempts"][-1]["leased_at"] for detail in details)
+        rows = [[_ended(system, 2 + row * count + number) for number in range(count)] for row in range(2)]
+        ends = [[detail["job"]["finished_at"] for detail in row] for row in rows]
+        begun = min(detail["attempts"][-1]["leased_at"] for detail in rows[0])
         system.cli("job", "cancel", "1")
-        return ends[0] - start, (ends[-1] - begun) / count
+        return Times(min(ends[0]) - start, (max(ends[0]) - begun) / count, (max(ends[1]) - max(ends[0])) / count)
     finally:
         system.stop()
 
 
 def figures(*, quick: bool) -> list[Figure]:
     """Run all and return the figures."""
-    disk, count = _disk(), 2 if quick else 6
+    disk, count = _disk(), 2 if quick else 4
     with tempfile.TemporaryDirectory(prefix="deskgrid-bench-", dir="/var/tmp") as name:
-        hand_first, hand_each = by_hand(Path(name) / "hand", disk, count)
-        print(f"by hand: first result after {hand_first:.0f} s, {hand_each:.1f} s a job", flush=True)
-        first, each = by_pilot(Path(name) / "pilot", disk, count)
-        print(f"in a pilot: first result after {first:.0f} s, {each:.1f} s a job", flush=True)
+        hand = by_hand(Path(name) / "hand", disk, count)
+        print(f"by hand: {hand}", flush=True)
+        pilot = by_pilot(Path(name) / "pilot", disk, count)
+        print(f"in a pilot: {pilot}", flush=True)
+    # At least 0.9 times as many jobs as by hand.
     return [
-        Figure("from an empty grid to the first result of ROOT", first, "s", hand_first, first / hand_first, None),
-        # At least 0.9 times as many jobs as by hand.
-        Figure("time of a job in one pilot", each, "s", hand_each, each / hand_each, 1 / 0.9),
+        Figure("from an empty grid to the first result of ROOT", pilot.first, "s", hand.first, pilot.first / hand.first, None),
+        Figure("time of a short job in one pilot", pilot.short, "s", hand.short, pilot.short / hand.short, 1 / 0.9),
+        Figure("time of a longer job in one pilot", pilot.long, "s", hand.long, pilot.long / hand.long, 1 / 0.9),
     ]
 
 
