@@ -5,8 +5,9 @@ The disk is built before, if it is not there (docs/how-to.md). Then:
     first result     from the start of the worker on the PC, which has nothing, to the result of a job that needs ROOT: the disk is fetched and unpacked, the
                      pilot boots and joins, the job runs. Yardstick: the same machine booted as a plain job whose context.sh runs the same program, on
                      the same PC that has nothing.
-    jobs             how long a job takes in a row of them, one after the other, in a pilot with one CPU: from the first's start to the last's end. Yardstick:
-                     the same programs one after the other by hand, as in that machine's context.sh. For jobs of two lengths.
+    jobs             how long a job takes in a row of them, one after the other, in a pilot with one CPU: from the first's start to the last's end, for each
+                     second of CPU that its program used. Yardstick: the same programs one after the other by hand, as in that machine's context.sh. For jobs
+                     of two lengths. By seconds of CPU, as the machine itself counts them, because how fast an emulated CPU is changes from minute to minute.
 
 A job is `python3 part.py N FILLS`: ROOT starts, fills a histogram a thousand times, or FILLS times, and writes it.
 """
@@ -30,9 +31,10 @@ from deskgrid.testing.tiny_template import template_cache
 
 _LIMIT_S = 3600.0
 _MEMORY, _SCRATCH = "2GiB", "4GiB"
-_SHORT, _LONG = 1_000, 2_000_000
+_SHORT, _LONG = 1_000, 500_000
 """Fills of a histogram."""
 PART = """
+import os
 import sys
 
 import ROOT
@@ -44,13 +46,15 @@ for _ in range(int(sys.argv[2])):
 file = ROOT.TFile("part.root", "RECREATE")
 mass.Write()
 file.Close()
+with open("cpu", "w") as told:
+    told.write(f"{os.times().user + os.times().system}\\n")
 """
 BY_HAND = """
 now() {{ cut -d' ' -f1 /proc/uptime; }}
 for fills in {short} {long}; do
     begun=$(now)
     for number in $(seq {count}); do mkdir -p "/tmp/$number"; (cd "/tmp/$number" && python3 -W ignore /context/part.py "$number" "$fills"); done
-    echo "$begun $(now)" >>/scratch/times
+    echo $begun $(now) $(cat /tmp/*/cpu) >>/scratch/times
 done
 """
 
@@ -102,14 +106,26 @@ def _is_over(detail: Any) -> Any:
     return detail if detail["job"]["state"] in ("completed", "failed", "cancelled") else None
 
 
+class Row(NamedTuple):
+    """Jobs one after the other."""
+
+    seconds: float
+    """Of each job, from one's begin to the next one's."""
+    cpu_s: float
+    """Of each program."""
+
+    @property
+    def dilation(self) -> float:
+        return self.seconds / self.cpu_s
+
+
 class Times(NamedTuple):
-    """In seconds."""
+    """What one way of doing it took."""
 
     first: float
-    """From the worker's start to the first result."""
-    short: float
-    """Of each job."""
-    long: float
+    """Seconds from the worker's start to the first result."""
+    short: Row
+    long: Row
 
 
 def by_hand(folder: Path, disk: Path, count: int) -> Times:
@@ -124,9 +140,9 @@ def by_hand(folder: Path, disk: Path, count: int) -> Times:
         detail = _ended(system, 1)
         seconds = detail["job"]["finished_at"] - start
         system.cli("job", "results", "1", "-o", folder / "out")
-        rows = [line.split() for line in (folder / "out" / "times").read_text().splitlines()]
-        short, long = ((float(over) - float(begun)) / count for begun, over in rows)
-        return Times(seconds - short * (count - 1) - long * count, short, long)
+        rows = [list(map(float, line.split())) for line in (folder / "out" / "times").read_text().splitlines()]
+        short, long = (Row((over - begun) / count, sum(cpu) / count) for begun, over, *cpu in rows)
+        return Times(seconds - short.seconds * (count - 1) - long.seconds * count, short, long)
     finally:
         system.stop()
 
@@ -161,16 +177,29 @@ def by_pilot(folder: Path, disk: Path, count: int) -> Times:
         system.add_worker(DESKGRID_WORKER_DRIVERS="qemu")
         rows = [[_ended(system, 2 + row * count + number) for number in range(count)] for row in range(2)]
         ends = [[detail["job"]["finished_at"] for detail in row] for row in rows]
-        begun = min(detail["attempts"][-1]["leased_at"] for detail in rows[0])
+        begun = [min(detail["attempts"][-1]["leased_at"] for detail in rows[0]), max(ends[0])]
         system.cli("job", "cancel", "1")
-        return Times(min(ends[0]) - start, (max(ends[0]) - begun) / count, (max(ends[1]) - max(ends[0])) / count)
+        short, long = (
+            Row(
+                (max(ends[row]) - begun[row]) / count,
+                sum(_cpu_s(system, 2 + row * count + number) for number in range(count)) / count,
+            )
+            for row in range(2)
+        )
+        return Times(min(ends[0]) - start, short, long)
     finally:
         system.stop()
 
 
+def _cpu_s(system: System, job: int) -> float:
+    folder = system.folder / f"out-{job}"
+    system.cli("job", "results", str(job), "-o", folder)
+    return float((folder / "cpu").read_text())
+
+
 def figures(*, quick: bool) -> list[Figure]:
     """Run all and return the figures."""
-    disk, count = _disk(), 2 if quick else 4
+    disk, count = _disk(), 2 if quick else 3
     with tempfile.TemporaryDirectory(prefix="deskgrid-bench-", dir="/var/tmp") as name:
         hand = by_hand(Path(name) / "hand", disk, count)
         print(f"by hand: {hand}", flush=True)
@@ -179,8 +208,17 @@ def figures(*, quick: bool) -> list[Figure]:
     # At least 0.9 times as many jobs as by hand.
     return [
         Figure("from an empty grid to the first result of ROOT", pilot.first, "s", hand.first, pilot.first / hand.first, None),
-        Figure("time of a short job in one pilot", pilot.short, "s", hand.short, pilot.short / hand.short, 1 / 0.9),
-        Figure("time of a longer job in one pilot", pilot.long, "s", hand.long, pilot.long / hand.long, 1 / 0.9),
+        *(
+            Figure(
+                f"time of a {name} job in one pilot by its CPU time",
+                ours.dilation,
+                "s/s",
+                theirs.dilation,
+                ours.dilation / theirs.dilation,
+                1 / 0.9,
+            )
+            for name, ours, theirs in (("short", pilot.short, hand.short), ("longer", pilot.long, hand.long))
+        ),
     ]
 
 
