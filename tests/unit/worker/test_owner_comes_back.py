@@ -223,8 +223,8 @@ async def test_lost_time_is_not_counted_twice(saving: Rig) -> None:
         await saving.pc.machine.turn_off()
         await saving.until(lambda: not saving.pc.machine.saved)
         began = saving.clock.now()
-        await saving.until(lambda: saving.pc.machine.stops, step_s=5.0)
-        assert 880 <= saving.clock.now() - began < 1300, "0.9 ks are left of the wall time; counted twice, it were 0.4"
+        await saving.until(lambda: saving.pc.machine.stops, step_s=1.0)
+        assert 880 <= saving.clock.now() - began <= 910
         await saving.ended(attempt)
 
 
